@@ -1,0 +1,84 @@
+"""Floating-point operations by arithmetic, from a model's shape and a depth plan.
+
+A multiply-add counts as two operations. Elementwise work (norms, activations, proxies) is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from depthvar.config import ModelConfig, TokenizerConfig
+from depthvar.plan import DepthPlan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations per image: the transformer over its streams, and the image decoder."""
+
+    transformer_flops: float
+    decoder_flops: float
+
+    @property
+    def total_flops(self) -> float:
+        """Transformer and decoder together."""
+        return self.transformer_flops + self.decoder_flops
+
+
+def image_cost(config: ModelConfig, plan: DepthPlan, *, streams: int = 2) -> Cost:
+    """Operations one image takes under a plan; guided sampling runs two streams."""
+    return Cost(transformer_flops(config, plan, streams), decoder_flops(config.tokenizer))
+
+
+def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> float:
+    """Blocks, embeddings, AdaLN, head and expected codes of one image."""
+    shape = config.transformer
+    width = shape.width
+    per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
+    per_proxy_token = 2 * 2 * width**2
+    per_token = 2 * width * (shape.codebook_size + shape.code_channels)
+    flops = 0
+    cached = [0] * plan.num_blocks
+    for i, scale in enumerate(plan.scales):
+        for block, active in enumerate(scale.prefix):
+            kept = plan.cached_tokens(i, block)
+            cached[block] += kept
+            flops += active * (per_active_token + 4 * width * cached[block])
+            flops += (kept - active) * per_proxy_token
+        flops += scale.count * per_token
+    num_adaln = 1 if shape.shared_adaln else plan.num_blocks
+    flops += 2 * 6 * width**2 * num_adaln + 2 * 2 * width**2
+    expected_codes = 0
+    if plan.policy.blending == "mean":
+        tokens = sum(scale.count for scale in plan.scales if scale.adaptive)
+        expected_codes = 2 * tokens * shape.codebook_size * shape.code_channels
+    return float(streams * flops + expected_codes)
+
+
+def decoder_flops(config: TokenizerConfig) -> float:
+    """Convolutions and attention from the feature map to the pixels of one image."""
+    widths = [config.base_width * m for m in config.multipliers]
+    last = len(widths) - 1
+    side = config.latent_side
+
+    def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+        return 2 * inputs * outputs * kernel**2 * side**2
+
+    def res_block(inputs: int, outputs: int) -> int:
+        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+        return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+
+    def attention(channels: int) -> int:
+        return 4 * conv(channels, channels, 1) + 4 * side**4 * channels
+
+    flops = conv(config.code_channels, config.code_channels)
+    flops += conv(config.code_channels, widths[-1])
+    flops += 2 * res_block(widths[-1], widths[-1]) + attention(widths[-1])
+    for level in range(last, -1, -1):
+        flops += res_block(widths[min(level + 1, last)], widths[level])
+        flops += config.num_res_blocks * res_block(widths[level], widths[level])
+        if level == last:
+            flops += (config.num_res_blocks + 1) * attention(widths[level])
+        if level:
+            side *= 2
+            flops += conv(widths[level], widths[level])
+    return float(flops + conv(widths[0], config.image_channels))

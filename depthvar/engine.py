@@ -1,0 +1,286 @@
+"""The depth engine: runs one scale under its plan, every block on a prefix of the slots.
+
+Tokens are permuted once into slot order, deepest first; a block then works on `x[:, :k]` with `k`
+known before sampling starts. No mask, gather of active tokens or host synchronisation enters the
+loop over the blocks, and every shape depends on the plan alone.
+
+Shape legend: B images, G stream rows (2B: conditional then unconditional), T tokens of a scale, K
+active tokens, C width, H heads, D head channels, L blocks.
+
+Source: arXiv 2604.17286, steps 3 to 8; the prefix form is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthvar.plan import DepthPlan
+
+ConditionT = TypeVar("ConditionT", contravariant=True)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Backbone(Protocol[ConditionT]):
+    """What the engine needs of a transformer; `condition` is the backbone's own business."""
+
+    def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Tensor:
+        """Residual stream of some tokens after a block."""
+        ...
+
+    def keys_values(
+        self, block: int, x_GKC: Tensor, condition: ConditionT
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, H, K, D) of tokens that a block does not compute."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProxyFit:
+    """Least-squares fit of a block's change by the up-sampled change of the previous scale.
+
+    change ~ slope * up(previous change) + offset, per scale, block and channel: each (S, L, C).
+    """
+
+    slope_SLC: Tensor
+    offset_SLC: Tensor
+
+
+class KeyValueCache:
+    """Keys and values of every block, allocated once at the exact length the plan gives."""
+
+    def __init__(self, plan: DepthPlan, rows: int, heads: int, head_dim: int, like: Tensor) -> None:
+        self._keys = [like.new_empty(rows, heads, n, head_dim) for n in plan.cache_lengths]
+        self._values = [torch.empty_like(keys) for keys in self._keys]
+        self._filled = [0] * plan.num_blocks
+
+    def append(self, block: int, k_GHKD: Tensor, v_GHKD: Tensor) -> None:
+        """Keep keys and values of some tokens of the current scale."""
+        begin = self._filled[block]
+        end = begin + k_GHKD.shape[2]
+        self._keys[block][:, :, begin:end] = k_GHKD
+        self._values[block][:, :, begin:end] = v_GHKD
+        self._filled[block] = end
+
+    def attend(self, block: int, q_GHKD: Tensor) -> Tensor:
+        """Attention of queries over everything the block has kept."""
+        end = self._filled[block]
+        keys, values = self._keys[block][:, :, :end], self._values[block][:, :, :end]
+        return F.scaled_dot_product_attention(q_GHKD, keys, values, scale=1.0)
+
+
+@dataclass(frozen=True)
+class ScaleTrace:
+    """What a scale leaves for the next one.
+
+    hidden_GTC: output of the last block, raster order. change_BT: the ranking signal, raster order:
+    the absolute change summed over blocks and guided streams, averaged over channels.
+    changes: the change at every block in slot order (G, T, C), None where no one will ask.
+    slot_of_raster_BT: where the token at a raster position sits in slot order.
+    """
+
+    hidden_GTC: Tensor
+    change_BT: Tensor
+    changes: tuple[Tensor | None, ...]
+    slot_of_raster_BT: Tensor
+
+
+def parent_positions(side: int, previous_side: int, device: torch.device) -> Tensor:
+    """Raster position at the previous scale that covers each position of this one: (T,)."""
+    along = (2 * torch.arange(side, device=device) + 1) * previous_side // (2 * side)
+    return (along[:, None] * previous_side + along[None, :]).flatten()
+
+
+@dataclass(frozen=True)
+class _ScaleTensors:
+    """A scale's plan on the device, made once: nothing crosses from the host while sampling."""
+
+    identity_T: Tensor
+    rank_of_slot_T: Tensor
+    parents_T: Tensor
+    scores_T: Tensor
+    compensation_T1: Tensor
+
+
+@dataclass(frozen=True)
+class _Parents:
+    """Where the slots of a scale find the change of the scale before: (G, T, 1)."""
+
+    previous: ScaleTrace
+    slots_GT1: Tensor
+
+
+class DepthEngine(Generic[ConditionT]):
+    """Runs the scales of a batch under a plan; made once per (backbone, plan, device, dtype)."""
+
+    def __init__(
+        self,
+        backbone: Backbone[ConditionT],
+        plan: DepthPlan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        proxy_fit: ProxyFit | None = None,
+    ) -> None:
+        assert plan.policy.proxy != "calibrated" or proxy_fit is not None
+        self._backbone = backbone
+        self._plan = plan
+        self._fit = proxy_fit
+        self._tensors = []
+        for i, scale in enumerate(plan.scales):
+            previous_side = plan.scales[max(i - 1, 0)].side
+            compensation = torch.as_tensor(scale.compensation, dtype=dtype, device=device)
+            self._tensors.append(
+                _ScaleTensors(
+                    identity_T=torch.arange(scale.count, device=device),
+                    rank_of_slot_T=torch.as_tensor(scale.rank_of_slot, device=device),
+                    parents_T=parent_positions(scale.side, previous_side, device),
+                    scores_T=torch.as_tensor(scale.scores.copy(), device=device),
+                    compensation_T1=compensation[:, None],
+                )
+            )
+
+    def scores_raster(self, index: int, trace: ScaleTrace) -> Tensor:
+        """Depth score S of every token of a scale (B, T), raster order, float64."""
+        return self._tensors[index].scores_T[trace.slot_of_raster_BT]
+
+    def run_scale(
+        self,
+        index: int,
+        x_GTC: Tensor,
+        condition: ConditionT,
+        cache: KeyValueCache,
+        previous: ScaleTrace | None,
+        random_BT: Tensor,
+    ) -> ScaleTrace:
+        """All blocks of one scale; input in raster order. `random_BT` feeds random ranking."""
+        scale, tensors = self._plan.scales[index], self._tensors[index]
+        streams = x_GTC.shape[0] // random_BT.shape[0]
+        if not scale.adaptive:
+            identity_BT = tensors.identity_T.expand(random_BT.shape)
+            x_GTC, total_GT, changes = self._run_blocks(index, x_GTC, condition, cache, None)
+            return ScaleTrace(x_GTC, _sum_of_streams(total_GT, streams), changes, identity_BT)
+        assert previous is not None
+        ranking_BT = self._ranking(index, x_GTC, previous, random_BT)
+        order_BT = ranking_BT.argsort(dim=1, stable=True)[:, tensors.rank_of_slot_T]
+        slot_of_raster_BT = order_BT.argsort(dim=1)
+        parent_BT = previous.slot_of_raster_BT.gather(1, tensors.parents_T[order_BT])
+        parents = _Parents(previous, parent_BT.repeat(streams, 1)[:, :, None])
+        slots_GTC = x_GTC.take_along_dim(order_BT.repeat(streams, 1)[:, :, None], dim=1)
+        slots_GTC, total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, parents)
+        if self._plan.policy.proxy == "output":
+            restored = previous.hidden_GTC[:, tensors.parents_T].take_along_dim(
+                order_BT.repeat(streams, 1)[:, :, None], dim=1
+            )
+            slots_GTC[:, min(scale.prefix) :] = restored[:, min(scale.prefix) :]
+        back_GT1 = slot_of_raster_BT.repeat(streams, 1)[:, :, None]
+        change_BT = _sum_of_streams(total_GT, streams).gather(1, slot_of_raster_BT)
+        hidden_GTC = slots_GTC.take_along_dim(back_GT1, dim=1)
+        return ScaleTrace(hidden_GTC, change_BT, changes, slot_of_raster_BT)
+
+    def _ranking(
+        self, index: int, x_GTC: Tensor, previous: ScaleTrace, random_BT: Tensor
+    ) -> Tensor:
+        """What the tokens of a scale are ranked by (B, T), raster order."""
+        if self._plan.policy.ranking == "random":
+            return random_BT
+        if self._plan.policy.ranking == "distance":
+            centred = x_GTC - x_GTC.mean(dim=1, keepdim=True)
+            streams = x_GTC.shape[0] // random_BT.shape[0]
+            return _sum_of_streams(centred.square().sum(dim=2), streams)
+        return previous.change_BT[:, self._tensors[index].parents_T]
+
+    def _run_blocks(
+        self,
+        index: int,
+        x_GTC: Tensor,
+        condition: ConditionT,
+        cache: KeyValueCache,
+        parents: _Parents | None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """The loop over the blocks: output, total absolute change (G, T), changes; slot order."""
+        scale, policy = self._plan.scales[index], self._plan.policy
+        x_GTC = x_GTC.clone()
+        total_GT = x_GTC.new_zeros(x_GTC.shape[:2], dtype=_real(x_GTC.dtype))
+        changes: list[Tensor | None] = []
+        for block, active in enumerate(scale.prefix):
+            tail_GKC = x_GTC[:, active:]
+            kept = torch.zeros_like(x_GTC) if self._is_asked_for(index, block) else None
+            proxy = self._proxy(index, block, active, parents)
+            if policy.skipped_keys_values == "proxy" and active < scale.count:
+                cache.append(block, *self._backbone.keys_values(block, tail_GKC, condition))
+            if active:
+                change = self._change(index, block, x_GTC[:, :active], condition, cache)
+                x_GTC[:, :active] += change
+                total_GT[:, :active] += _magnitude(change)
+                if kept is not None:
+                    kept[:, :active] = change
+            if proxy is not None:
+                tail_GKC += proxy
+                total_GT[:, active:] += _magnitude(proxy)
+                if kept is not None:
+                    kept[:, active:] = proxy
+            changes.append(kept)
+        return x_GTC, total_GT, tuple(changes)
+
+    def _change(
+        self, index: int, block: int, x_GKC: Tensor, condition: ConditionT, cache: KeyValueCache
+    ) -> Tensor:
+        """What a block adds to its active tokens."""
+
+        def attend(q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor) -> Tensor:
+            cache.append(block, k_GHKD, v_GHKD)
+            return cache.attend(block, q_GHKD)
+
+        change_GKC = self._backbone.run_block(block, x_GKC, condition, attend) - x_GKC
+        if self._plan.policy.compensation and self._plan.scales[index].adaptive:
+            change_GKC *= self._tensors[index].compensation_T1[: x_GKC.shape[1]]
+        return change_GKC
+
+    def _proxy(
+        self, index: int, block: int, active: int, parents: _Parents | None
+    ) -> Tensor | None:
+        """What stands in for the change of the tokens after the first `active`, if anything."""
+        if parents is None or active == self._plan.scales[index].count:
+            return None
+        if self._plan.policy.proxy not in ("raw", "calibrated"):
+            return None
+        earlier_GTC = parents.previous.changes[block]
+        assert earlier_GTC is not None
+        proxy_GKC = earlier_GTC.take_along_dim(parents.slots_GT1[:, active:], dim=1)
+        if self._plan.policy.proxy == "calibrated":
+            assert self._fit is not None
+            slope_C, offset_C = (
+                self._fit.slope_SLC[index, block],
+                self._fit.offset_SLC[index, block],
+            )
+            proxy_GKC = torch.addcmul(offset_C, proxy_GKC, slope_C)
+        return proxy_GKC
+
+    def _is_asked_for(self, index: int, block: int) -> bool:
+        """Whether the next scale will need this block's change as a proxy."""
+        if index + 1 >= len(self._plan.scales):
+            return False
+        following = self._plan.scales[index + 1]
+        uses_changes = self._plan.policy.proxy in ("raw", "calibrated")
+        return uses_changes and following.prefix[block] < following.count
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """Precision of sums over blocks: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _magnitude(change_GKC: Tensor) -> Tensor:
+    """Mean absolute value over the channels (G, K)."""
+    return change_GKC.abs().mean(dim=2, dtype=_real(change_GKC.dtype))
+
+
+def _sum_of_streams(values_GT: Tensor, streams: int) -> Tensor:
+    """The guided streams of a sample share one ranking: (G, T) to (B, T)."""
+    return values_GT.unflatten(0, (streams, -1)).sum(dim=0, dtype=_real(values_GT.dtype))

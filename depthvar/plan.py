@@ -1,0 +1,188 @@
+"""The depth plan: everything about a policy's cost that is known before an image exists.
+
+Percentiles are exact ranks within a sample, so how many tokens of a scale have which depth is a
+constant of (scale, blocks, policy); only which tokens they are depends on the image. With the tokens
+sorted deepest first ("slot order"), the tokens active at a block are always the first `prefix`.
+
+Pure numbers: no model, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from depthvar.errors import InputError
+from depthvar.policy import MAX_COMPENSATION, BlockOrder, DepthPolicy
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def block_order(num_blocks: int, order: BlockOrder = "bit-reversal") -> tuple[int, ...]:
+    """The sequence in which depth adds blocks: a token of depth d runs the first d of it.
+
+    Bit reversal of 0..L-1, that of the next power of two with what is out of range dropped
+    (arXiv 2604.17286; 32 blocks begin 0, 16, 8, 24, 4).
+    """
+    if order == "first":
+        return tuple(range(num_blocks))
+    if order == "ends":
+        return tuple(i // 2 if i % 2 == 0 else num_blocks - 1 - i // 2 for i in range(num_blocks))
+    bits = (num_blocks - 1).bit_length()
+    reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
+    return tuple(block for block in reversed_bits if block < num_blocks)
+
+
+def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
+    """Depth scores G at the percentiles of `count` tokens, ascending, with the given mean.
+
+    The percentiles are the midpoints (r + 1/2) / n. Every family is monotone, within [0, 1], and
+    has mean `mean` over the tokens; the step family to within half a token.
+    """
+    percentiles = (np.arange(count) + 0.5) / count
+    reach = policy.steepness * min(mean, 1 - mean)
+    if mean >= 1.0:
+        return np.ones(count)
+    if policy.schedule == "linear":
+        return mean + reach * (2 * percentiles - 1)
+    if policy.schedule == "cosine":
+        return mean - reach * np.cos(np.pi * percentiles)
+    if policy.schedule == "step":
+        return (np.arange(count) >= count - round(mean * count)).astype(np.float64)
+    if policy.schedule == "power":
+        return _power_with_mean(percentiles, mean)
+    return np.full(count, mean)
+
+
+def _power_with_mean(percentiles: Floats, mean: float) -> Floats:
+    """percentiles ** p with p chosen by bisection so that the mean over the tokens is exact."""
+    low, high = 0.0, 1.0
+    while (percentiles**high).mean() > mean and high < 1e6:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (percentiles**middle).mean() > mean else (low, middle)
+    return percentiles**high
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """One scale: `count` = side * side tokens in slot order, deepest first.
+
+    scores: depth score S of every slot. depths: blocks every slot runs. prefix: number of active
+    slots at every block. rank_of_slot: which rank of the ranking map (0 = lowest) sits in a slot;
+    the rotation is in it. compensation: factor on the branches that a slot runs.
+    """
+
+    side: int
+    adaptive: bool
+    scores: Floats
+    depths: Ints
+    prefix: tuple[int, ...]
+    rank_of_slot: Ints
+    compensation: Floats
+
+    @property
+    def count(self) -> int:
+        """Tokens of the scale."""
+        return self.side * self.side
+
+    @property
+    def token_layers(self) -> int:
+        """Blocks run, summed over the tokens, for one stream."""
+        return sum(self.prefix)
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """The plan of all sampled scales; scales that a policy skips at the end are left out."""
+
+    sides: tuple[int, ...]
+    num_blocks: int
+    policy: DepthPolicy
+    scales: tuple[ScalePlan, ...]
+
+    @classmethod
+    def build(cls, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy) -> DepthPlan:
+        """Plan a policy for a model; `InputError` when the policy does not fit it."""
+        reference, skipped = policy.reference_scale, policy.skip_last_scales
+        if skipped >= len(sides):
+            raise InputError(
+                f"policy skips the last {skipped} scales, the model has {len(sides)}: skip fewer"
+            )
+        if reference is not None and not 0 <= reference < len(sides):
+            raise InputError(
+                f"reference scale is {reference}, wanted 0 to {len(sides) - 1} "
+                f"(the model has {len(sides)} scales): check --reference-scale"
+            )
+        if policy.min_depth > num_blocks:
+            raise InputError(
+                f"policy min_depth is {policy.min_depth}, the model has {num_blocks} blocks: "
+                "lower it"
+            )
+        sampled = sides[: len(sides) - skipped]
+        scales = tuple(_plan_scale(i, sampled, num_blocks, policy) for i in range(len(sampled)))
+        return cls(sides, num_blocks, policy, scales)
+
+    @cached_property
+    def token_layers(self) -> int:
+        """Blocks run, summed over all tokens of an image, for one stream."""
+        return sum(scale.token_layers for scale in self.scales)
+
+    @cached_property
+    def full_token_layers(self) -> int:
+        """The same at full depth over all scales of the model."""
+        return self.num_blocks * sum(side * side for side in self.sides)
+
+    @cached_property
+    def mean_depth_per_scale(self) -> tuple[float, ...]:
+        """Mean number of blocks a token runs, for every scale of the model; 0 where skipped."""
+        depths = [scale.token_layers / scale.count for scale in self.scales]
+        return tuple(depths + [0.0] * (len(self.sides) - len(depths)))
+
+    def cached_tokens(self, scale: int, block: int) -> int:
+        """Tokens of one scale whose keys and values a block keeps."""
+        plan = self.scales[scale]
+        whole = self.policy.skipped_keys_values == "proxy"
+        return plan.count if whole else plan.prefix[block]
+
+    @cached_property
+    def cache_lengths(self) -> tuple[int, ...]:
+        """Tokens in the key-value cache of every block at the end of an image."""
+        return tuple(
+            sum(self.cached_tokens(i, block) for i in range(len(self.scales)))
+            for block in range(self.num_blocks)
+        )
+
+
+def _plan_scale(
+    index: int, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy
+) -> ScalePlan:
+    count, reference = sides[index] ** 2, policy.reference_scale
+    adaptive = reference is not None and index > reference
+    scores, shift = np.ones(count), 0
+    if adaptive:
+        assert reference is not None
+        mean = min(1.0, sides[reference] ** 2 / count)
+        scores = schedule_scores(policy, mean, count)[::-1]
+        scores = np.maximum(scores, policy.min_depth / num_blocks)
+        shift = round((policy.rotation * (index - reference - 1)) % 1.0 * count)
+    # The small term keeps a score that is meant to be a whole number of blocks from falling short.
+    depths = np.floor(scores * num_blocks + 1e-9).astype(np.int64)
+    place = {block: i for i, block in enumerate(block_order(num_blocks, policy.block_order))}
+    compensation = np.ones(count)
+    if policy.compensation:
+        compensation = np.minimum(MAX_COMPENSATION, np.sqrt(num_blocks / np.maximum(depths, 1)))
+    return ScalePlan(
+        side=sides[index],
+        adaptive=adaptive and bool((depths < num_blocks).any()),
+        scores=scores,
+        depths=depths,
+        prefix=tuple(int((depths > place[block]).sum()) for block in range(num_blocks)),
+        rank_of_slot=(count - 1 - np.arange(count) - shift) % count,
+        compensation=compensation,
+    )

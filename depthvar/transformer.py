@@ -1,0 +1,258 @@
+"""The next-scale transformer of VAR, with the parameter names of the published checkpoints.
+
+Shape legend: B images, G stream rows (2B guided: conditional then unconditional), T tokens of a
+scale or of a whole image, K active tokens, C width, H heads, D head channels, V codes, Z code
+channels, S scales.
+
+Source: Tian et al., arXiv 2404.02905, and the public `var_d*.pth` files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from depthvar.config import TransformerConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
+
+_MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What depends on the class alone, computed once per batch.
+
+    `start_G1C` is the class embedding that begins scale 0, `blocks` the six AdaLN vectors of every
+    block as (gamma1, gamma2, scale1, scale2, shift1, shift2), each (G, 1, C), and `head` the
+    (scale, shift) before the output layer.
+    """
+
+    start_G1C: Tensor
+    blocks: tuple[tuple[Tensor, ...], ...]
+    head: tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, heads = config.width, config.num_heads
+        self.num_heads = heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def _heads(self, x_GKC: Tensor) -> Tensor:
+        return x_GKC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _unit_queries(self, q_GHKD: Tensor) -> Tensor:
+        scale_1H11 = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
+        return F.normalize(q_GHKD, dim=-1) * scale_1H11
+
+    def keys_values(self, x_GKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit keys and values, each (G, H, K, D)."""
+        width = x_GKC.shape[2]
+        bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+        k_GKC, v_GKC = F.linear(x_GKC, self.mat_qkv.weight[width:], bias).chunk(2, dim=2)
+        return F.normalize(self._heads(k_GKC), dim=-1), self._heads(v_GKC)
+
+    def forward(self, x_GKC: Tensor, attend: Attend) -> Tensor:
+        """Attend through `attend`, which owns the cache or the mask."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = map(self._heads, F.linear(x_GKC, self.mat_qkv.weight, bias).chunk(3, dim=2))
+        out_GHKD = attend(self._unit_queries(q), F.normalize(k, dim=-1), v)
+        projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a tanh GELU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
+        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
+
+    def forward(self, x_GKC: Tensor) -> Tensor:
+        """(G, K, C) to the same shape."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_GKC), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each modulated by six class-dependent vectors (AdaLN)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.attn = Attention(config)
+        self.ffn = FeedForward(config)
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
+        normed = F.layer_norm(x_GKC, x_GKC.shape[-1:], eps=self.norm_eps)
+        return torch.addcmul(shift_G1C, normed, scale_G1C + 1)
+
+    def keys_values(self, x_GKC: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
+        return self.attn.keys_values(self._normed(x_GKC, modulation[2], modulation[4]))
+
+    def forward(self, x_GKC: Tensor, modulation: tuple[Tensor, ...], attend: Attend) -> Tensor:
+        """Residual stream before the block to the stream after it."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        x_GKC = x_GKC + self.attn(self._normed(x_GKC, scale1, shift1), attend) * gamma1
+        return x_GKC + self.ffn(self._normed(x_GKC, scale2, shift2)) * gamma2
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm before the output layer, with class-dependent scale and shift."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def forward(self, x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
+        """(G, T, C) to the same shape."""
+        normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=self.norm_eps)
+        return torch.addcmul(shift_G1C, normed, scale_G1C + 1)
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and head; how the blocks are run is the caller's business."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.pos_start = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.word_embed = nn.Linear(config.code_channels, width)
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.lvl_embed = nn.Embedding(len(config.sides), width)
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.head_nm = HeadNorm(config)
+        self.head = nn.Linear(width, config.codebook_size)
+
+    def condition(self, labels_G: Tensor) -> Condition:
+        """Class-dependent vectors; the label `num_classes` stands for "unconditional"."""
+        embedded_GC = self.class_emb(labels_G)
+
+        def vectors(linear: nn.Module, count: int) -> Tensor:
+            out: Tensor = linear(embedded_GC).unflatten(1, (count, -1)).unsqueeze(1)
+            return out
+
+        shared = vectors(self.shared_ada_lin, 6) if self.config.shared_adaln else None
+        blocks = tuple(
+            tuple((shared + block.ada_gss).unbind(2))
+            if shared is not None
+            else tuple(vectors(block.ada_lin, 6).unbind(2))
+            for block in self.blocks
+        )
+        scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
+        return Condition(embedded_GC.unsqueeze(1), blocks, (scale, shift))
+
+    def _positions(self, scale: int) -> Tensor:
+        """Position and level embedding of a scale (1, T, C)."""
+        sides = self.config.sides
+        begin = sum(side * side for side in sides[:scale])
+        return self.lvl_embed.weight[scale] + self.pos_1LC[:, begin : begin + sides[scale] ** 2]
+
+    def embed(self, scale: int, codes_GTZ: Tensor | None, condition: Condition) -> Tensor:
+        """Input of a scale (G, T, C); `codes_GTZ` is the feature map at its side, None at 0."""
+        if codes_GTZ is None:
+            return condition.start_G1C + self.pos_start + self._positions(scale)
+        embedded: Tensor = self.word_embed(codes_GTZ) + self._positions(scale)
+        return embedded
+
+    def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Tensor:
+        """Residual stream of some tokens after one block."""
+        out: Tensor = self.blocks[block](x_GKC, condition.blocks[block], attend)
+        return out
+
+    def keys_values(self, block: int, x_GKC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens that the block does not compute, each (G, H, K, D)."""
+        module = self.blocks[block]
+        assert isinstance(module, Block)
+        return module.keys_values(x_GKC, condition.blocks[block])
+
+    def logits(self, x_GTC: Tensor, condition: Condition) -> Tensor:
+        """Logits over the codebook (G, T, V), at least float32."""
+        out: Tensor = self.head(self.head_nm(x_GTC, *condition.head))
+        return out if out.dtype == torch.float64 else out.float()
+
+    def forward(
+        self, labels_B: Tensor, codes_BTZ: Tensor, mask_TT: Tensor, kept_blocks: list[int]
+    ) -> Tensor:
+        """Teacher-forced logits (B, T, V) of all scales at once, for training.
+
+        `codes_BTZ` holds the inputs of the scales after the first, `mask_TT` is True where a token
+        (row) may look, `kept_blocks` are the blocks that run (block LayerDrop leaves some out).
+        """
+        condition = self.condition(labels_B)
+        scales, begin = [self.embed(0, None, condition)], 0
+        for scale, side in enumerate(self.config.sides[1:], start=1):
+            scales.append(self.embed(scale, codes_BTZ[:, begin : begin + side * side], condition))
+            begin += side * side
+        x_BTC = torch.cat(scales, dim=1)
+
+        bias_TT = torch.zeros_like(mask_TT, dtype=x_BTC.dtype).masked_fill(~mask_TT, -torch.inf)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # At this length plain products train several times faster than the fused kernel on CPU.
+            return (q.to(v.dtype) @ k.to(v.dtype).mT + bias_TT.to(v.dtype)).softmax(-1) @ v
+
+        for block in kept_blocks:
+            x_BTC = self.run_block(block, x_BTC, condition, attend)
+        return self.logits(x_BTC, condition)
+
+
+def block_causal_mask(sides: tuple[int, ...]) -> Tensor:
+    """(T, T) bool: a token sees every token of its own and of earlier scales."""
+    level_T = torch.repeat_interleave(
+        torch.arange(len(sides)), torch.tensor([side * side for side in sides])
+    )
+    return level_T[:, None] >= level_T[None, :]
+
+
+@torch.no_grad()
+def initialise(model: Transformer, generator: torch.Generator) -> None:
+    """Weights for training from scratch: GPT-2-style scaled residual branches, AdaLN near identity.
+
+    The published recipe starts its AdaLN gammas near zero, which wants far more steps than a small
+    model gets.
+    """
+    std = math.sqrt(1 / (3 * model.config.width))
+    residual_std = std / math.sqrt(2 * model.config.num_blocks)
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale_mul_1H11"):
+            continue
+        if parameter.dim() < 2 or name.endswith(".bias"):
+            parameter.zero_()
+        elif name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
+            parameter.normal_(0, residual_std, generator=generator)
+        else:
+            small = 0.02 if name == "head.weight" or "ada_lin" in name else 1.0
+            parameter.normal_(0, std * small, generator=generator)
+    width = model.config.width
+    for block in model.blocks:
+        if model.config.shared_adaln:
+            block.ada_gss.zero_()
+            block.ada_gss[:, :, :2] = 1
+        else:
+            block.ada_lin[1].bias[: 2 * width] = 1

@@ -1,0 +1,24 @@
+"""How every job ends: mistakes in one line each and exit code 2, everything else its own code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from depthvar.errors import InputError
+
+EXIT_DONE = 0
+EXIT_INCOMPLETE = 1
+EXIT_BAD_INPUT = 2
+
+
+def run_job(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2."""
+    try:
+        code = main()
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    sys.exit(code)

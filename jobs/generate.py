@@ -1,0 +1,21 @@
+"""Make a labelled image dataset: `python -m jobs.generate --out DIR`. Run it again to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs._entry import run_job
+from pipeline.config import GenerateConfig, load_config
+from pipeline.driver import generate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every planned shard is committed, 1 if some are missing."""
+    config = load_config(
+        GenerateConfig, argv, prog="python -m jobs.generate", description=__doc__ or ""
+    )
+    return generate(config)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,38 @@
+"""Show what `jobs.generate` with the same flags would make and cost. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs._entry import EXIT_DONE, run_job
+from pipeline.actor import job_plan
+from pipeline.config import GenerateConfig, load_config, resolve_job
+from pipeline.console import plan_report
+from pipeline.manifest import committed_shards
+from pipeline.plan import check_output
+from pipeline.schedule import available_cores
+from pipeline.storage import Storage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the dry run; exit code 0."""
+    config = load_config(
+        GenerateConfig, argv, prog="python -m jobs.plan", description=__doc__ or ""
+    )
+    job = resolve_job(config)
+    plan = job_plan(config, job)
+    storage = Storage.open(config.out)
+    stored = check_output(storage, plan)
+    records = {} if stored is None else committed_shards(storage, stored)
+    workers = config.workers
+    if workers is None and config.address is None:
+        workers = available_cores() // config.threads_per_worker
+    report = plan_report(
+        plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
+    )
+    print(report)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,301 @@
+"""The worker: loads the model once, then makes one shard after another. Knows no Ray.
+
+The only bridge between the pipeline and the sampler. Images stay inside the worker: what leaves it
+are small progress records, and files that are published whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from depthvar.config import ModelConfig, SamplingSettings
+from depthvar.cost import Cost
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy
+from pipeline.config import GenerateConfig, ResolvedJob
+from pipeline.manifest import CommitRecord, publish_shard
+from pipeline.plan import JobPlan, Segment, ShardPlan
+from pipeline.settings import ImageCompute, JobSettings
+from pipeline.storage import Storage
+from pipeline.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from depthvar.sampling import SampleBatch
+
+_RECORDED_PACKAGES = ("torch", "numpy", "pillow", "pyarrow", "webdataset", "depthvar")
+_SCRATCH_PREFIX = "depthvar-"
+_LOCK_NAME = "lock"
+
+
+class SamplerLike(Protocol):
+    """What the worker needs of `depthvar.sampling.Sampler`."""
+
+    config: ModelConfig
+    plan: DepthPlan
+    cost: Cost
+
+    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
+        """Sample one image per label; `indices` are their global indices."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All a worker is told, in plain values, so that it can be sent to any machine.
+
+    `out` and `weights` must mean the same on every machine. `sampler_factory` names a function
+    `module:function` that takes this spec, the plan and a torch device's name.
+    """
+
+    plan_json: bytes
+    out: str
+    weights: str | None = None
+    scratch: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    sampler_factory: str = "pipeline.actor:load_sampler"
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a worker runs; `environment` holds what may decide a last bit."""
+
+    host: str
+    pid: int
+    device: str
+    threads: int
+    environment: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """`host:pid`."""
+        return f"{self.host}:{self.pid}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One micro-batch of a shard was sampled."""
+
+    shard_id: int
+    num_images: int
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard is committed; `num_bytes` of tar and Parquet."""
+
+    shard_id: int
+    num_bytes: int
+    elapsed_s: float
+
+
+class ShardStopped(Exception):  # noqa: N818 - an orderly stop, not an error
+    """The worker was asked to stop; nothing of the shard it was making is left."""
+
+
+def job_plan(config: GenerateConfig, job: ResolvedJob) -> JobPlan:
+    """The plan of a checked request: everything that decides a byte, and the labels."""
+    settings = JobSettings(
+        model=job.model.name,
+        weights_sha256=job.weights.sha256,
+        class_names=job.model.class_names,
+        image_side=job.model.image_side,
+        image_channels=job.model.image_channels,
+        policy=asdict(job.policy),
+        cfg=job.sampling.cfg,
+        top_k=job.sampling.top_k,
+        top_p=job.sampling.top_p,
+        precision=config.precision,
+        seed=config.seed,
+        samples_per_shard=config.samples_per_shard,
+        batch_size=config.batch_size,
+        image_format=config.image_format,
+        compute=ImageCompute(
+            token_layers=job.depth.token_layers,
+            full_token_layers=job.depth.full_token_layers,
+            transformer_flops=float(job.cost.transformer_flops),
+            decoder_flops=float(job.cost.decoder_flops),
+            full_transformer_flops=float(job.full_cost.transformer_flops),
+            depth_per_scale=tuple(job.depth.mean_depth_per_scale),
+        ),
+    )
+    return JobPlan(settings, (Segment(job.counts),))
+
+
+def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
+    """Load the plan's model and build its sampler, the threads fixed first.
+
+    Raises `InputError` for weights that are missing, damaged, or not those that were planned.
+    """
+    import torch
+
+    from depthvar.checkpoint import load_model, weights_identity
+    from depthvar.errors import InputError
+    from depthvar.sampling import Sampler
+
+    torch.set_num_threads(spec.threads)
+    settings = plan.settings
+    found = weights_identity(settings.model, spec.weights).sha256
+    if found != settings.weights_sha256:
+        raise InputError(
+            f"the weights on {socket.gethostname()} have SHA-256 {found}, the plan has"
+            f" {settings.weights_sha256}: give every machine the same file"
+        )
+    model = load_model(
+        settings.model, spec.weights, device=device, dtype=getattr(torch, settings.precision)
+    )
+    policy = DepthPolicy(**cast("dict[str, Any]", settings.policy))
+    sampling = SamplingSettings(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
+    return cast(SamplerLike, Sampler(model, policy, sampling))
+
+
+class Worker:
+    """Makes shards of one plan. Several workers, here or elsewhere, may share one output."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Load the model; its errors pass through."""
+        self._plan = JobPlan.from_json(spec.plan_json)
+        self._storage = Storage.open(spec.out)
+        device = _resolve_device(spec.device)
+        self._sampler = _imported(spec.sampler_factory)(spec, self._plan, device)
+        assert self._sampler.plan.token_layers == self._plan.settings.compute.token_layers
+        self._scratch = Scratch.claim(spec.scratch, self._plan.fingerprint)
+        self.info = WorkerInfo(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=_device_name(device),
+            threads=spec.threads,
+            environment=_environment(),
+        )
+
+    def run_shard(
+        self, shard_id: int, attempt: int, *, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Progress | ShardDone]:
+        """Make and commit one shard; yields after every micro-batch and at the end.
+
+        Asks `should_stop` before every micro-batch and raises `ShardStopped` when told to. Whatever
+        is raised, nothing half-made stays behind, in scratch or in the output.
+        """
+        started_s = time.monotonic()
+        shard = self._plan.shard(shard_id)
+        with ShardWriter(self._plan, shard, self._scratch.folder) as writer:
+            for start, stop in shard.micro_batches:
+                if should_stop():
+                    raise ShardStopped(f"shard {shard_id} was stopped before sample {start}")
+                writer.add(self._sample(shard, start, stop), start)
+                yield Progress(shard_id, stop - start)
+            built = writer.finish()
+            record = CommitRecord.of(
+                self._plan,
+                built,
+                attempt=attempt,
+                worker=self.info.name,
+                device=self.info.device,
+                threads=self.info.threads,
+                environment=self.info.environment,
+            )
+            publish_shard(self._storage, built, record)
+        num_bytes = built.files.tar.size + built.files.parquet.size
+        yield ShardDone(shard_id, num_bytes, time.monotonic() - started_s)
+
+    def close(self) -> None:
+        """Remove this worker's scratch folder; the worker makes no shard after it."""
+        self._scratch.remove()
+
+    def _sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
+        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
+        seed = self._plan.settings.seed
+        return self._sampler(labels, seed=seed, indices=range(start, stop))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A folder of this process alone, held by a lock that dies with the process."""
+
+    folder: Path
+    lock: int
+
+    @classmethod
+    def claim(cls, root: str | None, fingerprint: str) -> Scratch:
+        """Make a fresh folder under `root`, and sweep those that killed workers of this job left.
+
+        `root` defaults to the system's temporary folder.
+        """
+        base = Path(root or tempfile.gettempdir())
+        base.mkdir(parents=True, exist_ok=True)
+        prefix = f"{_SCRATCH_PREFIX}{fingerprint[:12]}-"
+        for leftover in base.glob(f"{prefix}*"):
+            _sweep(leftover)
+        # Locked before it gets the name that others sweep.
+        unnamed = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=base))
+        lock = os.open(unnamed / _LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return cls(unnamed.rename(base / unnamed.name.removeprefix(".")), lock)
+
+    def remove(self) -> None:
+        """Delete the folder and let go of the lock."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            os.close(self.lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete a scratch folder whose owner is gone: nobody holds its lock any more."""
+    try:
+        lock = os.open(folder / _LOCK_NAME, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        return
+    finally:
+        os.close(lock)
+
+
+def _imported(path: str) -> Callable[[WorkerSpec, JobPlan, str], SamplerLike]:
+    module, _, name = path.partition(":")
+    return cast(
+        "Callable[[WorkerSpec, JobPlan, str], SamplerLike]",
+        getattr(importlib.import_module(module), name),
+    )
+
+
+def _resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
+    """`auto` is the GPU that torch sees, else the CPU."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_name(device: str) -> str:
+    """`cpu`, or the GPU's own name: what a difference in the last bit would depend on."""
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def _environment() -> dict[str, str]:
+    """Versions of what computes and encodes, and the processor's kind."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _RECORDED_PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

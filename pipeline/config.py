@@ -1,0 +1,408 @@
+"""The one way in: a YAML file and flags become a validated, frozen configuration.
+
+`load_config` serves every job: flags come from the fields of a pydantic model, a YAML file may set
+the same fields, flags win, unknown keys are refused. `resolve_job` then checks a generation request
+against its model without loading weights or writing anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from depthvar.config import ModelConfig, SamplingSettings, model_config
+from depthvar.cost import Cost, image_cost
+from depthvar.errors import InputError
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from pipeline.labels import LabelCounts, parse_classes, read_labels_file
+
+if TYPE_CHECKING:
+    from depthvar.checkpoint import WeightsIdentity
+
+Scalar = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Positional:
+    """Marks a field that may be given without its flag."""
+
+
+class JobConfig(BaseModel):
+    """Base of every job's configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class GenerateConfig(JobConfig):
+    """What `jobs.generate` and `jobs.plan` can be told."""
+
+    out: str = Field(min_length=1, description="output folder or URI (s3://, gs://, abfs://)")
+    model: str = Field("digits", description="model to sample from")
+    weights: str | None = Field(
+        None, description="weights file or folder (default: those that come with the model)"
+    )
+    classes: str = Field(
+        "all", description="classes by id, range or name: all, 3, 0-9, 1,4,7-9, seven"
+    )
+    per_class: int = Field(100, gt=0, description="samples of each class")
+    labels_file: Path | None = Field(
+        None,
+        description="file of lines `class[,count]` in place of --classes and --per-class"
+        " (default: none)",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
+    policy: str = Field("depthvar", description="depth policy by preset name")
+    reference_scale: int | None = Field(
+        None,
+        description="last scale at full depth, from 0: the budget (default: the policy's own)",
+    )
+    policy_options: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="fields of the policy to change, as key=value (default: none)",
+    )
+    cfg: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="guidance strength, 0 for none (default: the model's own)",
+    )
+    top_k: int | None = Field(
+        None, ge=0, description="codes kept before top-p, 0 for all (default: the model's own)"
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="number type of the model"
+    )
+    samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
+    batch_size: int = Field(50, gt=0, description="images sampled at once")
+    image_format: Literal["png", "jpg", "webp"] = Field("png", description="image encoding")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="workers, 0 for this process without Ray (default: one per GPU, else per core)",
+    )
+    threads_per_worker: int = Field(
+        1, gt=0, description="CPU threads of one worker; another number may change the last bit"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    address: str | None = Field(
+        None, description="Ray cluster to join (default: $RAY_ADDRESS, else Ray on this machine)"
+    )
+    scratch: Path | None = Field(
+        None, description="folder where shards are built (default: the system's temporary folder)"
+    )
+    max_attempts: int = Field(3, gt=0, description="failures after which a shard is set aside")
+    contact_sheet: int = Field(
+        10, ge=0, description="images per class on the contact sheet, 0 for no sheet"
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_from_yaml(cls, value: object) -> object:
+        """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, list):
+            return ",".join(str(item) for item in value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> GenerateConfig:
+        """A labels file already says classes and counts."""
+        doubled = sorted({"classes", "per_class"} & self.model_fields_set)
+        if self.labels_file is not None and doubled:
+            raise ValueError(
+                f"labels_file was given together with {' and '.join(doubled)}, wanted one source"
+                " of labels: drop one of them"
+            )
+        return self
+
+
+class VerifyConfig(JobConfig):
+    """What `jobs.verify` can be told."""
+
+    out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to check")
+    deep: bool = Field(
+        False, description="also hash every file, read every tar and compare it with its Parquet"
+    )
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A generation request checked against its model; costs are per image, all streams."""
+
+    model: ModelConfig
+    policy: DepthPolicy
+    sampling: SamplingSettings
+    depth: DepthPlan
+    cost: Cost
+    full_cost: Cost
+    weights: WeightsIdentity
+    counts: LabelCounts
+
+
+def resolve_job(config: GenerateConfig) -> ResolvedJob:
+    """Check a request against its model: names, classes, scales, weights.
+
+    Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
+    """
+    model = model_config(config.model)
+    options = _checked_options(config.policy_options)
+    policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
+    sampling = _sampling(config, model.sampling)
+    depth = DepthPlan.build(model.sides, model.num_blocks, policy)
+    full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
+    counts = _label_counts(config, model)
+    weights = identify_weights(config.model, config.weights)
+    if policy.proxy == "calibrated" and weights.calibration is None:
+        raise InputError(
+            f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
+            " no calibration: run python -m jobs.calibrate, or choose another policy"
+        )
+    return ResolvedJob(
+        model=model,
+        policy=policy,
+        sampling=sampling,
+        depth=depth,
+        cost=image_cost(model, depth, streams=sampling.streams),
+        full_cost=image_cost(model, full, streams=sampling.streams),
+        weights=weights,
+        counts=counts,
+    )
+
+
+def identify_weights(model: str, weights: str | None) -> WeightsIdentity:
+    """Find, check and hash a model's files, as `depthvar.checkpoint.weights_identity` does."""
+    from depthvar.checkpoint import weights_identity  # brings torch: `--help` need not wait for it
+
+    return weights_identity(model, weights)
+
+
+def _checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Policy options of the right type; unknown names are left for `make_policy` to refuse."""
+    hints = typing.get_type_hints(DepthPolicy)
+    checked: dict[str, Any] = dict(options)
+    for name in options.keys() & hints.keys():
+        try:
+            checked[name] = TypeAdapter(hints[name]).validate_python(options[name], strict=True)
+        except ValidationError as error:
+            wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise InputError(
+                f"policy option {name}: got {options[name]!r}, wanted {wanted}: correct it"
+            ) from None
+    return checked
+
+
+def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSettings:
+    return SamplingSettings(
+        cfg=default.cfg if config.cfg is None else config.cfg,
+        top_k=default.top_k if config.top_k is None else config.top_k,
+        top_p=default.top_p if config.top_p is None else config.top_p,
+    )
+
+
+def _label_counts(config: GenerateConfig, model: ModelConfig) -> LabelCounts:
+    if config.labels_file is not None:
+        return read_labels_file(config.labels_file, model.class_names)
+    class_ids = parse_classes(config.classes, model.class_names)
+    return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(
+    model: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str
+) -> ConfigT:
+    """Read flags and the YAML file they name into `model`; flags win over the file.
+
+    Raises `InputError` with one line per mistake. `--help` prints and exits with code 0.
+    """
+    flags = vars(_parser(model, prog, description).parse_args(argv))
+    flags = {key: value for key, value in flags.items() if value is not None}
+    yaml_path = flags.pop("config", None)
+    from_file = {} if yaml_path is None else _read_yaml(Path(yaml_path), model)
+    values = {**from_file, **_parsed_flags(model, flags)}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = _error_lines(error, model, given_as_flags=set(flags), yaml_path=yaml_path)
+        raise InputError("\n".join(lines)) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `InputError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}: see `{self.prog} --help`")
+
+
+class _FlagOrPosition(argparse.Action):
+    """Stores a value that may come by position or by flag; an absent position stores nothing."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            return
+        earlier = getattr(namespace, self.dest, None)
+        if earlier is not None and earlier != values:
+            parser.error(f"{self.dest} is given twice, {earlier!r} and {values!r}")
+        setattr(namespace, self.dest, values)
+
+
+def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.ArgumentParser:
+    """Build a parser with one kebab-case flag per field; values stay text for pydantic to check."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as below")
+    for name, field in model.model_fields.items():
+        _add_field(parser, name, field)
+    return parser
+
+
+def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    flag = _flag(name)
+    text = _help(field).replace("%", "%%")
+    kind = typing.get_origin(field.annotation) or field.annotation
+    if any(isinstance(mark, Positional) for mark in field.metadata):
+        parser.add_argument(
+            name, nargs="?", action=_FlagOrPosition, metavar=name.upper(), help=text
+        )
+        parser.add_argument(
+            flag, dest=name, action=_FlagOrPosition, metavar="VALUE", help=argparse.SUPPRESS
+        )
+    elif kind is bool:
+        parser.add_argument(
+            flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
+        )
+    elif kind is dict:
+        parser.add_argument(flag, dest=name, nargs="+", metavar="KEY=VALUE", help=text)
+    elif kind in (list, tuple):
+        parser.add_argument(flag, dest=name, nargs="+", metavar="VALUE", help=text)
+    else:
+        parser.add_argument(flag, dest=name, metavar=_metavar(name, field), help=text)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    if typing.get_origin(field.annotation) is Literal:
+        return "{" + ",".join(str(choice) for choice in typing.get_args(field.annotation)) + "}"
+    return name.rsplit("_", 1)[-1].upper()
+
+
+def _help(field: FieldInfo) -> str:
+    """Description and default; a field without a fixed default says its own."""
+    text = field.description or ""
+    if field.is_required():
+        return f"{text} (required)"
+    if "(default:" in text:
+        return text
+    return f"{text} (default: {field.get_default(call_default_factory=True)})"
+
+
+def _parsed_flags(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the `key=value` words of dictionary flags into dictionaries."""
+    parsed = dict(flags)
+    for name, words in flags.items():
+        if typing.get_origin(model.model_fields[name].annotation) is dict:
+            parsed[name] = dict(_key_value(_flag(name), word) for word in words)
+    return parsed
+
+
+def _key_value(flag: str, word: str) -> tuple[str, Any]:
+    key, equals, value = word.partition("=")
+    if not key or not equals:
+        raise InputError(f"{flag}: got {word!r}, wanted key=value: e.g. {flag} rotation=false")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The keys of a YAML file; `InputError` if it is no mapping of known keys."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read --config {path}, wanted a YAML file: {_first_line(error)}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, wanted lines `key: value`")
+    unknown = [str(key) for key in content if key not in model.model_fields]
+    if unknown:
+        raise InputError("\n".join(_unknown_key(key, model, path) for key in unknown))
+    return content
+
+
+def _unknown_key(key: str, model: type[BaseModel], path: Path) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), model.model_fields, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
+    return f"unknown key {key!r} in {path}: {hint}"
+
+
+def _first_line(error: BaseException) -> str:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return reason.splitlines()[0] if reason else type(error).__name__
+
+
+def _error_lines(
+    error: ValidationError,
+    model: type[BaseModel],
+    *,
+    given_as_flags: Iterable[str],
+    yaml_path: str | None,
+) -> list[str]:
+    """One line per field in error; several types tried for one field give one line."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else ""
+        where = f"{name} in {yaml_path}" if name not in given_as_flags else _flag(name)
+        lines.setdefault(name, _error_line(item, name, where, model))
+    return list(lines.values())
+
+
+def _error_line(item: Mapping[str, Any], name: str, where: str, model: type[BaseModel]) -> str:
+    wanted = str(item["msg"]).removeprefix("Value error, ")
+    if not name:
+        return wanted
+    if item["type"] == "missing":
+        return f"{_flag(name)} is missing, wanted a value: give {_flag(name)} or set {name} in YAML"
+    wanted = wanted.removeprefix("Input should be ")
+    field = model.model_fields[name]
+    todo = "change it"
+    if not field.is_required():
+        default = field.get_default(call_default_factory=True)
+        todo += " or leave it out" + ("" if default is None else f" for {default!r}")
+    return f"{where}: got {item['input']!r}, wanted {wanted}: {todo}"

@@ -1,0 +1,245 @@
+"""What the user sees while a job runs and after it: the progress bar and plain text."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+from tqdm import tqdm
+
+from depthvar.plan import DepthPlan
+from pipeline.manifest import CommitRecord
+from pipeline.plan import JobPlan
+
+_MAX_RANGES = 12
+
+
+def say(text: str) -> None:
+    """Print a line to stderr without tearing a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class ProgressBar:
+    """Images and shards on stderr, with rate and time left. Images of a lost shard are taken back.
+
+    `num_done` images and `shards_done` shards are committed before the run starts.
+    """
+
+    def __init__(self, plan: JobPlan, *, num_done: int, shards_done: int) -> None:
+        self._num_shards = plan.num_shards
+        self._shards_done = shards_done
+        self._of_shard: dict[int, int] = {}
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=plan.num_samples,
+            initial=num_done,
+            desc=plan.settings.model,
+            unit="image",
+            dynamic_ncols=on_terminal,
+            mininterval=0.2 if on_terminal else 10.0,
+            file=sys.stderr,
+        )
+        self._show_shards()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def images(self, shard_id: int, num_images: int) -> None:
+        """Count images of a shard that is being made."""
+        self._of_shard[shard_id] = self._of_shard.get(shard_id, 0) + num_images
+        self._bar.update(num_images)
+
+    def shard_done(self, shard_id: int, num_images: int) -> None:
+        """Count a committed shard of `num_images`, whatever was heard of it before."""
+        self._bar.update(num_images - self._of_shard.pop(shard_id, 0))
+        self._shards_done += 1
+        self._show_shards()
+
+    def take_back(self, shard_id: int) -> None:
+        """Forget the images of a shard that has to be made again."""
+        self._bar.update(-self._of_shard.pop(shard_id, 0))
+
+    def _show_shards(self) -> None:
+        self._bar.set_postfix_str(f"{self._shards_done}/{self._num_shards} shards")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return `0-2, 5, 7-9` for increasing numbers; a long list ends in its count."""
+    parts: list[tuple[int, int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1] = (parts[-1][0], number)
+        else:
+            parts.append((number, number))
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
+    if len(texts) > _MAX_RANGES:
+        texts = [*texts[:_MAX_RANGES], f"and {len(texts) - _MAX_RANGES} more ranges"]
+    return ", ".join(texts)
+
+
+def _shards(count: int) -> str:
+    return "shard" if count == 1 else "shards"
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return `1.2 MB`: decimal units, as disks and clouds count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def compute_line(plan: JobPlan) -> str:
+    """GFLOP per image, guided, against full depth."""
+    compute = plan.settings.compute
+    total = compute.transformer_flops + compute.decoder_flops
+    full = compute.full_transformer_flops + compute.decoder_flops
+    return (
+        f"{_gflop(total)} GFLOP per image, full depth {_gflop(full)}: transformer"
+        f" {_gflop(compute.transformer_flops)} of {_gflop(compute.full_transformer_flops)},"
+        f" decoder {_gflop(compute.decoder_flops)};"
+        f" {compute.token_layers_ratio:.1%} of the token-layers"
+    )
+
+
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:.3g}"
+
+
+def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: str) -> str:
+    """What is committed, in three lines."""
+    images = sum(record.num_samples for record in records.values())
+    tar_bytes = sum(record.files.tar.size for record in records.values())
+    parquet_bytes = sum(record.files.parquet.size for record in records.values())
+    blank = sum(record.num_blank for record in records.values())
+    doubled = sum(record.num_duplicates for record in records.values())
+    odd = f", {blank:,} blank, {doubled:,} duplicates" if blank or doubled else ""
+    classes = len(plan.total_counts.class_ids)
+    shards = f"{len(records):,} of {plan.num_shards:,} shards"
+    lines = [
+        f"dataset   {images:,} images of {classes:,} classes in {shards}{odd}",
+        f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
+        f"compute   {compute_line(plan)}",
+        f"where     {where}",
+    ]
+    return "\n".join(lines)
+
+
+def run_summary(num_images: int, making_s: float, loading_s: float, workers: Sequence[str]) -> str:
+    """What this run did: images per second while workers were ready, and the time to get there."""
+    devices = ", ".join(f"{count} x {device}" for device, count in Counter(workers).items())
+    rate = num_images / making_s if making_s > 0 else 0.0
+    return (
+        f"this run  {num_images:,} images in {making_s:.1f} s, {rate:.1f} images/s on {devices}"
+        f" (ready after {loading_s:.1f} s)"
+    )
+
+
+def missing_summary(
+    missing: Sequence[int], set_aside: Sequence[int], ledger: str, *, interrupted: bool
+) -> str:
+    """Which shards are not there, why, and how to go on."""
+    lines = [f"missing: {len(missing):,} {_shards(len(missing))}: {ranges(missing)}"]
+    if set_aside:
+        lines.append(f"set aside after repeated failures: {ranges(set_aside)}: see {ledger}")
+    if interrupted:
+        lines.insert(0, "stopped as asked: committed shards are safe")
+    lines.append("run the same command again to make the rest")
+    return "\n".join(lines)
+
+
+def plan_report(
+    plan: JobPlan,
+    depth: DepthPlan,
+    sides: Sequence[int],
+    records: Mapping[int, CommitRecord],
+    *,
+    where: str,
+    workers: int | None,
+) -> str:
+    """The dry run: what would be made, what it costs, what is there already, and warnings."""
+    settings = plan.settings
+    done = sum(record.num_samples for record in records.values())
+    side, classes = settings.image_side, len(plan.total_counts.class_ids)
+    drawing = f"cfg {settings.cfg:g}, top-k {settings.top_k}, top-p {settings.top_p:g}"
+    images = f"{plan.num_samples:,} images of {classes:,} classes, {side}x{side}"
+    lines = [
+        f"model     {settings.model}, weights {settings.weights_sha256[:12]}, {settings.precision}",
+        f"policy    {settings.preset}, {drawing}, seed {settings.seed}",
+        f"dataset   {images} {settings.image_format}",
+        f"shards    {plan.num_shards:,} of {settings.samples_per_shard:,} images",
+        f"done      {done:,} images in {len(records):,} shards",
+        f"bytes     {_expected_bytes(plan, records)}",
+        f"compute   {compute_line(plan)}",
+        f"where     {where}",
+        f"identity  {plan.fingerprint}",
+        "",
+        depth_table(depth, sides),
+    ]
+    warnings = plan_warnings(plan, workers)
+    return "\n".join(lines + ([""] if warnings else []) + [f"warning: {w}" for w in warnings])
+
+
+def _expected_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> str:
+    """A forecast from the shards that are there; nothing is known before the first."""
+    done = sum(record.num_samples for record in records.values())
+    if not done:
+        return "not known before the first shard is committed"
+    tar_bytes = sum(record.files.tar.size for record in records.values())
+    return f"about {human_bytes(tar_bytes / done * plan.num_samples)} of images"
+
+
+def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:
+    """One row per scale: tokens, mean depth, and how many tokens how many blocks compute."""
+    rows = [("scale", "side", "tokens", "depth", "tokens x blocks")]
+    for index, (side, mean) in enumerate(zip(sides, depth.mean_depth_per_scale, strict=True)):
+        is_sampled = index < len(depth.scales)
+        widths = Counter(int(k) for k in depth.scales[index].prefix) if is_sampled else {}
+        work = ", ".join(f"{k} x {n}" for k, n in sorted(widths.items(), reverse=True))
+        work = work or "not sampled"
+        rows.append((str(index), str(side), str(side * side), f"{mean:.2f}", work))
+    widths_of = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths_of, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def plan_warnings(plan: JobPlan, workers: int | None) -> list[str]:
+    """What will work, but perhaps not as meant."""
+    settings = plan.settings
+    size, batch = settings.samples_per_shard, settings.batch_size
+    warnings = []
+    start, stop = plan.shard_range(plan.num_shards - 1)
+    if stop - start < size:
+        warnings.append(
+            f"the last shard holds {stop - start:,} samples, the others {size:,}:"
+            " choose --samples-per-shard that divides the total for equal shards"
+        )
+    if size % batch and size > batch:
+        warnings.append(
+            f"--batch-size {batch} does not divide --samples-per-shard {size}: every shard ends"
+            f" with a batch of {size % batch}"
+        )
+    if batch > size:
+        warnings.append(
+            f"--batch-size {batch} is more than --samples-per-shard {size}: batches of {size}"
+        )
+    if workers is not None and plan.num_shards < workers:
+        warnings.append(
+            f"{plan.num_shards} {_shards(plan.num_shards)} for {workers} workers:"
+            f" {workers - plan.num_shards} of them stay idle; fewer --samples-per-shard make more"
+            " shards"
+        )
+    return warnings

@@ -1,0 +1,534 @@
+"""The driver: hands shards to workers and answers for the result. The only file that imports Ray.
+
+Ray Core only: one actor per GPU, or per share of the cores. Ray retries nothing: the driver counts
+failures itself, starts a fresh actor after each, and tells the loss of a node (free) from a failure
+(charged). What is done is read from the output, never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import ray
+from ray import exceptions as ray_errors
+
+from depthvar.errors import InputError
+from pipeline.actor import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec, job_plan
+from pipeline.config import GenerateConfig, resolve_job
+from pipeline.console import ProgressBar, dataset_summary, missing_summary, run_summary, say
+from pipeline.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipeline.loader import Dataset
+from pipeline.manifest import committed_shards, write_indexes
+from pipeline.plan import JobPlan, check_output, open_plan
+from pipeline.run import LEDGER_NAME, JobStopped, ShardRun, StopSignals, one_line, run_in_process
+from pipeline.schedule import (
+    Assignment,
+    Machine,
+    ShardQueue,
+    WorkerShape,
+    available_cores,
+    num_slots,
+    require_slots,
+    worker_shape,
+)
+from pipeline.storage import Storage
+
+_WAIT_S = 0.5  # longest wait for a worker's word: how fast a signal is noticed
+_NODE_POLL_S = 1.0
+_NODE_GRACE_S = 60.0  # Ray may take this long to find out that a worker died with its node
+_PATIENCE_S = 30.0  # without any worker, before the user is told why nothing happens
+_STOP_GRACE_S = 8.0  # a worker leaves its shard between two micro-batches
+_CLOSE_GRACE_S = 2.0
+_MAX_LOAD_FAILURES = 2
+_OBJECT_STORE_BYTES = 128 * 2**20  # images never enter the object store
+
+
+def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> int:
+    """Make every missing shard of a dataset; 0 if all planned shards are committed, else 1.
+
+    `sampler_factory` replaces the sampler (`module:function`, see `WorkerSpec`). Raises
+    `InputError` before anything is written for a request that cannot work.
+    """
+    plan = job_plan(config, resolve_job(config))
+    storage = Storage.open(config.out)
+    stored = check_output(storage, plan)
+    done = {} if stored is None else committed_shards(storage, plan)
+    if len(done) == plan.num_shards:
+        say(f"all {plan.num_shards:,} shards of {storage} are committed already")
+        return _conclude(config, storage, plan, None, interrupted=False)
+    missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
+    queue = ShardQueue(missing, config.max_attempts)
+    spec = _worker_spec(config, storage, plan, sampler_factory)
+    with StopSignals() as stop:
+        with _crew(config, storage, queue, spec, stop) as make:
+            plan = open_plan(storage, plan)
+            num_done = sum(record.num_samples for record in done.values())
+            with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
+                run = ShardRun(storage, plan, queue, bar)
+                problem = _made(make, run)
+        return _conclude(config, storage, plan, run, problem, interrupted=stop.is_set())
+
+
+def _worker_spec(
+    config: GenerateConfig, storage: Storage, plan: JobPlan, sampler_factory: str | None
+) -> WorkerSpec:
+    """What the workers are told, with paths that do not depend on the current folder."""
+    weights = config.weights
+    if weights is not None and os.path.exists(weights):
+        weights = os.path.abspath(weights)
+    spec = WorkerSpec(
+        plan_json=plan.to_json(),
+        out=storage.root if storage.is_local else storage.uri,
+        weights=weights,
+        scratch=None if config.scratch is None else os.path.abspath(config.scratch),
+        device=config.device,
+        threads=config.threads_per_worker,
+    )
+    return spec if sampler_factory is None else replace(spec, sampler_factory=sampler_factory)
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+Make = Callable[[ShardRun], None]
+
+
+def _made(make: Make, run: ShardRun) -> str | None:
+    """Run to the end; the reason if the job had to be given up."""
+    try:
+        make(run)
+    except JobStopped as error:
+        return str(error)
+    finally:
+        run.finish()
+    return None
+
+
+def _conclude(
+    config: GenerateConfig,
+    storage: Storage,
+    plan: JobPlan,
+    run: ShardRun | None,
+    problem: str | None = None,
+    *,
+    interrupted: bool,
+) -> int:
+    """Read what is committed, write the indexes and the contact sheet, and say how it went."""
+    done = committed_shards(storage, plan)
+    is_complete = len(done) == plan.num_shards
+    if run is not None and run.num_images:
+        print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
+    print(dataset_summary(plan, done, str(storage)))
+    if is_complete:
+        write_indexes(storage, plan, done)
+        is_new = run is not None or storage.size(CONTACT_SHEET_NAME) is None
+        if config.contact_sheet and is_new:
+            write_contact_sheet(Dataset(storage, plan, done), config.contact_sheet)
+        if config.contact_sheet:
+            print(f"pictures  {storage}/{CONTACT_SHEET_NAME}")
+        return 0
+    if problem is not None:
+        say(f"error: {problem}")
+    set_aside = () if run is None else run.queue.set_aside
+    missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
+    say(missing_summary(missing, set_aside, LEDGER_NAME, interrupted=interrupted))
+    return 1
+
+
+@contextlib.contextmanager
+def _crew(
+    config: GenerateConfig,
+    storage: Storage,
+    queue: ShardQueue,
+    spec: WorkerSpec,
+    stop: StopSignals,
+) -> Iterator[Make]:
+    """Give the function that makes the shards, with Ray running around it where Ray is wanted.
+
+    Raises `InputError` for more workers than this machine has room for.
+    """
+    if config.workers == 0:
+        yield lambda run: run_in_process(spec, run, stop.is_set)
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        local = _this_machine(with_gpus=config.device != "cpu")
+        shape = worker_shape([local], device=config.device, threads_per_worker=spec.threads)
+        slots = num_slots([local], shape)
+        require_slots(config.workers, slots, shape)
+        connect = {"address": "local", "num_cpus": int(local.num_cpus)}
+    else:
+        connect = {"address": address}
+    with _ray_session(connect):
+        stop.install()
+        if address is None:
+            target = config.workers or slots
+            crew = RayCrew(spec, shape, lambda: target, stop.is_set)
+        else:
+            crew = _cluster_crew(config, storage, spec, stop)
+        yield crew.make
+
+
+@contextlib.contextmanager
+def _ray_session(connect: dict[str, Any]) -> Iterator[None]:
+    """Start Ray here or join a cluster, quietly; whoever is connected already stays connected."""
+    _require_reachable(connect["address"])
+    if ray.is_initialized():
+        yield
+        return
+    if connect["address"] == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        connect = {
+            **connect,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(**connect, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray_errors.RayError, ValueError) as error:
+        raise InputError(
+            f"cannot join or start Ray at {connect['address']}: {one_line(error)}:"
+            " check --address and that the cluster runs"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Refuse a `host:port` that nobody answers at, before Ray spends half a minute on it."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--address is {address}, where nothing answers ({error}), wanted a Ray cluster:"
+            " check the address and that the cluster runs"
+        ) from None
+
+
+def _cluster_crew(
+    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
+) -> RayCrew:
+    """Workers on a cluster, whose nodes may come and go while the job runs."""
+    machines = _machines()
+    limit = _autoscaler_limit()
+    shape = worker_shape([*machines, limit], device=config.device, threads_per_worker=spec.threads)
+    room = num_slots(machines, shape)
+    if config.workers is not None and config.workers > room:
+        say(
+            f"warning: --workers is {config.workers}, the cluster has room for {room} now:"
+            " the others start when nodes join"
+        )
+    if storage.is_local and len(machines) > 1:
+        say(f"warning: {storage} must be one shared folder on all {len(machines)} nodes")
+
+    def target() -> int:
+        return config.workers or max(num_slots(_machines(), shape), num_slots([limit], shape), 1)
+
+    return RayCrew(spec, shape, target, stop.is_set)
+
+
+class RayWorker(Worker):
+    """The worker as a Ray actor: it knows its node, and stops when its task is cancelled."""
+
+    def introduce(self) -> tuple[WorkerInfo, str]:
+        """Return who this is and the id of its node; answered once the model is loaded."""
+        return self.info, ray.get_runtime_context().get_node_id()
+
+    def make(self, shard_id: int, attempt: int) -> Iterator[Progress | ShardDone]:
+        """Stream one shard's progress."""
+        context = ray.get_runtime_context()
+        yield from self.run_shard(shard_id, attempt, should_stop=context.is_canceled)
+
+
+@dataclass
+class _Hired:
+    """One live actor: loading until it has introduced itself, then idle or making a shard."""
+
+    actor: Any
+    introduction: Any
+    info: WorkerInfo | None = None
+    node_id: str = ""
+    stream: Any = None
+    assignment: Assignment | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Ready for a shard."""
+        return self.info is not None and self.stream is None
+
+    @property
+    def name(self) -> str:
+        """`host:pid` once it is known."""
+        return "a worker that was loading" if self.info is None else self.info.name
+
+
+@dataclass(frozen=True)
+class _Charge:
+    """A charge for a worker's death, refunded if its node turns out to have died."""
+
+    shard_id: int
+    node_id: str
+    until_s: float
+
+
+@dataclass
+class RayCrew:
+    """Keeps `target()` workers of one shape at work on a run's queue until nothing is open.
+
+    Workers that wait for resources do not hold up the others. `target` is asked again as nodes
+    come and go.
+    """
+
+    spec: WorkerSpec
+    shape: WorkerShape
+    target: Callable[[], int]
+    should_stop: Callable[[], bool]
+    _hired: list[_Hired] = field(default_factory=list)
+    _charges: list[_Charge] = field(default_factory=list)
+    _draining: frozenset[str] = frozenset()
+    _wanted: int = 0
+    _load_failures: int = 0
+    _next_poll_s: float = 0.0
+
+    def make(self, run: ShardRun) -> None:
+        """Work until the queue is finished or the job is asked to stop.
+
+        Raises `JobStopped` if the model cannot be loaded.
+        """
+        waiting_since_s: float | None = time.monotonic()
+        try:
+            while not run.queue.finished and not self.should_stop():
+                self._look_at_nodes(run)
+                self._staff(run)
+                self._listen(run, _WAIT_S)
+                if any(worker.info for worker in self._hired):
+                    waiting_since_s = None
+                elif waiting_since_s and time.monotonic() - waiting_since_s > _PATIENCE_S:
+                    say(f"waiting for a node with a free {self.shape.noun}, or for a model to load")
+                    waiting_since_s = None
+        finally:
+            self._dismiss_all(run)
+
+    def _look_at_nodes(self, run: ShardRun) -> None:
+        """Refresh the number of workers wanted, the draining nodes, and refunds."""
+        now_s = time.monotonic()
+        if now_s < self._next_poll_s:
+            return
+        self._next_poll_s = now_s + _NODE_POLL_S
+        self._wanted = self.target()
+        self._draining = _draining_nodes()
+        if self._charges:
+            alive = _alive_nodes()
+            for charge in self._charges:
+                if charge.node_id not in alive:
+                    run.queue.refund(charge.shard_id)
+            self._charges = [c for c in self._charges if c.node_id in alive and c.until_s > now_s]
+
+    def _staff(self, run: ShardRun) -> None:
+        """Dismiss idle workers of draining nodes, hire up to the wanted number, hand out shards."""
+        for worker in [w for w in self._hired if w.is_idle and w.node_id in self._draining]:
+            self._dismiss(worker)
+        for _ in range(min(self._wanted, run.queue.num_open) - len(self._hired)):
+            self._hired.append(self._hire())
+        for worker in [w for w in self._hired if w.is_idle]:
+            assignment = run.queue.take()
+            if assignment is None:
+                break
+            worker.assignment = assignment
+            worker.stream = worker.actor.make.remote(assignment.shard_id, assignment.attempt)
+
+    def _hire(self) -> _Hired:
+        options = {"num_cpus": self.shape.num_cpus, "num_gpus": self.shape.num_gpus}
+        actor_class: Any = ray.remote(RayWorker)
+        retries = {"max_restarts": 0, "max_task_retries": 0}
+        actor = actor_class.options(**options, **retries).remote(self.spec)
+        return _Hired(actor, actor.introduce.remote())
+
+    def _listen(self, run: ShardRun, timeout_s: float) -> None:
+        """Take in whatever workers say within the time."""
+        sources = {w.stream or w.introduction: w for w in self._hired if w.stream or not w.info}
+        if not sources:
+            return
+        ready, _ = ray.wait(list(sources), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(sources), num_returns=len(sources), timeout=0)
+        for source in ready:
+            self._hear(sources[source], run)
+
+    def _hear(self, worker: _Hired, run: ShardRun) -> None:
+        """Take in one thing a worker says: its introduction, progress, a result, or its end."""
+        try:
+            if worker.stream is None:
+                worker.info, worker.node_id = ray.get(worker.introduction)
+                self._welcome(worker.info, run)
+                return
+            event = ray.get(next(worker.stream))
+        except StopIteration:
+            raise AssertionError("a worker ended its stream without a result") from None
+        except ray_errors.RayError as error:
+            self._dismiss(worker)
+            if worker.assignment is None:
+                self._failed_to_load(worker, error)
+            else:
+                self._lost_or_failed(worker, worker.assignment, error, run)
+            return
+        run.heard(event)
+        if isinstance(event, ShardDone):
+            worker.stream = worker.assignment = None
+
+    def _welcome(self, info: WorkerInfo, run: ShardRun) -> None:
+        self._load_failures = 0
+        run.worker_ready(info.device)
+        if self.shape.num_gpus and info.device == "cpu":
+            say(f"warning: {info.name} holds a GPU that torch cannot use: it runs on its CPU")
+
+    def _failed_to_load(self, worker: _Hired, error: ray_errors.RayError) -> None:
+        if cause_of(error) == "node":
+            return
+        self._load_failures += 1
+        if self._load_failures >= _MAX_LOAD_FAILURES:
+            raise JobStopped(
+                f"the model could not be loaded by {self._load_failures} workers in a row:"
+                f" {reason_of(error)}"
+            ) from error
+
+    def _lost_or_failed(
+        self, worker: _Hired, assignment: Assignment, error: ray_errors.RayError, run: ShardRun
+    ) -> None:
+        cause = cause_of(error)
+        if cause == "node" or (cause == "worker" and worker.node_id not in _alive_nodes()):
+            run.lost(assignment, f"the node of {worker.name} is gone")
+            return
+        is_charged = run.failed(assignment, reason_of(error), plain(error), worker.name)
+        if is_charged and cause == "worker":
+            until_s = time.monotonic() + _NODE_GRACE_S
+            self._charges.append(_Charge(assignment.shard_id, worker.node_id, until_s))
+
+    def _dismiss(self, worker: _Hired) -> None:
+        """Let go of an actor for good; a failed process is never used again."""
+        self._hired.remove(worker)
+        with contextlib.suppress(ray_errors.RayError):
+            ray.kill(worker.actor, no_restart=True)
+
+    def _dismiss_all(self, run: ShardRun) -> None:
+        """End all workers: first ask those at work to leave their shard, then insist."""
+        deadline_s = time.monotonic() + _STOP_GRACE_S
+        for worker in self._hired:
+            if worker.stream is not None:
+                ray.cancel(worker.stream)
+        while time.monotonic() < deadline_s and any(w.stream for w in self._hired):
+            self._await_end(run)
+        closing = [w.actor.close.remote() for w in self._hired if w.is_idle]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_GRACE_S)
+        for worker in list(self._hired):
+            self._dismiss(worker)
+
+    def _await_end(self, run: ShardRun) -> None:
+        """Hear cancelled workers out: a shard that was being published may still be committed."""
+        streams: dict[Any, _Hired] = {w.stream: w for w in self._hired if w.stream}
+        ready, _ = ray.wait(list(streams), num_returns=1, timeout=_WAIT_S)
+        for worker in [streams[stream] for stream in ready]:
+            try:
+                event = ray.get(next(worker.stream))
+            except (StopIteration, ray_errors.RayError):
+                worker.stream = None
+                continue
+            run.heard(event)
+            if isinstance(event, ShardDone):
+                worker.stream = worker.assignment = None
+
+
+def cause_of(error: ray_errors.RayError) -> Literal["exception", "memory", "node", "worker"]:
+    """What ended a task: its own code, the memory monitor, its node, or its process."""
+    if isinstance(error, ray_errors.RayTaskError):
+        return "exception"
+    if isinstance(error, ray_errors.OutOfMemoryError):
+        return "memory"
+    if isinstance(error, ray_errors.NodeDiedError) or getattr(error, "preempted", False):
+        return "node"
+    if isinstance(error, ray_errors.RayActorError) and "node has died" in str(error):
+        return "node"
+    return "worker"
+
+
+def reason_of(error: ray_errors.RayError) -> str:
+    """Return one line: the error that the worker raised, or what became of its process."""
+    is_traceback = isinstance(error, ray_errors.RayTaskError) or getattr(
+        error, "actor_init_failed", False
+    )
+    lines = [line.strip() for line in plain(error).splitlines() if line.strip()]
+    if lines and is_traceback:
+        return lines[-1]
+    if cause_of(error) == "worker":
+        return "its process died: it crashed, was killed, or ran out of memory"
+    return one_line(error)
+
+
+def plain(error: BaseException) -> str:
+    """Return the error's text without the colours that Ray adds for terminals."""
+    return _COLOURS.sub("", str(error))
+
+
+def _this_machine(*, with_gpus: bool) -> Machine:
+    return Machine(available_cores(), _local_gpus() if with_gpus else 0)
+
+
+def _local_gpus() -> int:
+    """GPUs that Ray would find here, without starting it; 0 if Ray's detection has moved."""
+    try:
+        from ray._private.accelerators import get_accelerator_manager_for_resource
+
+        manager: Any = get_accelerator_manager_for_resource("GPU")
+        visible = manager.get_current_process_visible_accelerator_ids()
+        found = int(manager.get_current_node_num_accelerators())
+    except Exception:
+        return 0
+    return found if visible is None else min(found, len(visible))
+
+
+def _machines() -> list[Machine]:
+    """The cluster's nodes that are alive and not draining."""
+    draining = _draining_nodes()
+    return [
+        Machine(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in _nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
+
+
+def _alive_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in _nodes() if node["Alive"])
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def _draining_nodes() -> frozenset[str]:
+    """Nodes about to go away. Private to Ray, used by its own libraries: absent means none."""
+    try:
+        return frozenset(ray._private.state.state.get_draining_nodes())
+    except Exception:
+        return frozenset()
+
+
+def _autoscaler_limit() -> Machine:
+    """The most the cluster may grow to; nothing if it does not grow. Private to Ray."""
+    try:
+        most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    except Exception:
+        most = {}
+    return Machine(most.get("CPU", 0) or 0, most.get("GPU", 0) or 0)

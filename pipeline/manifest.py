@@ -1,0 +1,298 @@
+"""Which shards are done: a fact on disk, written last.
+
+A shard is done if and only if `meta/{shard}.json` parses strictly, carries the shard's id and
+fingerprint, and the sizes it names match one listing of `train/` and `meta/`. Everything else, a
+half-written record or a foreign file included, means the shard is made again and overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.card import dataset_card
+from pipeline.plan import JobPlan
+from pipeline.settings import STRICT, PositiveInt, Sha256
+from pipeline.storage import Storage
+
+TRAIN_FOLDER, META_FOLDER = "train", "meta"
+CARD_NAME, INDEX_NAME, SIZES_NAME = "README.md", "index.json", "sizes.json"
+FAILURES_NAME = "failures.jsonl"
+_SHARD_DIGITS = 5
+_READERS = 16  # records are small: an object store answers many at once
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+def shard_name(shard_id: int) -> str:
+    """The name of a shard without folder and suffix: at least five digits."""
+    return f"{shard_id:0{_SHARD_DIGITS}d}"
+
+
+def tar_name(shard_id: int) -> str:
+    """Where the samples of a shard are, relative to the dataset."""
+    return f"{TRAIN_FOLDER}/{shard_name(shard_id)}.tar"
+
+
+def parquet_name(shard_id: int) -> str:
+    """Where the rows of a shard are, relative to the dataset."""
+    return f"{META_FOLDER}/{shard_name(shard_id)}.parquet"
+
+
+def record_name(shard_id: int) -> str:
+    """Where the commit record of a shard is, relative to the dataset."""
+    return f"{META_FOLDER}/{shard_name(shard_id)}.json"
+
+
+def planned_shard(name: str, plan: JobPlan) -> int | None:
+    """The shard of the plan that a file belongs to by its name; None for a foreign name."""
+    match = re.fullmatch(r"(?:train|meta)/([0-9]{5,18})\.[a-z]+", name)
+    shard_id = int(match[1]) if match else plan.num_shards
+    if shard_id >= plan.num_shards:
+        return None
+    names = (tar_name(shard_id), parquet_name(shard_id), record_name(shard_id))
+    return shard_id if name in names else None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A published file: its name in the dataset, its bytes and its SHA-256."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    size: PositiveInt
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The two files of a shard."""
+
+    __pydantic_config__ = STRICT
+
+    tar: FileEntry
+    parquet: FileEntry
+
+
+@dataclass(frozen=True)
+class BatchTiming:
+    """Wall seconds of one micro-batch, the global indices start ... stop - 1.
+
+    `encoding_s` is summed over the encoding threads and overlaps with sampling.
+    """
+
+    __pydantic_config__ = STRICT
+
+    start: Count
+    stop: PositiveInt
+    sampling_s: Seconds
+    decoding_s: Seconds
+    encoding_s: Seconds
+
+
+@dataclass(frozen=True)
+class BuiltShard:
+    """A finished and checked shard in local scratch, not published yet."""
+
+    shard_id: int
+    num_samples: int
+    num_blank: int
+    num_duplicates: int
+    tar_path: Path
+    parquet_path: Path
+    files: ShardFiles
+    batches: tuple[BatchTiming, ...]
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """The content of `meta/{shard}.json`: what was made, and by whom, when and with what.
+
+    `environment` holds versions and hardware, never variables of the process environment.
+    """
+
+    __pydantic_config__ = STRICT
+
+    shard_id: Count
+    fingerprint: Sha256
+    plan_fingerprint: Sha256
+    num_samples: PositiveInt
+    num_blank: Count
+    num_duplicates: Count
+    files: ShardFiles
+    attempt: PositiveInt
+    worker: str
+    device: str
+    threads: PositiveInt
+    environment: dict[str, str]
+    batches: tuple[BatchTiming, ...]
+    committed_at: str
+
+    @staticmethod
+    def of(
+        plan: JobPlan,
+        built: BuiltShard,
+        *,
+        attempt: int,
+        worker: str,
+        device: str,
+        threads: int,
+        environment: Mapping[str, str],
+    ) -> CommitRecord:
+        """The record of a shard that is about to be published; attempts count from 1."""
+        return CommitRecord(
+            shard_id=built.shard_id,
+            fingerprint=plan.shard_fingerprint(built.shard_id),
+            plan_fingerprint=plan.fingerprint,
+            num_samples=built.num_samples,
+            num_blank=built.num_blank,
+            num_duplicates=built.num_duplicates,
+            files=built.files,
+            attempt=attempt,
+            worker=worker,
+            device=device,
+            threads=threads,
+            environment=dict(environment),
+            batches=built.batches,
+            committed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+
+    def to_json(self) -> bytes:
+        """The bytes of the record file."""
+        return (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> CommitRecord | None:
+        """The record, or None for anything that is not exactly one; no bytes raise."""
+        try:
+            return _RECORD.validate_json(data)
+        except ValidationError:
+            return None
+
+
+_RECORD = TypeAdapter(CommitRecord)
+
+
+def publish_shard(storage: Storage, built: BuiltShard, record: CommitRecord) -> None:
+    """Make a shard visible: samples, rows, and the record last. Errors: `OSError`."""
+    publish_tar(storage, built)
+    publish_parquet(storage, built)
+    publish_record(storage, record)
+
+
+def publish_tar(storage: Storage, built: BuiltShard) -> None:
+    """First step: the samples. Errors: `OSError`."""
+    storage.publish_file(built.tar_path, built.files.tar.name)
+
+
+def publish_parquet(storage: Storage, built: BuiltShard) -> None:
+    """Second step: the rows. Errors: `OSError`."""
+    storage.publish_file(built.parquet_path, built.files.parquet.name)
+
+
+def publish_record(storage: Storage, record: CommitRecord) -> None:
+    """Last step: from here on the shard is done. Errors: `OSError`."""
+    storage.publish_bytes(record.to_json(), record_name(record.shard_id))
+
+
+def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
+    """The shards of the plan that are done, by id, from one listing of each folder.
+
+    Errors: `OSError` where the storage does not answer; never for what a file holds.
+    """
+    sizes = {f"{TRAIN_FOLDER}/{name}": n for name, n in storage.list(TRAIN_FOLDER).items()}
+    sizes |= {f"{META_FOLDER}/{name}": n for name, n in storage.list(META_FOLDER).items()}
+    candidates = [
+        shard_id
+        for name in sorted(sizes)
+        if (shard_id := planned_shard(name, plan)) is not None
+        and name == record_name(shard_id)
+        and tar_name(shard_id) in sizes
+        and parquet_name(shard_id) in sizes
+    ]
+
+    def read(shard_id: int) -> CommitRecord | None:
+        try:
+            return CommitRecord.from_json(storage.read(record_name(shard_id)))
+        except FileNotFoundError:  # taken away since the listing
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        records = zip(candidates, pool.map(read, candidates), strict=True)
+        done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
+    return dict(sorted(done.items()))
+
+
+def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:
+    """The record of one shard if it is done, else None. Errors: as `committed_shards`."""
+    try:
+        record = CommitRecord.from_json(storage.read(record_name(shard_id)))
+    except FileNotFoundError:
+        return None
+    names = (tar_name(shard_id), parquet_name(shard_id))
+    sizes = {name: size for name in names if (size := storage.size(name)) is not None}
+    is_done = record is not None and _is_done(record, shard_id, plan, sizes)
+    return record if is_done else None
+
+
+def _is_done(record: CommitRecord, shard_id: int, plan: JobPlan, sizes: Mapping[str, int]) -> bool:
+    start, stop = plan.shard_range(shard_id)
+    tar, parquet = record.files.tar, record.files.parquet
+    return (
+        record.shard_id == shard_id
+        and record.fingerprint == plan.shard_fingerprint(shard_id)
+        and record.num_samples == stop - start
+        and tar.name == tar_name(shard_id)
+        and parquet.name == parquet_name(shard_id)
+        and sizes.get(tar.name) == tar.size
+        and sizes.get(parquet.name) == parquet.size
+    )
+
+
+def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str, bytes]:
+    """The content of index.json (wids), sizes.json (open_clip) and the dataset card, by name."""
+    done = [records[shard_id] for shard_id in sorted(records)]
+    index = {
+        "wids_version": 1,
+        "name": f"{plan.settings.model}-{plan.fingerprint[:12]}",
+        "shardlist": [
+            {
+                "url": record.files.tar.name,
+                "nsamples": record.num_samples,
+                "filesize": record.files.tar.size,
+            }
+            for record in done
+        ],
+    }
+    sizes = {Path(record.files.tar.name).name: record.num_samples for record in done}
+    num_samples = sum(record.num_samples for record in done)
+    tar_bytes = sum(record.files.tar.size for record in done)
+    return {
+        INDEX_NAME: (json.dumps(index, indent=1) + "\n").encode(),
+        SIZES_NAME: (json.dumps(sizes, indent=1) + "\n").encode(),
+        CARD_NAME: dataset_card(plan, len(done), num_samples, tar_bytes).encode(),
+    }
+
+
+def write_indexes(storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]) -> None:
+    """Write the indexes and the dataset card of the shards that are done.
+
+    A file that is right already keeps its bytes and its time. Errors: `OSError`.
+    """
+    for name, data in index_files(plan, records).items():
+        try:
+            is_current = storage.read(name) == data
+        except FileNotFoundError:
+            is_current = False
+        if not is_current:
+            storage.publish_bytes(data, name)

@@ -1,0 +1,216 @@
+"""One run over the missing shards: its bookkeeping, its signals, and running it in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import FrameType, TracebackType
+from typing import Any
+
+from depthvar.errors import InputError
+from pipeline.actor import Progress, ShardDone, ShardStopped, Worker, WorkerSpec
+from pipeline.console import ProgressBar, say
+from pipeline.manifest import FAILURES_NAME, META_FOLDER, read_commit, shard_name
+from pipeline.plan import JobPlan
+from pipeline.schedule import Assignment, ShardQueue
+from pipeline.storage import Storage
+
+LEDGER_NAME = f"{META_FOLDER}/{FAILURES_NAME}"
+
+
+class JobStopped(Exception):  # noqa: N818 - names what happened to the job
+    """The job cannot go on; the message is the real error."""
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for an orderly stop; a second one ends the process at once."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals; call it again after something else (`ray.init`) took them.
+
+        Only the main thread can: elsewhere nothing happens and the signals keep their meaning.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in self._SIGNALS:
+            handler = signal.signal(number, self._on_signal)
+            self._before.setdefault(number, handler)
+
+    def is_set(self) -> bool:
+        """Whether the job was asked to stop."""
+        return self._asked.is_set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            os._exit(128 + number)
+        self._asked.set()
+        os.write(2, b"\nstopping: shards being made are dropped, once more to end at once\n")
+
+
+class ShardRun:
+    """Bookkeeping of one run: what is heard of a shard goes to the queue, the bar and the ledger.
+
+    The ledger is `meta/failures.jsonl`, one line per charged failure with its traceback.
+    """
+
+    def __init__(
+        self, storage: Storage, plan: JobPlan, queue: ShardQueue, bar: ProgressBar
+    ) -> None:
+        self.queue = queue
+        self.num_images = 0
+        self.started_s = time.monotonic()
+        self.ready_s: float | None = None
+        self.finished_s: float | None = None
+        self.workers: list[str] = []
+        self._storage = storage
+        self._plan = plan
+        self._bar = bar
+
+    def worker_ready(self, kind: str) -> None:
+        """A worker has loaded its model; `kind` is its device."""
+        self.workers.append(kind)
+        if self.ready_s is None:
+            self.ready_s = time.monotonic()
+
+    @property
+    def loading_s(self) -> float:
+        """Seconds until the first worker was ready."""
+        return (self.ready_s or time.monotonic()) - self.started_s
+
+    def finish(self) -> None:
+        """Stop the clock."""
+        self.finished_s = time.monotonic()
+
+    @property
+    def making_s(self) -> float:
+        """Seconds from the first ready worker to the end of the run."""
+        end_s = self.finished_s or time.monotonic()
+        return end_s - (self.ready_s or end_s)
+
+    def heard(self, event: Progress | ShardDone) -> None:
+        """Take in what a worker yields."""
+        if isinstance(event, Progress):
+            self._bar.images(event.shard_id, event.num_images)
+        else:
+            self._done(event.shard_id)
+
+    def failed(self, assignment: Assignment, error: str, trace: str, worker: str) -> bool:
+        """Charge a shard with a failure, unless it was committed all the same; True if charged."""
+        shard_id = assignment.shard_id
+        if self._is_committed(shard_id):
+            say(f"shard {shard_name(shard_id)} was committed before {worker} failed: {error}")
+            self._done(shard_id)
+            return False
+        set_aside = self.queue.failed(shard_id)
+        self._bar.take_back(shard_id)
+        self._write_ledger(
+            {
+                "shard_id": shard_id,
+                "attempt": assignment.attempt,
+                "failures": self.queue.failures(shard_id),
+                "set_aside": set_aside,
+                "error": error,
+                "traceback": trace,
+                "worker": worker,
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+        what = f"set aside, see {LEDGER_NAME}" if set_aside else "will be tried again"
+        say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
+        return True
+
+    def lost(self, assignment: Assignment, reason: str) -> None:
+        """Put a shard back, free of charge: its worker went away or was asked to stop."""
+        if self._is_committed(assignment.shard_id):
+            self._done(assignment.shard_id)
+            return
+        self.queue.lost(assignment.shard_id)
+        self._bar.take_back(assignment.shard_id)
+        if reason:
+            say(f"shard {shard_name(assignment.shard_id)} goes to another worker: {reason}")
+
+    def _done(self, shard_id: int) -> None:
+        start, stop = self._plan.shard_range(shard_id)
+        self.queue.done(shard_id)
+        self.num_images += stop - start
+        self._bar.shard_done(shard_id, stop - start)
+
+    def _is_committed(self, shard_id: int) -> bool:
+        try:
+            return read_commit(self._storage, self._plan, shard_id) is not None
+        except OSError:
+            return False
+
+    def _write_ledger(self, entry: dict[str, object]) -> None:
+        try:
+            try:
+                earlier = self._storage.read(LEDGER_NAME)
+            except FileNotFoundError:
+                earlier = b""
+            line = json.dumps(entry).encode() + b"\n"
+            self._storage.publish_bytes(earlier + line, LEDGER_NAME)
+        except OSError as error:
+            say(f"warning: {LEDGER_NAME} cannot be written: {error}")
+
+
+def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bool]) -> None:
+    """Make shards one after another in this process, without Ray.
+
+    Raises `InputError` or `JobStopped` if the model cannot be loaded.
+    """
+    try:
+        worker = Worker(spec)
+    except InputError:
+        raise
+    except Exception as error:
+        raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
+    run.worker_ready(worker.info.device)
+    try:
+        while not should_stop() and (assignment := run.queue.take()) is not None:
+            _run_one(worker, assignment, run, should_stop)
+    finally:
+        worker.close()
+
+
+def _run_one(
+    worker: Worker, assignment: Assignment, run: ShardRun, should_stop: Callable[[], bool]
+) -> None:
+    shard_id, attempt = assignment.shard_id, assignment.attempt
+    try:
+        for event in worker.run_shard(shard_id, attempt, should_stop=should_stop):
+            run.heard(event)
+    except ShardStopped:
+        run.lost(assignment, "")
+    except Exception as error:
+        run.failed(assignment, one_line(error), traceback.format_exc(), worker.info.name)
+
+
+def one_line(error: BaseException) -> str:
+    """Return `ValueError: what happened`: the first line of an error with its type."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

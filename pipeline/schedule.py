@@ -1,0 +1,161 @@
+"""Who makes which shard next, as plain values: no Ray, no clock, no files."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from depthvar.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A shard handed to a worker; `attempt` counts every start of it in this run, from 1."""
+
+    shard_id: int
+    attempt: int
+
+
+class ShardQueue:
+    """Every missing shard is waiting, running, done or set aside; the driver reports what happens.
+
+    Only failures are charged: a shard is set aside after `max_attempts` of them. A shard whose
+    worker was lost with its node goes back to the front at no charge.
+    """
+
+    def __init__(self, missing: Iterable[int], max_attempts: int) -> None:
+        assert max_attempts > 0
+        self._waiting = deque(missing)
+        self._max_attempts = max_attempts
+        self._running: set[int] = set()
+        self._set_aside: set[int] = set()
+        self._starts: dict[int, int] = {}
+        self._failures: dict[int, int] = {}
+
+    def take(self) -> Assignment | None:
+        """Return the next shard to make, now running; None when none is waiting."""
+        if not self._waiting:
+            return None
+        shard_id = self._waiting.popleft()
+        self._running.add(shard_id)
+        self._starts[shard_id] = self._starts.get(shard_id, 0) + 1
+        return Assignment(shard_id, self._starts[shard_id])
+
+    def done(self, shard_id: int) -> None:
+        """Record a running shard as committed."""
+        self._running.remove(shard_id)
+
+    def lost(self, shard_id: int) -> None:
+        """Put a running shard back in front: its worker went away through no fault of its own."""
+        self._running.remove(shard_id)
+        self._waiting.appendleft(shard_id)
+
+    def failed(self, shard_id: int) -> bool:
+        """Charge a running shard with a failure; True if that sets it aside."""
+        self._running.remove(shard_id)
+        self._failures[shard_id] = self.failures(shard_id) + 1
+        if self._failures[shard_id] >= self._max_attempts:
+            self._set_aside.add(shard_id)
+            return True
+        self._waiting.append(shard_id)
+        return False
+
+    def refund(self, shard_id: int) -> None:
+        """Take one charge back: the failure turned out to be the loss of a node."""
+        self._failures[shard_id] = max(0, self.failures(shard_id) - 1)
+        if shard_id in self._set_aside:
+            self._set_aside.remove(shard_id)
+            self._waiting.append(shard_id)
+
+    def failures(self, shard_id: int) -> int:
+        """Charged failures of a shard."""
+        return self._failures.get(shard_id, 0)
+
+    @property
+    def num_open(self) -> int:
+        """Shards that still need a worker: waiting or running."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing is waiting or running; shards set aside do not hold the job up."""
+        return self.num_open == 0
+
+    @property
+    def set_aside(self) -> tuple[int, ...]:
+        """Shards given up after too many failures, in order."""
+        return tuple(sorted(self._set_aside))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one node offers to workers."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class WorkerShape:
+    """What one worker asks Ray for: a GPU, or its threads' share of the cores."""
+
+    num_cpus: int
+    num_gpus: int
+
+    @property
+    def noun(self) -> str:
+        """`GPU` or `CPU`."""
+        return "GPU" if self.num_gpus else "CPU"
+
+
+def worker_shape(
+    machines: Iterable[Machine], *, device: Device, threads_per_worker: int
+) -> WorkerShape:
+    """One GPU per worker where there are GPUs, else its threads' share of the cores.
+
+    A GPU worker asks for no cores: the GPU is what it must not share.
+    """
+    on_gpu = device == "cuda" or (device == "auto" and any(m.num_gpus >= 1 for m in machines))
+    return WorkerShape(0, 1) if on_gpu else WorkerShape(threads_per_worker, 0)
+
+
+def num_slots(machines: Iterable[Machine], shape: WorkerShape) -> int:
+    """Workers of this shape that fit on the machines at once."""
+    if shape.num_gpus:
+        return sum(int(m.num_gpus // shape.num_gpus) for m in machines)
+    return sum(int(m.num_cpus // shape.num_cpus) for m in machines)
+
+
+def require_slots(workers: int | None, slots: int, shape: WorkerShape) -> None:
+    """Refuse a worker count that this machine cannot place.
+
+    Raises `InputError` when `workers` exceeds the slots or there is no slot at all.
+    """
+    each = "1 GPU each" if shape.num_gpus else f"{shape.num_cpus} thread(s) each"
+    if slots == 0:
+        raise InputError(
+            f"no {shape.noun} worker fits here with {each}, wanted room for one:"
+            " lower --threads-per-worker, choose --device cpu, or join a cluster with --address"
+        )
+    if workers is not None and workers > slots:
+        raise InputError(
+            f"--workers is {workers} with {each}, wanted at most {slots} on this machine:"
+            f" use --workers {slots} or join a cluster with --address"
+        )
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity mask, and the control group's quota rounded down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        share = int(quota) // int(period)
+    except (OSError, ValueError):
+        return cores or 1
+    return max(1, min(cores or 1, share))

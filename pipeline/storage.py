@@ -1,0 +1,257 @@
+"""Where a dataset lives: a local folder or an object store, behind one contract.
+
+A file becomes visible whole or not at all. On a local disk that is a temporary name in the target
+folder, fsync, `os.replace`, fsync of the folder. On an object store (S3, GCS, Azure through
+`pyarrow.fs`) it is one whole-file upload: a rename there is a copy and a delete, so none is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from depthvar.errors import InputError
+
+STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+TEMP_PREFIX = ".tmp-"
+_COPY_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One dataset folder. Names are relative, with `/` between the parts."""
+
+    uri: str = field(repr=False)  # can hold credentials
+    filesystem: fs.FileSystem
+    root: str
+    is_local: bool
+
+    @staticmethod
+    def open(uri: str | os.PathLike[str]) -> Storage:
+        """Resolve a plain path, `file://` or store URI without touching what it points to.
+
+        Errors: `InputError` for an empty or malformed URI and for a scheme nobody serves.
+        """
+        text = os.fspath(uri)
+        if not text or "\0" in text:
+            raise InputError(f"got the output {text!r}, wanted a folder or a URI: name one")
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+        if scheme is None or scheme[1].lower() == "file":
+            path = _local_path(text) if scheme else text
+            return Storage(text, fs.LocalFileSystem(), os.path.abspath(path), is_local=True)
+        if scheme[1].lower() not in STORE_SCHEMES:
+            raise InputError(
+                f"got the scheme {scheme[1]!r}, wanted a plain path or one of "
+                f"{', '.join(f'{name}://' for name in STORE_SCHEMES)}: choose one of these"
+            )
+        try:
+            filesystem, root = fs.FileSystem.from_uri(text)
+        except (pa.ArrowException, ValueError, OSError) as error:  # OSError: no answer for a region
+            reason = " ".join(str(error).replace(text, _redacted(text)).split())
+            raise InputError(f"got {_redacted(text)}, which cannot be opened: {reason}") from error
+        if not root.strip("/"):
+            raise InputError(f"got {_redacted(text)} without a bucket: name a bucket and a folder")
+        return Storage(text, filesystem, root.rstrip("/"), is_local=False)
+
+    def __str__(self) -> str:
+        return self.uri if self.is_local else _redacted(self.uri)
+
+    def list(self, folder: str) -> dict[str, int]:
+        """File name -> size in bytes, from one listing; empty for a folder that does not exist.
+
+        Temporary names are left out: they belong to a publication that is not finished.
+        """
+        return {
+            info.base_name: int(info.size)
+            for info in self._entries(folder)
+            if info.type == fs.FileType.File and not info.base_name.startswith(TEMP_PREFIX)
+        }
+
+    def list_folders(self, folder: str) -> tuple[str, ...]:
+        """The names of the folders directly inside a folder."""
+        found = self._entries(folder)
+        return tuple(sorted(e.base_name for e in found if e.type == fs.FileType.Directory))
+
+    def is_empty(self) -> bool:
+        """Whether nothing but temporary names is in the dataset folder."""
+        return all(entry.base_name.startswith(TEMP_PREFIX) for entry in self._entries(""))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is no such file."""
+        info = self.filesystem.get_file_info(self._path(name))
+        return int(info.size) if info.type == fs.FileType.File else None
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Errors: `FileNotFoundError`."""
+        with self.open_input(name) as stream:
+            return stream.read()
+
+    def open_input(self, name: str) -> IO[bytes]:
+        """A readable binary stream from the start. Errors: `FileNotFoundError`."""
+        if self.is_local:
+            return open(self._path(name), "rb")
+        stream = self.filesystem.open_input_stream(
+            self._path(name), compression=None, buffer_size=_COPY_BYTES
+        )
+        return cast(IO[bytes], stream)
+
+    def check_writable(self) -> None:
+        """Find out without writing whether a local folder could be made and written.
+
+        Errors: `InputError`. A store answers only when it is written to.
+        """
+        if not self.is_local:
+            return
+        place = Path(self.root)
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"got the output {self}, but {place} is a file: choose a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(
+                f"got the output {self}, but {place} is not writable: "
+                "change its permissions or choose another output"
+            )
+
+    def publish_file(self, local: Path, name: str) -> None:
+        """Make a copy of `local` visible as `name`, replacing what is there. Errors: `OSError`."""
+        with open(local, "rb") as source:
+            if self.is_local:
+                with self._replacing(name) as target:
+                    while block := source.read(_COPY_BYTES):
+                        target.write(block)
+                return
+            self._upload(pa.memory_map(str(local)).read_buffer(), name)
+
+    def publish_bytes(self, data: bytes, name: str) -> None:
+        """Make `data` visible as `name`, replacing what is there. Errors: `OSError`."""
+        if not self.is_local:
+            self._upload(data, name)
+            return
+        with self._replacing(name) as target:
+            target.write(data)
+
+    def create(self, data: bytes, name: str) -> bool:
+        """Publish `data` unless `name` exists; False where it does. Errors: `OSError`.
+
+        Exclusive on a local disk. On a store two writers at the same moment can both be told
+        True: read the name again to learn whose data stayed.
+        """
+        if not self.is_local:
+            if self.size(name) is not None:
+                return False
+            self._upload(data, name)
+            return True
+        target = Path(self._path(name))
+        _make_folder(target.parent)
+        temp = target.parent / _temp_name(target.name)
+        try:
+            _write_durably(temp, data)
+            try:
+                os.link(temp, target)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if target.exists():
+                    return False
+                os.replace(temp, target)
+        finally:
+            temp.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return True
+
+    def _entries(self, folder: str) -> tuple[Any, ...]:
+        path = self._path(folder) if folder else self.root
+        selector = fs.FileSelector(path, recursive=False, allow_not_found=True)
+        try:
+            return tuple(self.filesystem.get_file_info(selector))
+        except NotADirectoryError as error:
+            raise InputError(f"got {self}, but {path} is not a folder: choose a folder") from error
+
+    def _path(self, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        assert parts, "a name inside the dataset, not the dataset itself"
+        assert not {"/", ".."} & set(parts), f"{name!r} leaves the dataset"
+        return "/".join((self.root.rstrip("/"), *parts))
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[IO[bytes]]:
+        """A temporary file in the folder of `name` that takes its place on a clean exit."""
+        target = Path(self._path(name))
+        _make_folder(target.parent)
+        temp = target.parent / _temp_name(target.name)
+        try:
+            with open(temp, "xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temp, target)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def _upload(self, data: bytes | pa.Buffer, name: str) -> None:
+        path = self._path(name)
+        with self.filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+        stored, wanted = self.size(name), len(memoryview(data))
+        if stored != wanted:
+            raise OSError(f"uploaded {wanted} bytes to {name}, the store has {stored}")
+
+
+def _local_path(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise InputError(f"got {uri!r}, wanted a file of this host: write file:///folder")
+    try:
+        _, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, ValueError) as error:
+        raise InputError(f"got {uri!r}, wanted file:///folder: write a full path") from error
+    return str(path)
+
+
+def _redacted(uri: str) -> str:
+    """The URI without user, password and query: these can hold credentials."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _temp_name(name: str) -> str:
+    return f"{TEMP_PREFIX}{uuid.uuid4().hex}-{name[:100]}"
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each entry durable in the folder above it."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

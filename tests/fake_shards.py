@@ -1,0 +1,114 @@
+"""Small plans and batches with invented pixels, for the tests of the pipeline."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from pyarrow import fs
+
+from pipeline.labels import LabelCounts
+from pipeline.manifest import (
+    BuiltShard,
+    CommitRecord,
+    committed_shards,
+    publish_shard,
+    write_indexes,
+)
+from pipeline.plan import ImageCompute, JobPlan, JobSettings, Segment, ShardPlan, open_plan
+from pipeline.storage import Storage
+from pipeline.writer import ShardWriter
+
+NUM_SCALES = 3
+
+
+def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPlan:
+    """22 samples of 3 classes in shards of 9, batches of 4: nothing divides evenly."""
+    settings: dict[str, Any] = {
+        "model": "fake",
+        "weights_sha256": "ab" * 32,
+        "class_names": ("zero", "one, or uno", "../tw|o\n", "three"),
+        "image_side": 7,
+        "image_channels": 1,
+        "policy": {"preset": "depthvar", "reference_scale": 1, "gain": 0.5, "rotated": True},
+        "cfg": 1.5,
+        "top_k": 90,
+        "top_p": 0.96,
+        "precision": "float32",
+        "seed": 5,
+        "samples_per_shard": 9,
+        "batch_size": 4,
+        "image_format": "png",
+        "compute": ImageCompute(34, 100, 2e6, 1e6, 6e6, (4.0, 2.0, 1.25)),
+    }
+    labels = LabelCounts.from_mapping(counts or {0: 8, 1: 6, 2: 8})
+    return JobPlan(JobSettings(**{**settings, **changes}), (Segment(labels),))
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    images_BHWC: np.ndarray  # noqa: N815
+    mean_change_BS: np.ndarray  # noqa: N815
+    mean_log_prob_BS: np.ndarray  # noqa: N815
+    sampling_s: float = 0.25
+    decoding_s: float = 0.125
+
+
+def fake_batch(plan: JobPlan, indices: Iterable[int]) -> FakeBatch:
+    """A function of the seed and the indices alone, as a sampler's batch is."""
+    side, channels = plan.settings.image_side, plan.settings.image_channels
+    images, changes, log_probs = [], [], []
+    for index in indices:
+        rng = np.random.default_rng((plan.settings.seed, index))
+        images.append(rng.integers(0, 256, (side, side, channels), dtype=np.uint8))
+        changes.append(rng.random(NUM_SCALES, dtype=np.float32))
+        log_probs.append(-rng.random(NUM_SCALES, dtype=np.float32))
+    return FakeBatch(np.stack(images), np.stack(changes), np.stack(log_probs))
+
+
+def fill(writer: ShardWriter, plan: JobPlan, shard: ShardPlan) -> BuiltShard:
+    for start, stop in shard.micro_batches:
+        writer.add(fake_batch(plan, range(start, stop)), start)
+    return writer.finish()
+
+
+def record_of(plan: JobPlan, built: BuiltShard) -> CommitRecord:
+    return CommitRecord.of(
+        plan,
+        built,
+        attempt=1,
+        worker="host:1",
+        device="cpu",
+        threads=1,
+        environment={"torch": "2"},
+    )
+
+
+def publish_one(storage: Storage, plan: JobPlan, shard_id: int, scratch: Path) -> CommitRecord:
+    shard = plan.shard(shard_id)
+    with ShardWriter(plan, shard, scratch) as writer:
+        built = fill(writer, plan, shard)
+        record = record_of(plan, built)
+        publish_shard(storage, built, record)
+    return record
+
+
+def write_dataset(storage: Storage, plan: JobPlan, scratch: Path) -> JobPlan:
+    """All shards and indexes, as a run that ended well leaves them."""
+    plan = open_plan(storage, plan)
+    for shard_id in range(plan.num_shards):
+        publish_one(storage, plan, shard_id, scratch)
+    write_indexes(storage, plan, committed_shards(storage, plan))
+    return plan
+
+
+def object_store() -> Storage:
+    """A store in memory: names without folders, whole uploads, no rename, as S3 looks to us."""
+    filesystem = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
+    root = f"bucket/{uuid.uuid4().hex}"
+    return Storage(f"s3://{root}", filesystem, root, is_local=False)

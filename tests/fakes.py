@@ -1,0 +1,106 @@
+"""A sampler with no model behind it: fast, deterministic, and with faults on request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from depthvar.config import ModelConfig, model_config
+from depthvar.cost import Cost, image_cost
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy
+from pipeline.actor import WorkerSpec
+from pipeline.plan import JobPlan
+
+# Names a JSON file; read at every batch, so that Ray's workers and child processes see the faults:
+#   batch_s: seconds a batch takes        poison: global index whose batch always raises
+#   crash: index whose batch always kills its process
+#   crash_once: file; whoever finds it first removes it and kills its own process
+#   load_error: loading the model fails with this text
+#   loads: file that gains one line per load of the model
+FAULTS_VARIABLE = "FAKE_SAMPLER_FAULTS"
+
+
+def set_faults(path: Path, **faults: object) -> None:
+    """Replace the faults in force; none without arguments."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(faults))
+    temporary.replace(path)
+
+
+def faults_in_force() -> dict[str, Any]:
+    path = os.environ.get(FAULTS_VARIABLE)
+    return json.loads(Path(path).read_text()) if path else {}
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    images_BHWC: np.ndarray  # noqa: N815
+    mean_change_BS: np.ndarray  # noqa: N815
+    mean_log_prob_BS: np.ndarray  # noqa: N815
+    sampling_s: float
+    decoding_s: float
+
+
+def fake_image(label: int, seed: int, index: int, side: int, channels: int) -> np.ndarray:
+    """A pure function of (label, seed, index): noise around a grey that names the class."""
+    noise = np.random.Generator(np.random.Philox(key=[seed, index]))
+    pixels = noise.integers(0, 40, size=(side, side, channels), dtype=np.uint8)
+    return (pixels + np.uint8(20 * label)).astype(np.uint8)
+
+
+class FakeSampler:
+    def __init__(self, config: ModelConfig, plan: DepthPlan) -> None:
+        self.config = config
+        self.plan = plan
+        self.cost: Cost = image_cost(config, plan)
+
+    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> FakeBatch:
+        _act_out(faults_in_force(), indices)
+        side, channels = self.config.image_side, self.config.image_channels
+        images = [
+            fake_image(label, seed, index, side, channels)
+            for label, index in zip(labels, indices, strict=True)
+        ]
+        shape = (len(images), len(self.config.sides))
+        return FakeBatch(
+            images_BHWC=np.stack(images),
+            mean_change_BS=np.full(shape, 0.25, dtype=np.float32),
+            mean_log_prob_BS=np.full(shape, -1.5, dtype=np.float32),
+            sampling_s=0.01,
+            decoding_s=0.005,
+        )
+
+
+def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
+    faults = faults_in_force()
+    if "loads" in faults:
+        with open(faults["loads"], "a") as stream:
+            stream.write(f"{os.getpid()}\n")
+    if "load_error" in faults:
+        raise RuntimeError(faults["load_error"])
+    config = model_config(plan.settings.model)
+    policy = DepthPolicy(**plan.settings.policy)
+    return FakeSampler(config, DepthPlan.build(config.sides, config.num_blocks, policy))
+
+
+def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
+    time.sleep(faults.get("batch_s", 0))
+    if faults.get("poison") in indices:
+        raise ValueError(f"poison at {faults['poison']}")
+    if faults.get("crash") in indices:
+        os.kill(os.getpid(), signal.SIGKILL)
+    once = faults.get("crash_once")
+    if once is not None:
+        with contextlib.suppress(FileNotFoundError):
+            Path(once).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)

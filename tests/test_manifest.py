@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import manifest
+from pipeline.labels import LabelCounts
+from pipeline.manifest import (
+    CommitRecord,
+    committed_shards,
+    planned_shard,
+    publish_shard,
+    read_commit,
+    record_name,
+    write_indexes,
+)
+from pipeline.plan import open_plan
+from pipeline.storage import Storage
+from pipeline.writer import ShardWriter
+from tests.fake_shards import (
+    fill,
+    make_plan,
+    object_store,
+    publish_one,
+    record_of,
+    write_dataset,
+)
+
+
+@pytest.fixture(params=["disk", "store"])
+def storage(request, tmp_path) -> Storage:
+    return Storage.open(str(tmp_path / "out")) if request.param == "disk" else object_store()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Storage:
+    """A finished dataset; tests that break it put it right again."""
+    storage = Storage.open(str(tmp_path_factory.mktemp("finished") / "out"))
+    write_dataset(storage, make_plan(), tmp_path_factory.mktemp("scratch"))
+    return storage
+
+
+def test_a_published_shard_is_done_and_the_others_are_not(storage, tmp_path):
+    plan = open_plan(storage, make_plan())
+    assert committed_shards(storage, plan) == {}
+    record = publish_one(storage, plan, 1, tmp_path / "scratch")
+    assert committed_shards(storage, plan) == {1: record}
+    assert read_commit(storage, plan, 1) == record
+    assert read_commit(storage, plan, 0) is None
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_publication_that_stops_before_the_record_is_not_done(
+    storage, tmp_path, monkeypatch, steps
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    plan = open_plan(storage, make_plan())
+    name = ("publish_tar", "publish_parquet", "publish_record")[steps]
+    monkeypatch.setattr(manifest, name, kill)
+    with pytest.raises(Killed):
+        publish_one(storage, plan, 0, tmp_path / "scratch")
+    assert committed_shards(storage, plan) == {}
+    assert read_commit(storage, plan, 0) is None
+    monkeypatch.undo()
+    publish_one(storage, plan, 0, tmp_path / "scratch")
+    assert list(committed_shards(storage, plan)) == [0]
+
+
+def test_the_record_says_who_made_what_and_holds_the_times(tmp_path):
+    plan = make_plan()
+    with ShardWriter(plan, plan.shard(0), tmp_path) as writer:
+        record = record_of(plan, fill(writer, plan, plan.shard(0)))
+    stored = json.loads(record.to_json())
+    assert stored["fingerprint"] == plan.shard_fingerprint(0)
+    assert stored["plan_fingerprint"] == plan.fingerprint
+    assert set(stored["files"]) == {"tar", "parquet"}
+    assert [b["start"] for b in stored["batches"]] == [0, 4, 8]
+    assert CommitRecord.from_json(record.to_json()) == record
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"shard_id": 1},
+        {"fingerprint": "0" * 64},
+        {"num_samples": 8},
+        {"num_samples": 9.0},
+        {"attempt": 0},
+        {"attempt": True},
+        {"extra": 1},
+        {"batches": None},
+        {"environment": {"torch": 2}},
+    ],
+)
+def test_a_record_that_is_not_exactly_this_shards_is_not_done(finished, edit):
+    plan, name = make_plan(), record_name(0)
+    good = finished.read(name)
+    finished.publish_bytes(json.dumps({**json.loads(good), **edit}).encode(), name)
+    try:
+        assert sorted(committed_shards(finished, plan)) == [1, 2]
+        assert read_commit(finished, plan, 0) is None
+    finally:
+        finished.publish_bytes(good, name)
+
+
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(data=st.binary(max_size=300))
+def test_no_bytes_in_a_record_crash_or_finish_a_shard(finished, data):
+    plan, name = make_plan(), record_name(2)
+    good = finished.read(name)
+    try:
+        Path(finished.root, name).write_bytes(data)
+        assert sorted(committed_shards(finished, plan)) == [0, 1]
+    finally:
+        Path(finished.root, name).write_bytes(good)
+
+
+@given(st.data())
+def test_a_record_with_bytes_changed_or_cut_never_crashes(data):
+    good = bytearray(_example_record())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(good) - 1))
+        good[place] = data.draw(st.integers(0, 255))
+    CommitRecord.from_json(bytes(good))
+    CommitRecord.from_json(bytes(good[: data.draw(st.integers(0, len(good)))]))
+
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b'{"a":' * 50_000, b"1" * 10_000, b"NaN"])
+def test_json_made_to_break_parsers_is_no_record(data):
+    assert CommitRecord.from_json(data) is None
+
+
+def _example_record() -> bytes:
+    entry = {"name": "train/00000.tar", "size": 5, "sha256": "ab" * 32}
+    batch = {"start": 0, "stop": 4, "sampling_s": 0.5, "decoding_s": 0.5, "encoding_s": 0.0}
+    record = {
+        "shard_id": 0, "fingerprint": "ab" * 32, "plan_fingerprint": "ab" * 32, "num_samples": 4,
+        "num_blank": 0, "num_duplicates": 0, "files": {"tar": entry, "parquet": entry},
+        "attempt": 1, "worker": "w", "device": "cpu", "threads": 1, "environment": {},
+        "batches": [batch], "committed_at": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    data = json.dumps(record).encode()
+    assert CommitRecord.from_json(data) is not None
+    return data
+
+
+@pytest.mark.parametrize("name", ["train/00000.tar", "meta/00000.parquet"])
+def test_a_file_of_another_size_or_none_means_not_done(finished, name):
+    plan, good = make_plan(), finished.read(name)
+    path = Path(finished.root, name)
+    try:
+        path.write_bytes(good[:-512])
+        assert sorted(committed_shards(finished, plan)) == [1, 2]
+        path.unlink()
+        assert sorted(committed_shards(finished, plan)) == [1, 2]
+        assert read_commit(finished, plan, 0) is None
+    finally:
+        path.write_bytes(good)
+
+
+def test_foreign_files_beside_the_records_change_nothing(finished):
+    plan = make_plan()
+    names = [
+        "x.json",
+        "0.json",
+        "000000.json",
+        "\u0660" * 5 + ".json",
+        "99999.json",
+        "-0001.json",
+        "00000.json.bak",
+    ]
+    for name in names:
+        Path(finished.root, "meta", name).write_bytes(b"{")
+    try:
+        assert sorted(committed_shards(finished, plan)) == [0, 1, 2]
+    finally:
+        for name in names:
+            Path(finished.root, "meta", name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("train/00002.tar", 2), ("meta/00001.parquet", 1), ("meta/00000.json", 0),
+        ("train/00003.tar", None), ("train/2.tar", None), ("train/000002.tar", None),
+        ("meta/00002.tar", None), ("train/00002.tar/", None), ("train/00002.tar\n", None),
+    ],
+)  # fmt: skip
+def test_a_name_belongs_to_a_shard_only_if_it_is_spelled_so(name, shard):
+    assert planned_shard(name, make_plan()) == shard
+
+
+def test_extending_leaves_the_earlier_shards_done(storage, tmp_path):
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
+    before = committed_shards(storage, plan)
+    longer = plan.extended_to(LabelCounts.from_mapping({0: 20, 1: 6, 2: 8}))
+    assert committed_shards(storage, longer) == before
+    assert longer.num_shards > len(before)
+
+
+def test_the_indexes_are_those_of_wids_and_open_clip(finished):
+    index, sizes = (json.loads(finished.read(n)) for n in ("index.json", "sizes.json"))
+    assert index["wids_version"] == 1
+    assert [s["url"] for s in index["shardlist"]] == [f"train/0000{i}.tar" for i in range(3)]
+    assert sum(s["nsamples"] for s in index["shardlist"]) == 22
+    assert all(s["filesize"] == finished.size(s["url"]) for s in index["shardlist"])
+    assert sizes == {"00000.tar": 9, "00001.tar": 9, "00002.tar": 4}
+
+
+def test_the_card_points_the_hub_to_the_shards_and_shows_no_raw_names(finished):
+    card = finished.read("README.md").decode()
+    _, front, text = card.split("---\n", 2)
+    config = yaml.safe_load(front)["configs"][0]
+    assert config["data_files"] == [{"split": "train", "path": "train/*.tar"}]
+    assert "0.340 of full depth" in text
+    assert "../tw\\|o" in text
+    rows = [line for line in text.splitlines() if line.startswith("| 2 ")]
+    assert len(rows) == 1
+
+
+def test_indexes_that_are_right_are_not_written_again(finished):
+    plan = make_plan()
+    before = {n: os.stat(Path(finished.root, n)).st_mtime_ns for n in finished.list("")}
+    write_indexes(finished, plan, committed_shards(finished, plan))
+    assert {n: os.stat(Path(finished.root, n)).st_mtime_ns for n in finished.list("")} == before
+
+
+def test_publishing_a_shard_twice_gives_the_same_files(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    plan = open_plan(storage, make_plan())
+    publish_one(storage, plan, 0, tmp_path / "a")
+    names = ("train/00000.tar", "meta/00000.parquet")
+    before = [storage.read(n) for n in names]
+    publish_one(storage, plan, 0, tmp_path / "b")
+    assert [storage.read(n) for n in names] == before
+    assert list(committed_shards(storage, plan)) == [0]
+
+
+def test_a_shard_is_published_record_last(tmp_path, monkeypatch):
+    names: list[str] = []
+    publish_bytes, publish_file = Storage.publish_bytes, Storage.publish_file
+    monkeypatch.setattr(
+        Storage, "publish_bytes", lambda s, d, n: (names.append(n), publish_bytes(s, d, n))
+    )
+    monkeypatch.setattr(
+        Storage, "publish_file", lambda s, p, n: (names.append(n), publish_file(s, p, n))
+    )
+    plan = make_plan()
+    with ShardWriter(plan, plan.shard(0), tmp_path / "scratch") as writer:
+        built = fill(writer, plan, plan.shard(0))
+        publish_shard(Storage.open(str(tmp_path / "out")), built, record_of(plan, built))
+    assert names == ["train/00000.tar", "meta/00000.parquet", "meta/00000.json"]

@@ -126,11 +126,13 @@ class DepthEngine(Generic[ConditionT]):
         device: torch.device,
         dtype: torch.dtype,
         proxy_fit: ProxyFit | None = None,
+        keep_changes: bool = False,
     ) -> None:
         assert plan.policy.proxy != "calibrated" or proxy_fit is not None
         self._backbone = backbone
         self._plan = plan
         self._fit = proxy_fit
+        self._keep_changes = keep_changes
         self._tensors = []
         for i, scale in enumerate(plan.scales):
             previous_side = plan.scales[max(i - 1, 0)].side
@@ -263,7 +265,9 @@ class DepthEngine(Generic[ConditionT]):
         return proxy_GKC
 
     def _is_asked_for(self, index: int, block: int) -> bool:
-        """Whether the next scale will need this block's change as a proxy."""
+        """Whether this block's change is kept: the next scale will need it as a proxy."""
+        if self._keep_changes:
+            return True
         if index + 1 >= len(self._plan.scales):
             return False
         following = self._plan.scales[index + 1]
@@ -283,4 +287,4 @@ def _magnitude(change_GKC: Tensor) -> Tensor:
 
 def _sum_of_streams(values_GT: Tensor, streams: int) -> Tensor:
     """The guided streams of a sample share one ranking: (G, T) to (B, T)."""
-    return values_GT.unflatten(0, (streams, -1)).sum(dim=0, dtype=_real(values_GT.dtype))
+    return values_GT.view(streams, -1, values_GT.shape[1]).sum(0, dtype=_real(values_GT.dtype))

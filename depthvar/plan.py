@@ -1,8 +1,8 @@
 """The depth plan: everything about a policy's cost that is known before an image exists.
 
 Percentiles are exact ranks within a sample, so how many tokens of a scale have which depth is a
-constant of (scale, blocks, policy); only which tokens they are depends on the image. With the tokens
-sorted deepest first ("slot order"), the tokens active at a block are always the first `prefix`.
+constant of (scale, blocks, policy); only which tokens they are depends on the image. With the
+tokens sorted deepest first ("slot order"), those active at a block are always the first `prefix`.
 
 Pure numbers: no model, no torch.
 """

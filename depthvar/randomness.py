@@ -24,7 +24,7 @@ def _uniforms(seed: int, index: int, use: int, count: int) -> npt.NDArray[np.flo
     key = np.array([seed, index], dtype=np.uint64)
     counter = np.array([0, 0, 0, use], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _all_uniforms(

@@ -50,7 +50,7 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Tokens of a batch before decoding: feature map (B, Z, H, W), tokens of every sampled scale."""
+    """A batch before decoding: feature map (B, Z, H, W) and the tokens of every sampled scale."""
 
     feature_map_BZHW: Tensor
     tokens: tuple[Tensor, ...]
@@ -65,8 +65,18 @@ class Sampler:
     its batch.
     """
 
-    def __init__(self, model: LoadedModel, policy: DepthPolicy, settings: SamplingSettings) -> None:
-        """`InputError` when the policy does not fit the model or lacks its calibration."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        policy: DepthPolicy,
+        settings: SamplingSettings,
+        *,
+        keep_changes: bool = False,
+    ) -> None:
+        """`InputError` when the policy does not fit the model or lacks its calibration.
+
+        `keep_changes` makes every trace hold the change at every block, for calibration.
+        """
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             raise InputError(
                 f"policy {policy.preset!r} uses calibrated proxies and {model.config.name} has no "
@@ -83,17 +93,13 @@ class Sampler:
             device=model.device,
             dtype=model.dtype,
             proxy_fit=model.proxy_fit,
+            keep_changes=keep_changes,
         )
 
     def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
         """Make one image per label; `indices` are the samples' global indices."""
         begun = time.perf_counter()
-        num_tokens = self.config.transformer.num_tokens
-        sampled = self.sample_tokens(
-            torch.tensor(labels, device=self._model.device),
-            self._on_device(token_uniforms(seed, indices, num_tokens)),
-            self._on_device(ranking_uniforms(seed, indices, num_tokens)),
-        )
+        sampled = self.tokens(labels, seed=seed, indices=indices)
         mean_change_BS = _to_numpy(sampled.mean_change_BS)
         mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
         sampled_at = time.perf_counter()
@@ -107,8 +113,25 @@ class Sampler:
             decoding_s=decoded_at - sampled_at,
         )
 
+    def tokens(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int,
+        indices: Sequence[int],
+        on_scale: ScaleHook | None = None,
+    ) -> SampledTokens:
+        """Draw the tokens of one image per label, without decoding them."""
+        num_tokens = self.config.transformer.num_tokens
+        return self.tokens_from_uniforms(
+            torch.tensor(labels, device=self._model.device),
+            self._on_device(token_uniforms(seed, indices, num_tokens)),
+            self._on_device(ranking_uniforms(seed, indices, num_tokens)),
+            on_scale=on_scale,
+        )
+
     @torch.inference_mode()
-    def sample_tokens(
+    def tokens_from_uniforms(
         self,
         labels_B: Tensor,
         uniforms_BN: Tensor,

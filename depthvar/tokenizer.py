@@ -8,6 +8,8 @@ Source: Tian et al., arXiv 2404.02905, section 3.2; parameter names of `vae_ch16
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x_BCHW)))
         h = self.conv2(F.silu(self.norm2(h)))
         skip: Tensor = self.nin_shortcut(x_BCHW) if self.changes_width else x_BCHW
         return skip + h
@@ -53,7 +55,7 @@ class SelfAttention(nn.Module):
         """(B, C, H, W) to the same shape."""
         q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2).chunk(3, dim=2)
         out_BTC = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        attended: Tensor = self.proj_out(out_BTC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:]))
+        attended: Tensor = self.proj_out(out_BTC.transpose(1, 2).reshape(x_BCHW.shape))
         return x_BCHW + attended
 
 
@@ -98,9 +100,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResBlock(a, b, config) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.block = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
             SelfAttention(out_channels, config) for _ in range(num_blocks if attention else 0)
         )
@@ -226,7 +226,7 @@ class Quantizer(nn.Module):
     def contribution(self, scale: int, codes_BTZ: Tensor) -> Tensor:
         """What the code vectors of a scale add to the feature map: (B, Z, H, W)."""
         side, last = self.config.sides[scale], self.config.latent_side
-        h_BZhw = codes_BTZ.transpose(1, 2).unflatten(2, (side, side))
+        h_BZhw = codes_BTZ.transpose(1, 2).reshape(len(codes_BTZ), -1, side, side)
         if side != last:
             h_BZhw = F.interpolate(h_BZhw, size=(last, last), mode="bicubic")
         out: Tensor = self.quant_resi(self.config.phi_of_scale[scale], h_BZhw)

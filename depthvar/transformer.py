@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def _heads(self, x_GKC: Tensor) -> Tensor:
-        return x_GKC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return x_GKC.view(*x_GKC.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def _unit_queries(self, q_GHKD: Tensor) -> Tensor:
         scale_1H11 = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
@@ -113,8 +113,10 @@ class Block(nn.Module):
     def forward(self, x_GKC: Tensor, modulation: tuple[Tensor, ...], attend: Attend) -> Tensor:
         """Residual stream before the block to the stream after it."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        x_GKC = x_GKC + self.attn(self._normed(x_GKC, scale1, shift1), attend) * gamma1
-        return x_GKC + self.ffn(self._normed(x_GKC, scale2, shift2)) * gamma2
+        attended_GKC: Tensor = self.attn(self._normed(x_GKC, scale1, shift1), attend)
+        x_GKC = x_GKC + attended_GKC * gamma1
+        fed_GKC: Tensor = self.ffn(self._normed(x_GKC, scale2, shift2))
+        return x_GKC + fed_GKC * gamma2
 
 
 class HeadNorm(nn.Module):
@@ -149,20 +151,24 @@ class Transformer(nn.Module):
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.codebook_size)
 
+    def typed_blocks(self) -> list[Block]:
+        """The blocks, as what they are."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def condition(self, labels_G: Tensor) -> Condition:
         """Class-dependent vectors; the label `num_classes` stands for "unconditional"."""
         embedded_GC = self.class_emb(labels_G)
 
         def vectors(linear: nn.Module, count: int) -> Tensor:
-            out: Tensor = linear(embedded_GC).unflatten(1, (count, -1)).unsqueeze(1)
-            return out
+            out_GC: Tensor = linear(embedded_GC)
+            return out_GC.view(len(out_GC), 1, count, -1)
 
         shared = vectors(self.shared_ada_lin, 6) if self.config.shared_adaln else None
         blocks = tuple(
             tuple((shared + block.ada_gss).unbind(2))
             if shared is not None
             else tuple(vectors(block.ada_lin, 6).unbind(2))
-            for block in self.blocks
+            for block in self.typed_blocks()
         )
         scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
         return Condition(embedded_GC.unsqueeze(1), blocks, (scale, shift))
@@ -187,9 +193,7 @@ class Transformer(nn.Module):
 
     def keys_values(self, block: int, x_GKC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that the block does not compute, each (G, H, K, D)."""
-        module = self.blocks[block]
-        assert isinstance(module, Block)
-        return module.keys_values(x_GKC, condition.blocks[block])
+        return self.typed_blocks()[block].keys_values(x_GKC, condition.blocks[block])
 
     def logits(self, x_GTC: Tensor, condition: Condition) -> Tensor:
         """Logits over the codebook (G, T, V), at least float32."""
@@ -250,9 +254,11 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
             small = 0.02 if name == "head.weight" or "ada_lin" in name else 1.0
             parameter.normal_(0, std * small, generator=generator)
     width = model.config.width
-    for block in model.blocks:
+    for block in model.typed_blocks():
         if model.config.shared_adaln:
             block.ada_gss.zero_()
             block.ada_gss[:, :, :2] = 1
         else:
-            block.ada_lin[1].bias[: 2 * width] = 1
+            linear = block.ada_lin[1]
+            assert isinstance(linear, nn.Linear)
+            linear.bias[: 2 * width] = 1

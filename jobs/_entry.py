@@ -11,14 +11,21 @@ from depthvar.errors import InputError
 EXIT_DONE = 0
 EXIT_INCOMPLETE = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 def run_job(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2."""
+    """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2.
+
+    Ctrl-C at a moment when nothing has to be put in order ends the job with code 130.
+    """
     try:
         code = main()
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     sys.exit(code)

@@ -224,7 +224,7 @@ def plan_warnings(plan: JobPlan, workers: int | None) -> list[str]:
     start, stop = plan.shard_range(plan.num_shards - 1)
     if stop - start < size:
         warnings.append(
-            f"the last shard holds {stop - start:,} samples, the others {size:,}:"
+            f"the last shard holds {stop - start:,} images, the others {size:,}:"
             " choose --samples-per-shard that divides the total for equal shards"
         )
     if size % batch and size > batch:

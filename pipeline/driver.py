@@ -60,6 +60,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     plan = job_plan(config, resolve_job(config))
     storage = Storage.open(config.out)
     stored = check_output(storage, plan)
+    plan = stored or plan
     done = {} if stored is None else committed_shards(storage, plan)
     if len(done) == plan.num_shards:
         say(f"all {plan.num_shards:,} shards of {storage} are committed already")
@@ -68,7 +69,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     queue = ShardQueue(missing, config.max_attempts)
     spec = _worker_spec(config, storage, plan, sampler_factory)
     with StopSignals() as stop:
-        with _crew(config, storage, queue, spec, stop) as make:
+        with _crew(config, storage, spec, stop) as make:
             plan = open_plan(storage, plan)
             num_done = sum(record.num_samples for record in done.values())
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
@@ -144,36 +145,39 @@ def _conclude(
 
 @contextlib.contextmanager
 def _crew(
-    config: GenerateConfig,
-    storage: Storage,
-    queue: ShardQueue,
-    spec: WorkerSpec,
-    stop: StopSignals,
+    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
 ) -> Iterator[Make]:
-    """Give the function that makes the shards, with Ray running around it where Ray is wanted.
+    """Give the function that makes the shards; what cannot work is found out before it is given.
 
-    Raises `InputError` for more workers than this machine has room for.
+    A cluster is joined at once, Ray on this machine starts with the work. Raises `InputError` for
+    more workers than this machine has room for, and for a cluster that cannot be joined.
     """
-    if config.workers == 0:
-        yield lambda run: run_in_process(spec, run, stop.is_set)
-        return
     address = config.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        local = _this_machine(with_gpus=config.device != "cpu")
-        shape = worker_shape([local], device=config.device, threads_per_worker=spec.threads)
-        slots = num_slots([local], shape)
-        require_slots(config.workers, slots, shape)
-        connect = {"address": "local", "num_cpus": int(local.num_cpus)}
+    if config.workers == 0:
+        if config.device == "cuda":
+            require_slots(None, _local_gpus(), WorkerShape(0, 1))
+        yield lambda run: run_in_process(spec, run, stop.is_set)
+    elif address is not None:
+        with _ray_session({"address": address}):
+            stop.install()
+            yield _cluster_crew(config, storage, spec, stop).make
     else:
-        connect = {"address": address}
-    with _ray_session(connect):
-        stop.install()
-        if address is None:
-            target = config.workers or slots
-            crew = RayCrew(spec, shape, lambda: target, stop.is_set)
-        else:
-            crew = _cluster_crew(config, storage, spec, stop)
-        yield crew.make
+        yield _local_make(config, spec, stop)
+
+
+def _local_make(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> Make:
+    """Check that the workers fit on this machine, then make shards with Ray started here."""
+    machine = _this_machine(with_gpus=config.device != "cpu")
+    shape = worker_shape([machine], device=config.device, threads_per_worker=spec.threads)
+    slots = num_slots([machine], shape)
+    require_slots(config.workers, slots, shape)
+
+    def make(run: ShardRun) -> None:
+        with _ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
+            stop.install()
+            RayCrew(spec, shape, lambda: config.workers or slots, stop.is_set).make(run)
+
+    return make
 
 
 @contextlib.contextmanager
@@ -409,7 +413,7 @@ class RayCrew:
     ) -> None:
         cause = cause_of(error)
         if cause == "node" or (cause == "worker" and worker.node_id not in _alive_nodes()):
-            run.lost(assignment, f"the node of {worker.name} is gone")
+            run.lost(assignment, f"{worker.name} is gone with its node")
             return
         is_charged = run.failed(assignment, reason_of(error), plain(error), worker.name)
         if is_charged and cause == "worker":
@@ -452,12 +456,18 @@ class RayCrew:
 
 
 def cause_of(error: ray_errors.RayError) -> Literal["exception", "memory", "node", "worker"]:
-    """What ended a task: its own code, the memory monitor, its node, or its process."""
+    """What ended a task: its own code, the memory monitor, its node, or its process.
+
+    A worker that nobody can reach is taken for lost with its node: of a process that dies alone,
+    its node tells at once, and Ray needs a quarter of a minute to call a node dead.
+    """
     if isinstance(error, ray_errors.RayTaskError):
         return "exception"
     if isinstance(error, ray_errors.OutOfMemoryError):
         return "memory"
-    if isinstance(error, ray_errors.NodeDiedError) or getattr(error, "preempted", False):
+    if isinstance(error, ray_errors.NodeDiedError | ray_errors.ActorUnavailableError):
+        return "node"
+    if getattr(error, "preempted", False):
         return "node"
     if isinstance(error, ray_errors.RayActorError) and "node has died" in str(error):
         return "node"

@@ -32,6 +32,17 @@ class ImageSet:
     def __len__(self) -> int:
         return self.images_NCHW.shape[0]
 
+    def split(self, held_out_share: float) -> tuple[ImageSet, ImageSet]:
+        """Training images and, spread evenly over their order, held-out ones (at least one)."""
+        every = max(2, round(1 / held_out_share))
+        held_out = torch.arange(len(self)) % every == every - 1
+        held_out[-1] |= not held_out.any()
+        parts = [
+            ImageSet(self.images_NCHW[part], self.labels_N[part], self.class_names)
+            for part in (~held_out, held_out)
+        ]
+        return parts[0], parts[1]
+
 
 @dataclass(frozen=True)
 class Augmentation:

@@ -77,7 +77,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients, with zeros where a dropped block got none, so that every process averages alike."""
+    """Gradients, zero where a dropped block got none: every process averages the same list."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -102,8 +102,12 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     others = [p for p in parameters if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": schedule.weight_decay},
+        {"params": others},
+    ]
     optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others}],
+        groups,
         lr=schedule.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=0.0,

@@ -1,32 +1,132 @@
-"""Both training stages in data-parallel processes, from images to a model folder."""
+"""A training run from images to a model folder: both stages, calibration, pictures, card."""
 
 from __future__ import annotations
 
+import json
 import socket
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from depthvar.calibration import calibrate
+from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 from depthvar.config import ModelConfig
+from depthvar.errors import InputError
 from depthvar.tokenizer import Tokenizer
-from depthvar.training.data import Augmentation, ImageSet
+from depthvar.training.data import Augmentation, ImageSet, to_float
 from depthvar.training.loop import Process
 from depthvar.training.tokenizer import TokenizerRecipe, train_tokenizer
 from depthvar.training.transformer import TransformerRecipe, train_transformer
 from depthvar.transformer import Transformer, initialise
 
+RECIPE_FILE = "recipe.json"
+_TRAINED = "trained.pt"
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run besides its data."""
+    """Everything that decides a training run besides its data.
+
+    `calibration_samples` full-depth samples of the finished model fit its proxies.
+    """
 
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    calibration_samples: int = 400
     seed: int = 0
+
+
+def train_model(
+    config: ModelConfig,
+    train_set: ImageSet,
+    held_out: ImageSet | None,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    processes: int,
+    threads: int,
+) -> Path:
+    """Train, or go on training, in `folder`; returns the finished model folder `folder/model`.
+
+    The state after every few hundred steps is kept, and the same command goes on from it.
+    `InputError` if the folder holds a run of another recipe, model or data.
+    """
+    _claim(folder, config, train_set, recipe)
+    if not (folder / _TRAINED).exists():
+        _run_stages(config, train_set, recipe, folder, processes=processes, threads=threads)
+    tokenizer, transformer = Tokenizer(config.tokenizer), Transformer(config.transformer)
+    trained = torch.load(folder / _TRAINED, map_location="cpu", weights_only=True)
+    tokenizer.load_state_dict(trained["tokenizer"])
+    transformer.load_state_dict(trained["transformer"])
+    model_folder = folder / "model"
+    save_model(model_folder, config, transformer, tokenizer)
+    (model_folder / CALIBRATION_FILE).unlink(missing_ok=True)
+    model = load_model(str(model_folder))
+    fit, explained_SL = calibrate(
+        model, config.sampling, num_samples=recipe.calibration_samples, batch_size=50
+    )
+    save_proxy_fit(model_folder / CALIBRATION_FILE, fit, model.identity)
+    facts = {
+        "training_images": len(train_set),
+        "proxy_energy_explained_per_scale": [round(v, 3) for v in explained_SL.mean(1).tolist()],
+        "recipe": asdict(recipe),
+    }
+    if held_out is not None:
+        facts["held_out_images"] = len(held_out)
+        facts["held_out_reconstruction_mse"] = round(reconstruction_error(tokenizer, held_out), 5)
+    (model_folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return model_folder
+
+
+@torch.inference_mode()
+def reconstruction_error(tokenizer: Tokenizer, data: ImageSet) -> float:
+    """Mean squared error of tokenized and decoded images, in pixel values of [-1, 1]."""
+    total = 0.0
+    for images_BCHW in data.images_NCHW.split(100):
+        target = to_float(images_BCHW)
+        _, _, feature_map = tokenizer.tokenize(tokenizer.encode(target))
+        total += float((tokenizer.decode(feature_map) - target).square().mean()) * len(target)
+    return total / len(data)
+
+
+def _claim(folder: Path, config: ModelConfig, data: ImageSet, recipe: Recipe) -> None:
+    """Write down what this run is, or compare with what is written down."""
+    wanted: dict[str, Any] = json.loads(
+        json.dumps({"model": asdict(config), "images": len(data), "recipe": asdict(recipe)})
+    )
+    path = folder / RECIPE_FILE
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if differing:
+            raise InputError(
+                f"{folder} holds a run that differs in {', '.join(differing)}: train with the "
+                "settings it began with, or choose another --out"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def _run_stages(
+    config: ModelConfig,
+    data: ImageSet,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    processes: int,
+    threads: int,
+) -> None:
+    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        _train_in_process,
+        (processes, _free_port(), config, data, recipe, folder, threads),
+        nprocs=processes,
+    )
 
 
 def _train_in_process(
@@ -48,26 +148,17 @@ def _train_in_process(
     process = Process(rank, world, device)
     torch.manual_seed(recipe.seed)
     tokenizer = Tokenizer(config.tokenizer).to(device)
-    train_tokenizer(
-        tokenizer, data, recipe.tokenizer, recipe.augmentation, process, folder, seed=recipe.seed
-    )
+    how, seed = recipe.augmentation, recipe.seed
+    train_tokenizer(tokenizer, data, recipe.tokenizer, how, process, folder, seed=seed)
     transformer = Transformer(config.transformer)
-    initialise(transformer, torch.Generator().manual_seed(recipe.seed))
+    initialise(transformer, torch.Generator().manual_seed(seed))
+    transformer.to(device)
     train_transformer(
-        transformer.to(device),
-        tokenizer,
-        data,
-        recipe.transformer,
-        recipe.augmentation,
-        process,
-        folder,
-        seed=recipe.seed + 2,
+        transformer, tokenizer, data, recipe.transformer, how, process, folder, seed=seed + 2
     )
     if rank == 0:
-        torch.save(
-            {"tokenizer": tokenizer.state_dict(), "transformer": transformer.state_dict()},
-            folder / "trained.pt",
-        )
+        states = {"tokenizer": tokenizer.state_dict(), "transformer": transformer.state_dict()}
+        torch.save(states, folder / _TRAINED)
     if world > 1:
         dist.destroy_process_group()
 
@@ -76,21 +167,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def run_training(
-    config: ModelConfig,
-    data: ImageSet,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    processes: int,
-    threads: int = 1,
-) -> None:
-    """Train tokenizer and transformer; state and logs go to `folder`, where a rerun resumes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(  # type: ignore[no-untyped-call]
-        _train_in_process,
-        (processes, _free_port(), config, data, recipe, folder, threads),
-        nprocs=processes,
-    )

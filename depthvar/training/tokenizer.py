@@ -9,7 +9,7 @@ Shape legend: B images, Z code channels, H W sides, T tokens of one scale, S sca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,8 +30,12 @@ class TokenizerRecipe:
     codes and `latent_decay` keeps their size bounded, without which they run away from the codes.
     """
 
-    schedule: Schedule = Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
-    tuning: Schedule = Schedule(steps=500, batch=64, learning_rate=5e-4, warmup_steps=50)
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
+    )
+    tuning: Schedule = field(
+        default_factory=lambda: Schedule(steps=500, batch=64, learning_rate=5e-4, warmup_steps=50)
+    )
     prefix_share: float = 0.4
     commitment: float = 1.0
     latent_decay: float = 0.05

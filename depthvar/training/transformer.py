@@ -8,7 +8,7 @@ Shape legend: B images, T tokens of an image, Z code channels, V codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,11 @@ class TransformerRecipe:
     the first `layer_drop_ramp` of the steps; `label_drop` trains the unconditional stream.
     """
 
-    schedule: Schedule = Schedule(steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150)
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(
+            steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150
+        )
+    )
     layer_drop: float = 0.25
     layer_drop_ramp: float = 0.3
     label_drop: float = 0.1

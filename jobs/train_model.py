@@ -1,0 +1,121 @@
+"""Train a small VAR model on the real digits or a folder of labelled images; rerun to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field
+
+from depthvar.config import ModelConfig, model_config, small_model_config
+from depthvar.errors import InputError
+from depthvar.training.data import Augmentation, ImageSet, digits, image_folder
+from depthvar.training.run import Recipe, train_model
+from depthvar.training.tokenizer import TokenizerRecipe
+from depthvar.training.transformer import TransformerRecipe
+from jobs._entry import EXIT_DONE, run_job
+from pipeline.config import JobConfig, load_config
+
+_DEFAULT = Recipe()
+
+
+class TrainModelConfig(JobConfig):
+    """What `jobs.train_model` can be told; the defaults are the recipe of the bundled model."""
+
+    out: Path = Field(description="folder of the run; the finished model is in its model/")
+    data: str = Field("digits", description="`digits`, or a folder of <class name>/<image files>")
+    image_channels: int = Field(3, description="1 for grey or 3 for RGB; folders only")
+    held_out_share: float = Field(
+        0.1, gt=0, lt=1, description="share of a folder's images kept out of training"
+    )
+    tokenizer_steps: int = Field(_DEFAULT.tokenizer.schedule.steps, gt=0, description="steps")
+    decoder_steps: int = Field(
+        _DEFAULT.tokenizer.tuning.steps, gt=0, description="steps of tuning the decoder alone"
+    )
+    transformer_steps: int = Field(_DEFAULT.transformer.schedule.steps, gt=0, description="steps")
+    batch_size: int = Field(64, gt=0, description="images per step, over all processes")
+    learning_rate: float = Field(
+        _DEFAULT.transformer.schedule.learning_rate, gt=0, description="of the transformer"
+    )
+    layer_drop: float = Field(
+        _DEFAULT.transformer.layer_drop,
+        ge=0,
+        lt=1,
+        description="probability that a block is left out of a training step",
+    )
+    flip: bool = Field(False, description="mirror training images at random")
+    calibration_samples: int = Field(
+        _DEFAULT.calibration_samples, gt=0, description="samples that calibrate the proxies"
+    )
+    seed: int = Field(0, ge=0, description="seed of weights, batches and dropout")
+    processes: int = Field(2, gt=0, description="data-parallel processes; on GPUs one each")
+    threads: int = Field(1, gt=0, description="CPU threads of a process")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the model folder is finished."""
+    job = load_config(
+        TrainModelConfig, argv, prog="python -m jobs.train_model", description=__doc__ or ""
+    )
+    model, train_set, held_out = _data(job)
+    if job.batch_size % job.processes:
+        raise InputError(
+            f"batch_size is {job.batch_size} and processes {job.processes}, wanted a multiple: "
+            "change either"
+        )
+    folder = train_model(
+        model,
+        train_set,
+        held_out,
+        _recipe(job),
+        job.out,
+        processes=job.processes,
+        threads=job.threads,
+    )
+    print(f"model finished: sample from it with python -m jobs.generate --model {folder} --out DIR")
+    return EXIT_DONE
+
+
+def _data(job: TrainModelConfig) -> tuple[ModelConfig, ImageSet, ImageSet]:
+    if job.data == "digits":
+        return model_config("digits"), digits("train"), digits("held-out")
+    if job.image_channels not in (1, 3):
+        raise InputError(f"image_channels is {job.image_channels}, wanted 1 or 3: correct it")
+    folder = Path(job.data)
+    side = model_config("digits").image_side
+    images = image_folder(folder, side=side, channels=job.image_channels)
+    train_set, held_out = images.split(job.held_out_share)
+    config = small_model_config(
+        folder.resolve().name, images.class_names, image_channels=job.image_channels
+    )
+    return config, train_set, held_out
+
+
+def _recipe(job: TrainModelConfig) -> Recipe:
+    tokenizer, transformer = TokenizerRecipe(), TransformerRecipe()
+    batch = job.batch_size
+    return Recipe(
+        tokenizer=replace(
+            tokenizer,
+            schedule=replace(tokenizer.schedule, steps=job.tokenizer_steps, batch=batch),
+            tuning=replace(tokenizer.tuning, steps=job.decoder_steps, batch=batch),
+        ),
+        transformer=replace(
+            transformer,
+            schedule=replace(
+                transformer.schedule,
+                steps=job.transformer_steps,
+                batch=batch,
+                learning_rate=job.learning_rate,
+            ),
+            layer_drop=job.layer_drop,
+        ),
+        augmentation=Augmentation(flip=job.flip),
+        calibration_samples=job.calibration_samples,
+        seed=job.seed,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,585 @@
+"""VAR sampling and per-token depth, written out plainly: slow, dense, one sample at a time.
+
+Nothing here comes from the modules under test; a model is a mapping of tensors by their published
+names. Every token is computed at every block in raster order and a boolean mask then decides
+whether it takes what was computed. Where the published method leaves room, this follows the
+documented meaning of the policy's fields:
+
+- "up-sampled" means: taken from the token of the coarser scale that covers the finer token's
+  centre, the later one when the centre lies on a border;
+- the rotation moves percentiles by a whole number of tokens, the nearest, and by nothing at the
+  first adaptive scale;
+- compensation multiplies what a block adds to a token, both of its branches together.
+
+Shape legend: G streams of one sample (conditional, then unconditional), T tokens of a scale, M
+tokens so far, C width, H heads, D head channels, V codes, Z code channels, N tokens of an image.
+
+Sources: arXiv 2404.02905 (VAR), arXiv 2604.17286 (DepthVAR).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig
+from depthvar.policy import DepthPolicy
+
+State = dict[str, Tensor]
+
+
+# Depth of every token.
+
+
+def covering_token(side: int, coarse_side: int) -> list[int]:
+    """For every token of a side x side map, the token of the coarse map that covers its centre."""
+    ratio = Fraction(coarse_side, side)
+    along = [math.floor((i + Fraction(1, 2)) * ratio) for i in range(side)]
+    return [row * coarse_side + column for row in along for column in along]
+
+
+def ranks(values_T: list[float]) -> list[int]:
+    """How many tokens rank below each token; of equal ones the earlier is lower."""
+    return [
+        sum((other, j) < (value, i) for j, other in enumerate(values_T))
+        for i, value in enumerate(values_T)
+    ]
+
+
+def power_with_mean(percentiles: list[float], mean: float) -> float:
+    """The p for which percentile ** p has the given mean over the tokens."""
+
+    def excess(p: float) -> float:
+        return math.fsum(q**p for q in percentiles) / len(percentiles) - mean
+
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def scores_of_scale(
+    policy: DepthPolicy, sides: tuple[int, ...], scale: int, num_blocks: int, ranking_T: list[float]
+) -> list[float]:
+    """Depth score S of every token: budget, rank, rotation, scheduling function, least depth."""
+    count, reference = sides[scale] ** 2, policy.reference_scale
+    if reference is None or scale <= reference:
+        return [1.0] * count
+    mean = min(1.0, sides[reference] ** 2 / count)
+    if mean == 1.0:
+        return [1.0] * count
+    turn = policy.rotation * (scale - reference - 1)
+    offset = round((turn - math.floor(turn)) * count)
+    all_percentiles = [(rank + 0.5) / count for rank in range(count)]
+    reach = policy.steepness * min(mean, 1 - mean)
+    power = power_with_mean(all_percentiles, mean) if policy.schedule == "power" else 0.0
+    num_deep = round(mean * count)
+    scores = []
+    for rank in ranks(ranking_T):
+        rotated = (rank + offset) % count
+        percentile = all_percentiles[rotated]
+        score = {
+            "constant": mean,
+            "linear": mean + reach * (2 * percentile - 1),
+            "cosine": mean - reach * math.cos(math.pi * percentile),
+            "power": percentile**power,
+            "step": 1.0 if rotated >= count - num_deep else 0.0,
+        }[policy.schedule]
+        scores.append(max(score, policy.min_depth / num_blocks))
+    return scores
+
+
+def order_of_blocks(policy: DepthPolicy, num_blocks: int) -> list[int]:
+    """The sequence whose first d blocks a token of depth d runs."""
+    if policy.block_order == "first":
+        return list(range(num_blocks))
+    if policy.block_order == "ends":
+        left, sequence = list(range(num_blocks)), []
+        while left:
+            sequence.append(left.pop(0 if len(sequence) % 2 == 0 else -1))
+        return sequence
+    bits = 0
+    while 2**bits < num_blocks:
+        bits += 1
+
+    def mirrored(block: int) -> int:
+        return sum(((block >> i) & 1) << (bits - 1 - i) for i in range(bits))
+
+    return sorted(range(num_blocks), key=mirrored)
+
+
+# One scale through all blocks.
+
+
+class DenseBlocks(Protocol):
+    """A transformer of one sample, its class or text included."""
+
+    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (G, H, T, D) of every token."""
+        ...
+
+    def output(
+        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_M: Tensor
+    ) -> Tensor:
+        """The stream of every token after a block that may look where `kept_M` is True."""
+        ...
+
+
+@dataclass
+class ScaleResult:
+    """A scale in raster order: output, change at every block, ranking map, scores, depths, masks."""
+
+    side: int
+    hidden_GTC: Tensor
+    changes: list[Tensor]
+    change_T: Tensor
+    scores_T: Tensor
+    depths: list[int]
+    active: list[list[bool]]
+
+
+@dataclass
+class DenseDepth:
+    """Runs the scales of one sample under a policy, remembering keys and values of every block."""
+
+    blocks: DenseBlocks
+    sides: tuple[int, ...]
+    num_blocks: int
+    policy: DepthPolicy
+    slope_SLC: Tensor | None = None
+    offset_SLC: Tensor | None = None
+    memory: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    scales: list[ScaleResult] = field(default_factory=list)
+
+    def run_scale(self, x_GTC: Tensor, random_T: list[float]) -> ScaleResult:
+        """The next scale, from its input in raster order."""
+        scale, policy = len(self.scales), self.policy
+        previous = self.scales[-1] if self.scales else None
+        side = self.sides[scale]
+        cover = covering_token(side, previous.side) if previous else []
+        scores = scores_of_scale(
+            policy, self.sides, scale, self.num_blocks, self.ranking(x_GTC, random_T, cover)
+        )
+        depths = [math.floor(score * self.num_blocks + 1e-9) for score in scores]
+        adaptive = min(depths) < self.num_blocks
+        place = {b: i for i, b in enumerate(order_of_blocks(policy, self.num_blocks))}
+        factor_T1 = torch.ones(side * side, 1, dtype=x_GTC.dtype)
+        if policy.compensation:
+            for t, depth in enumerate(depths):
+                factor_T1[t] = min(4 / 3, math.sqrt(self.num_blocks / max(depth, 1)))
+        changes, masks = [], []
+        for block in range(self.num_blocks):
+            active_T = torch.tensor([place[block] < depth for depth in depths])
+            makes_keys_T = active_T | (policy.skipped_keys_values == "proxy")
+            keys, values, kept_M = self.remember(block, x_GTC, makes_keys_T)
+            computed = self.blocks.output(block, x_GTC, keys, values, kept_M) - x_GTC
+            change = computed * factor_T1
+            proxy = torch.zeros_like(x_GTC)
+            if adaptive and policy.proxy in ("raw", "calibrated"):
+                proxy = previous.changes[block][:, cover]
+                if policy.proxy == "calibrated":
+                    proxy = proxy * self.slope_SLC[scale, block] + self.offset_SLC[scale, block]
+            change = torch.where(active_T[None, :, None], change, proxy)
+            x_GTC = x_GTC + change
+            changes.append(change)
+            masks.append(active_T.tolist())
+        if adaptive and policy.proxy == "output":
+            untouched_T = torch.tensor([depth == 0 for depth in depths])
+            restored = previous.hidden_GTC[:, cover]
+            x_GTC = torch.where(untouched_T[None, :, None], restored, x_GTC)
+        change_T = sum(change.abs().mean(2).sum(0) for change in changes)
+        scores_T = torch.tensor(scores, dtype=x_GTC.dtype)
+        result = ScaleResult(side, x_GTC, changes, change_T, scores_T, depths, masks)
+        self.scales.append(result)
+        return result
+
+    def ranking(self, x_GTC: Tensor, random_T: list[float], cover: list[int]) -> list[float]:
+        """What tokens are ranked by; the streams of a sample share it."""
+        if self.policy.ranking == "random":
+            return random_T
+        if self.policy.ranking == "distance":
+            mean_G1C = x_GTC.sum(1, keepdim=True) / x_GTC.shape[1]
+            return ((x_GTC - mean_G1C) ** 2).sum(2).sum(0).tolist()
+        if not self.scales:
+            return [0.0] * x_GTC.shape[1]
+        return self.scales[-1].change_T[cover].tolist()
+
+    def remember(
+        self, block: int, x_GTC: Tensor, makes_keys_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all tokens so far, and which of them were ever made."""
+        entries = self.memory.setdefault(block, [])
+        entries.append((*self.blocks.keys_values(block, x_GTC), makes_keys_T))
+        keys, values, kept = zip(*entries, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(kept)
+
+
+def masked_attention(q_GHTD: Tensor, keys: Tensor, values: Tensor, kept_M: Tensor) -> Tensor:
+    """Softmax attention, softmax scale 1, over the tokens that have keys."""
+    scores = torch.einsum("ghtd,ghmd->ghtm", q_GHTD, keys)
+    scores = scores.masked_fill(~kept_M, -math.inf)
+    return torch.einsum("ghtm,ghmd->ghtd", torch.softmax(scores, -1), values)
+
+
+# The published transformer.
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@dataclass
+class VarBlocks:
+    """The blocks of a VAR transformer for one sample; `class_GC` are its class embeddings."""
+
+    state: State
+    config: ModelConfig
+    class_GC: Tensor
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def modulation(self, block: int) -> list[Tensor]:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (G, 1, C)."""
+        width = self.config.transformer.width
+        if self.config.transformer.shared_adaln:
+            six = self.linear("shared_ada_lin.1", _silu(self.class_GC)).reshape(-1, 6, width)
+            six = six + self.state[f"blocks.{block}.ada_gss"].reshape(1, 6, width)
+        else:
+            six = self.linear(f"blocks.{block}.ada_lin.1", _silu(self.class_GC))
+            six = six.reshape(-1, 6, width)
+        return [six[:, i : i + 1] for i in range(6)]
+
+    def projections(self, block: int, x_GTC: Tensor) -> list[Tensor]:
+        """q, k, v (G, H, T, D) of every token; q and k normalised, q scaled."""
+        name, shape = f"blocks.{block}.attn", self.config.transformer
+        _, _, scale1, _, shift1, _ = self.modulation(block)
+        normed = _normed(x_GTC, shape.norm_eps) * (1 + scale1) + shift1
+        weights = self.state[f"{name}.mat_qkv.weight"].reshape(3, shape.width, shape.width)
+        biases = (self.state[f"{name}.q_bias"], 0.0, self.state[f"{name}.v_bias"])
+        q, k, v = (
+            (normed @ weight.T + bias)
+            .reshape(*x_GTC.shape[:2], shape.num_heads, shape.width // shape.num_heads)
+            .permute(0, 2, 1, 3)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        q = q / (q**2).sum(-1, keepdim=True).sqrt()
+        k = k / (k**2).sum(-1, keepdim=True).sqrt()
+        log_scale = self.state[f"{name}.scale_mul_1H11"]
+        return [q * torch.exp(torch.clamp(log_scale, max=math.log(100))), k, v]
+
+    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token."""
+        _, k, v = self.projections(block, x_GTC)
+        return k, v
+
+    def output(
+        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_M: Tensor
+    ) -> Tensor:
+        """AdaLN attention, then AdaLN feed-forward."""
+        name = f"blocks.{block}"
+        gamma1, gamma2, _, scale2, _, shift2 = self.modulation(block)
+        q, _, _ = self.projections(block, x_GTC)
+        attended = masked_attention(q, keys_GHMD, values_GHMD, kept_M)
+        attended = attended.permute(0, 2, 1, 3).reshape(x_GTC.shape)
+        x_GTC = x_GTC + self.linear(f"{name}.attn.proj", attended) * gamma1
+        normed = _normed(x_GTC, self.config.transformer.norm_eps) * (1 + scale2) + shift2
+        hidden = _gelu_tanh(self.linear(f"{name}.ffn.fc1", normed))
+        return x_GTC + self.linear(f"{name}.ffn.fc2", hidden) * gamma2
+
+    def embed(self, scale: int, codes_TZ: Tensor | None) -> Tensor:
+        """Input of a scale (G, T, C) from the feature map at its side (none at scale 0)."""
+        sides = self.config.sides
+        begin = sum(side**2 for side in sides[:scale])
+        end = begin + sides[scale] ** 2
+        where = self.state["lvl_embed.weight"][scale] + self.state["pos_1LC"][0, begin:end]
+        if codes_TZ is None:
+            return self.class_GC[:, None] + self.state["pos_start"] + where
+        embedded_TC = self.linear("word_embed", codes_TZ) + where
+        return torch.stack([embedded_TC] * len(self.class_GC))
+
+    def logits(self, x_GTC: Tensor) -> Tensor:
+        """AdaLN before the head, then the head: (G, T, V)."""
+        two = self.linear("head_nm.ada_lin.1", _silu(self.class_GC))
+        scale, shift = two.reshape(-1, 2, self.config.transformer.width).unbind(1)
+        normed = _normed(x_GTC, self.config.transformer.norm_eps)
+        return self.linear("head", normed * (1 + scale[:, None]) + shift[:, None])
+
+
+def teacher_forced_logits(
+    state: State, config: ModelConfig, labels_B: list[int], codes_BNZ: Tensor
+) -> Tensor:
+    """Full-depth logits (B, N, V) given the inputs of the scales after the first."""
+    rows = []
+    for label, codes_NZ in zip(labels_B, codes_BNZ, strict=True):
+        blocks = VarBlocks(state, config, state["class_emb.weight"][[label]])
+        dense = DenseDepth(blocks, config.sides, config.num_blocks, DepthPolicy())
+        logits, begin = [], 0
+        for scale, side in enumerate(config.sides):
+            codes_TZ = codes_NZ[begin : begin + side**2] if scale else None
+            begin += side**2 if scale else 0
+            hidden = dense.run_scale(blocks.embed(scale, codes_TZ), []).hidden_GTC
+            logits.append(blocks.logits(hidden)[0])
+        rows.append(torch.cat(logits))
+    return torch.stack(rows)
+
+
+# Drawing.
+
+
+@dataclass
+class Draw:
+    """A drawn code, its log-probability, and the truncated distribution over all codes."""
+
+    code: int
+    log_prob: float
+    probs_V: list[float]
+
+
+def draw(logits_V: list[float], uniform: float, settings: SamplingSettings) -> Draw:
+    """Top-k, top-p, then the inverse of the distribution function over ascending (logit, code)."""
+    num_codes = len(logits_V)
+    survivors = sorted(range(num_codes), key=lambda code: (logits_V[code], code))
+    if 0 < settings.top_k < num_codes:
+        kth = sorted(logits_V, reverse=True)[settings.top_k - 1]
+        survivors = [code for code in survivors if logits_V[code] >= kth]
+    best = max(logits_V)
+    weights = [math.exp(logits_V[code] - best) for code in survivors]
+    probs = [weight / math.fsum(weights) for weight in weights]
+    first, cumulative = 0, 0.0
+    for i, prob in enumerate(probs[:-1]):
+        cumulative += prob
+        if cumulative <= 1 - settings.top_p:
+            first = i + 1
+    kept, total = survivors[first:], math.fsum(probs[first:])
+    by_code = [0.0] * num_codes
+    for code, prob in zip(kept, probs[first:], strict=True):
+        by_code[code] = prob / total
+    chosen, cumulative = kept[-1], 0.0
+    for code in kept:
+        cumulative += by_code[code]
+        if cumulative > uniform:
+            chosen = code
+            break
+    return Draw(chosen, math.log(by_code[chosen]), by_code)
+
+
+# The published tokenizer.
+
+
+def feature_of_codes(state: State, config: TokenizerConfig, scale: int, codes_TZ: Tensor) -> Tensor:
+    """What code vectors of a scale add to the feature map (Z, H, W)."""
+    side, last = config.sides[scale], config.sides[-1]
+    h = codes_TZ.T.reshape(1, -1, side, side)
+    if scale != len(config.sides) - 1:
+        h = F.interpolate(h, (last, last), mode="bicubic", align_corners=False, antialias=False)
+    name = f"quantize.quant_resi.qresi_ls.{config.phi_of_scale[scale]}"
+    smooth = F.conv2d(h, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
+    return (0.5 * h + 0.5 * smooth)[0]
+
+
+def at_side(feature_map_ZHW: Tensor, side: int) -> Tensor:
+    """The feature map area-averaged to a side, as tokens (T, Z)."""
+    return F.interpolate(feature_map_ZHW[None], (side, side), mode="area")[0].flatten(1).T
+
+
+def _conv(state: State, name: str, x: Tensor, **how: int) -> Tensor:
+    return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **how)
+
+
+def _group_norm(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    grouped = x.reshape(len(x), groups, -1)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    normed = centred / torch.sqrt((centred**2).mean(2, keepdim=True) + 1e-6)
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    return normed.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+
+
+def _res_block(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    h = _conv(state, f"{name}.conv1", _silu(_group_norm(state, f"{name}.norm1", x, groups)), padding=1)
+    h = _conv(state, f"{name}.conv2", _silu(_group_norm(state, f"{name}.norm2", h, groups)), padding=1)
+    if f"{name}.nin_shortcut.weight" in state:
+        x = _conv(state, f"{name}.nin_shortcut", x)
+    return x + h
+
+
+def _attention(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    qkv = _conv(state, f"{name}.qkv", _group_norm(state, f"{name}.norm", x, groups))
+    q, k, v = qkv.flatten(2).reshape(len(x), 3, x.shape[1], -1).unbind(1)
+    weights = torch.softmax(torch.einsum("bct,bcs->bts", q, k) * x.shape[1] ** -0.5, -1)
+    out = torch.einsum("bts,bcs->bct", weights, v).reshape(x.shape)
+    return x + _conv(state, f"{name}.proj_out", out)
+
+
+def _level(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    index = 0
+    while f"{name}.block.{index}.conv1.weight" in state:
+        x = _res_block(state, f"{name}.block.{index}", x, groups)
+        if f"{name}.attn.{index}.qkv.weight" in state:
+            x = _attention(state, f"{name}.attn.{index}", x, groups)
+        index += 1
+    return x
+
+
+def _mid(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    x = _res_block(state, f"{name}.mid.block_1", x, groups)
+    x = _attention(state, f"{name}.mid.attn_1", x, groups)
+    return _res_block(state, f"{name}.mid.block_2", x, groups)
+
+
+def _out(state: State, name: str, x: Tensor, groups: int) -> Tensor:
+    x = _silu(_group_norm(state, f"{name}.norm_out", x, groups))
+    return _conv(state, f"{name}.conv_out", x, padding=1)
+
+
+def decode(state: State, config: TokenizerConfig, feature_map_BZHW: Tensor) -> Tensor:
+    """Feature map to images (B, channels, H, W) in [-1, 1]."""
+    groups = config.norm_groups
+    x = _conv(state, "post_quant_conv", feature_map_BZHW, padding=1)
+    x = _conv(state, "decoder.conv_in", x, padding=1)
+    x = _mid(state, "decoder", x, groups)
+    for level in range(len(config.multipliers) - 1, -1, -1):
+        x = _level(state, f"decoder.up.{level}", x, groups)
+        if level > 0:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = _conv(state, f"decoder.up.{level}.upsample.conv", x, padding=1)
+    return torch.clamp(_out(state, "decoder", x, groups), -1, 1)
+
+
+def encode(state: State, config: TokenizerConfig, images_BCHW: Tensor) -> Tensor:
+    """Images in [-1, 1] to the continuous latent map (B, Z, h, w)."""
+    groups = config.norm_groups
+    x = _conv(state, "encoder.conv_in", images_BCHW, padding=1)
+    for level in range(len(config.multipliers)):
+        x = _level(state, f"encoder.down.{level}", x, groups)
+        if level < len(config.multipliers) - 1:
+            right_and_bottom = F.pad(x, (0, 1, 0, 1))
+            x = _conv(state, f"encoder.down.{level}.downsample.conv", right_and_bottom, stride=2)
+    x = _out(state, "encoder", _mid(state, "encoder", x, groups), groups)
+    return _conv(state, "quant_conv", x, padding=1)
+
+
+# Sampling.
+
+
+@dataclass
+class SampledScale:
+    """One scale of a batch: hidden (G, T, C) with all conditional rows first, guided logits."""
+
+    hidden_GTC: Tensor
+    logits_BTV: Tensor
+    tokens_BT: Tensor
+    log_prob_BT: Tensor
+    change_BT: Tensor
+    depths: list[list[int]]
+
+
+@dataclass
+class Sampled:
+    """A batch: its scales and the final feature map."""
+
+    scales: list[SampledScale]
+    feature_map_BZHW: Tensor
+
+
+def sample(
+    states: tuple[State, State],
+    config: ModelConfig,
+    policy: DepthPolicy,
+    settings: SamplingSettings,
+    labels_B: list[int],
+    uniforms_BN: Tensor,
+    ranking_BN: Tensor,
+    fit: tuple[Tensor, Tensor] | None = None,
+) -> Sampled:
+    """Every sample on its own, then put side by side; `fit` is (slope, offset), each (S, L, C)."""
+    each = [
+        _sample_one(states, config, policy, settings, label, uniforms, random_N, fit)
+        for label, uniforms, random_N in zip(
+            labels_B, uniforms_BN.tolist(), ranking_BN.tolist(), strict=True
+        )
+    ]
+    scales = []
+    for parts in zip(*(scales for scales, _ in each), strict=True):
+        hidden = torch.stack([part.hidden_GTC for part in parts], dim=1).flatten(0, 1)
+        scales.append(
+            SampledScale(
+                hidden,
+                *(
+                    torch.cat([getattr(part, name) for part in parts])
+                    for name in ("logits_BTV", "tokens_BT", "log_prob_BT", "change_BT")
+                ),
+                [part.depths[0] for part in parts],
+            )
+        )
+    return Sampled(scales, torch.stack([feature_map for _, feature_map in each]))
+
+
+def _sample_one(
+    states: tuple[State, State],
+    config: ModelConfig,
+    policy: DepthPolicy,
+    settings: SamplingSettings,
+    label: int,
+    uniforms_N: list[float],
+    random_N: list[float],
+    fit: tuple[Tensor, Tensor] | None,
+) -> tuple[list[SampledScale], Tensor]:
+    transformer, tokenizer = states
+    labels = [label, config.num_classes] if settings.cfg > 0 else [label]
+    blocks = VarBlocks(transformer, config, transformer["class_emb.weight"][labels])
+    dense = DenseDepth(blocks, config.sides, config.num_blocks, policy, *(fit or (None, None)))
+    codebook_VZ = tokenizer["quantize.embedding.weight"]
+    last = config.sides[-1]
+    f_hat_ZHW = codebook_VZ.new_zeros(codebook_VZ.shape[1], last, last)
+    scales, begin = [], 0
+    for i, side in enumerate(config.sides[: len(config.sides) - policy.skip_last_scales]):
+        end = begin + side**2
+        x_GTC = blocks.embed(i, at_side(f_hat_ZHW, side) if i else None)
+        result = dense.run_scale(x_GTC, random_N[begin:end])
+        logits_GTV = blocks.logits(result.hidden_GTC)
+        logits_TV = logits_GTV[0]
+        if settings.cfg > 0:
+            t = settings.cfg * i / (len(config.sides) - 1)
+            logits_TV = (1 + t) * logits_GTV[0] - t * logits_GTV[1]
+        draws = [
+            draw(logits_V, uniform, settings)
+            for logits_V, uniform in zip(logits_TV.tolist(), uniforms_N[begin:end], strict=True)
+        ]
+        codes_TZ = codebook_VZ[[d.code for d in draws]]
+        score_T1 = result.scores_T[:, None]
+        if policy.blending == "score":
+            codes_TZ = score_T1 * codes_TZ
+        if policy.blending == "mean":
+            probs_TV = torch.tensor([d.probs_V for d in draws], dtype=codebook_VZ.dtype)
+            codes_TZ = score_T1 * codes_TZ + (1 - score_T1) * (probs_TV @ codebook_VZ)
+        f_hat_ZHW = f_hat_ZHW + feature_of_codes(tokenizer, config.tokenizer, i, codes_TZ)
+        scales.append(
+            SampledScale(
+                result.hidden_GTC,
+                logits_TV[None],
+                torch.tensor([[d.code for d in draws]]),
+                torch.tensor([[d.log_prob for d in draws]], dtype=logits_TV.dtype),
+                result.change_T[None],
+                [result.depths],
+            )
+        )
+        begin = end
+    return scales, f_hat_ZHW

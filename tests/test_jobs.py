@@ -1,0 +1,254 @@
+"""The command line: what goes in, what comes out, and how mistakes read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jobs._entry
+import jobs.generate
+import jobs.plan
+import jobs.verify
+from pipeline.plan import JobPlan
+from tests.random_weights import write_random_weights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def dataset(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of three classes in two shards, made in this process by the real sampler."""
+    out = tmp_path_factory.mktemp("dataset") / "out"
+    assert jobs.generate.main([*flags(out, weights), "--workers", "0"]) == 0
+    return out
+
+
+def flags(out: Path, weights: Path, *more: str) -> list[str]:
+    text = "--policy uniform --classes 1,4,seven --per-class 2 --samples-per-shard 4 --batch-size 2"
+    return ["--out", str(out), "--weights", str(weights), "--device", "cpu", *text.split(), *more]
+
+
+def exit_code(main: object, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a job as its module does, and return the code it exits with."""
+    monkeypatch.setattr(sys, "argv", ["job", *argv])
+    with pytest.raises(SystemExit) as caught:
+        jobs._entry.run_job(main)  # type: ignore[arg-type]
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def bad_inputs(tmp_path: Path, weights: Path) -> dict[str, tuple[list[str], str]]:
+    """Flags after the good ones, and a part of the one line they must give."""
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for file in weights.iterdir():
+        (truncated / file.name).write_bytes(file.read_bytes())
+    transformer = truncated / "transformer.safetensors"
+    transformer.write_bytes(transformer.read_bytes()[:-1000])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("1,-4\n")
+    config = tmp_path / "job.yaml"
+    config.write_text("per_clas: 3\n")
+    return {
+        "unknown class": (["--classes", "eleven"], "unknown class 'eleven'"),
+        "class id outside the model": (["--classes", "3-10"], "'10'"),
+        "negative count": (["--per-class", "-3"], "--per-class: got '-3'"),
+        "zero count": (["--per-class", "0"], "--per-class: got '0'"),
+        "R outside the scales": (["--reference-scale", "7"], "reference scale is 7"),
+        "R below the scales": (["--reference-scale", "-1"], "reference scale is -1"),
+        "top-p of zero": (["--top-p", "0"], "--top-p: got '0'"),
+        "top-p above one": (["--top-p", "1.01"], "--top-p: got '1.01'"),
+        "unwritable output": (["--out", "/proc/out"], "/proc"),
+        "output under a file": (["--out", str(file / "out")], "is a file"),
+        "foreign output": (["--out", str(foreign)], "wanted an empty folder"),
+        "unknown scheme": (["--out", "ftp://host/out"], "'ftp'"),
+        "more workers than resources": (["--workers", "9999"], "--workers is 9999"),
+        "no GPU": (["--device", "cuda"], "no GPU worker fits"),
+        "no GPU in one process": (["--device", "cuda", "--workers", "0"], "no GPU worker fits"),
+        "unknown model": (["--model", "dalle"], "unknown model 'dalle'"),
+        "missing weights": (["--weights", str(tmp_path / "none")], "does not exist"),
+        "truncated weights": (["--weights", str(truncated)], "no readable weights file"),
+        "weights of another model": (
+            ["--model", "var-d16", "--classes", "3"],
+            "does not fit the model",
+        ),
+        "no calibration": (["--policy", "depthvar"], "no calibration"),
+        "unknown policy": (["--policy", "magic"], "unknown policy 'magic'"),
+        "unknown policy option": (["--policy-options", "zz=1"], "unknown policy option 'zz'"),
+        "policy option of a wrong type": (["--policy-options", "min_depth=x"], "min_depth"),
+        "unknown YAML key": (["--config", str(config)], "did you mean per_class?"),
+        "missing YAML file": (["--config", str(tmp_path / "none")], "No such file"),
+        "unknown flag": (["--per-clas", "3"], "--per-clas"),
+        "address where nothing answers": (["--address", "127.0.0.1:1"], "nothing answers"),
+        "two sources of labels": (["--labels-file", str(labels)], "drop"),
+    }
+
+
+BAD_INPUTS = tuple(
+    """unknown class|class id outside the model|negative count|zero count|R outside the scales
+    |R below the scales|top-p of zero|top-p above one|unwritable output|output under a file
+    |foreign output|unknown scheme|more workers than resources|no GPU|no GPU in one process|unknown model|missing weights
+    |truncated weights|weights of another model|no calibration|unknown policy|unknown policy option
+    |policy option of a wrong type|unknown YAML key|missing YAML file|unknown flag
+    |address where nothing answers|two sources of labels""".replace("\n    ", "").split("|")
+)
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_clear_line_code_2_and_nothing_written(
+    name: str,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    if name.startswith("no GPU"):
+        monkeypatch.setattr("pipeline.driver._local_gpus", lambda: 0)
+    more, part = bad_inputs(tmp_path, weights)[name]
+    before = sorted(tmp_path.rglob("*"))
+    argv = flags(tmp_path / "out", weights, *more)
+    if name == "two sources of labels":
+        argv = [*flags(tmp_path / "out", weights)[:4], "--classes", "3", *more]
+    assert exit_code(jobs.generate.main, argv, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert part in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_table_of_bad_input_is_complete(weights: Path, tmp_path: Path):
+    assert tuple(bad_inputs(tmp_path, weights)) == BAD_INPUTS
+
+
+def test_bad_lines_of_a_labels_file_are_refused(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    labels = tmp_path / "labels.csv"
+    for content in ("1,-4\n", "1,0\n", "eleven,4\n", "12,4\n", ""):
+        labels.write_text(content)
+        argv = [*flags(tmp_path / "out", weights)[:4], "--labels-file", str(labels)]
+        assert exit_code(jobs.generate.main, argv, monkeypatch) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_configuration_over_the_same_output_is_refused_field_by_field(
+    dataset: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    before = {f: f.stat().st_mtime_ns for f in dataset.rglob("*")}
+    argv = flags(dataset, weights, "--seed", "7", "--top-p", "0.5")
+    for main in (jobs.generate.main, jobs.plan.main):
+        assert exit_code(main, argv, monkeypatch) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "seed: " in line
+        assert "this run has 7" in line
+        assert "top_p: " in line
+    assert {f: f.stat().st_mtime_ns for f in dataset.rglob("*")} == before
+
+
+def test_plan_prints_the_dry_run_and_writes_nothing(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = flags(tmp_path / "out", weights, "--workers", "4", "--batch-size", "3")
+    assert jobs.plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "6 images of 3 classes, 32x32 png" in text
+    assert "2 of 4 images" in text
+    assert "GFLOP per image, full depth" in text
+    assert "not known before the first shard" in text
+    assert "the last shard holds 2 images, the others 4" in text
+    assert "--batch-size 3 does not divide --samples-per-shard 4" in text
+    assert "2 shards for 4 workers" in text
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[1] for row in rows] == ["1", "2", "3", "4", "5", "6", "8"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_over_a_dataset_says_what_is_done_and_how_large_it_gets(
+    dataset: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert jobs.plan.main(flags(dataset, weights)) == 0
+    text = capsys.readouterr().out
+    assert "6 images in 2 shards" in text
+    assert "about " in text
+    plan = JobPlan.from_json((dataset / "plan.json").read_bytes())
+    assert plan.fingerprint in text
+
+
+def test_verify_accepts_what_generate_made(dataset: Path, capsys: pytest.CaptureFixture[str]):
+    for argv in ([str(dataset)], ["--out", str(dataset), "--deep"]):
+        assert jobs.verify.main(argv) == 0
+        assert "2 of 2 shards sound (6 images), 0 problems" in capsys.readouterr().out
+
+
+def test_verify_names_the_shard_that_is_damaged_and_generate_mends_it(
+    weights: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    for file in [f for f in dataset.rglob("*") if f.is_file()]:
+        copy = out / file.relative_to(dataset)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    tar = out / "train" / "00001.tar"
+    good = tar.read_bytes()
+    tar.write_bytes(good[:-512])
+    assert jobs.verify.main([str(out)]) == 1
+    assert "00001" in capsys.readouterr().out
+    assert jobs.generate.main([*flags(out, weights), "--workers", "0"]) == 0
+    assert tar.read_bytes() == good
+    assert jobs.verify.main([str(out), "--deep"]) == 0
+
+
+def test_verify_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert exit_code(jobs.verify.main, [str(tmp_path / "none")], monkeypatch) == 2
+
+
+def test_a_file_of_configuration_makes_the_same_plan_as_flags(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "job.yaml"
+    content = {
+        "out": str(tmp_path / "out"),
+        "weights": str(weights),
+        "device": "cpu",
+        "policy": "uniform",
+        "classes": [1, 4, "seven"],
+        "per_class": 2,
+        "samples_per_shard": 4,
+        "batch_size": 2,
+    }
+    file.write_text(json.dumps(content))  # JSON is YAML
+    jobs.plan.main(["--config", str(file)])
+    from_file = capsys.readouterr().out
+    jobs.plan.main(flags(tmp_path / "out", weights))
+    assert capsys.readouterr().out == from_file
+
+
+@pytest.mark.parametrize("job", ["plan", "generate", "verify"])
+def test_every_job_runs_as_a_module_and_explains_itself(job: str):
+    command = [sys.executable, "-m", f"jobs.{job}", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"usage: python -m jobs.{job}")
+    assert shown.stderr == ""

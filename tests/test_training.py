@@ -1,0 +1,126 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from depthvar.checkpoint import load_model
+from depthvar.config import SamplingSettings, model_config
+from depthvar.errors import InputError
+from depthvar.policy import make_policy
+from depthvar.sampling import Sampler
+from depthvar.training.data import ImageSet, digits
+from depthvar.training.loop import Process, Schedule, train
+from depthvar.training.run import Recipe, train_model
+from depthvar.training.tokenizer import TokenizerRecipe
+from depthvar.training.transformer import TransformerRecipe
+
+ALONE = Process(0, 1, torch.device("cpu"))
+SHORT = Schedule(steps=6, batch=8, learning_rate=1e-2, warmup_steps=2, save_every=3)
+
+
+def _fit_line(
+    folder: Path, schedule: Schedule, *, after_step=None
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = nn.Linear(3, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    true = torch.tensor([1.0, -2.0, 0.5])
+
+    def loss_of_step(step, generator):
+        x = torch.randn(16, 3, generator=generator)
+        loss = (model(x)[:, 0] - x @ true).square().mean()
+        return loss, {"loss": loss.item()}
+
+    folder.mkdir(exist_ok=True)
+    average = train(
+        "line", model, loss_of_step, schedule, ALONE, folder, seed=1, after_step=after_step
+    )
+    return model, average
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
+    schedule = replace(SHORT, steps=40)
+    whole, whole_average = _fit_line(tmp_path / "whole", schedule)
+
+    def stop(step, generator):
+        if step == 20:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        _fit_line(tmp_path / "cut", schedule, after_step=stop)
+    assert torch.load(tmp_path / "cut" / "line.pt", weights_only=True)["step"] == 18
+    resumed, resumed_average = _fit_line(tmp_path / "cut", schedule)
+    assert torch.equal(resumed.weight, whole.weight)
+    assert all(torch.equal(resumed_average[key], whole_average[key]) for key in whole_average)
+
+
+def test_training_fits_what_it_is_given(tmp_path):
+    schedule = replace(SHORT, steps=400, learning_rate=0.05, weight_decay=0.0, ema_decay=0.9)
+    _, average = _fit_line(tmp_path, schedule)
+    torch.testing.assert_close(
+        average["weight"][0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0
+    )
+    rows = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 400
+    assert rows[-1]["loss"] < rows[0]["loss"] / 100
+
+
+def test_the_rate_warms_up_and_then_falls():
+    schedule = Schedule(steps=100, batch=1, learning_rate=1.0, warmup_steps=10)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 0.03
+
+
+def _small_set() -> ImageSet:
+    whole = digits("train")
+    return ImageSet(whole.images_NCHW[::40], whole.labels_N[::40], whole.class_names)
+
+
+def _recipe() -> Recipe:
+    return Recipe(
+        tokenizer=TokenizerRecipe(schedule=SHORT, tuning=replace(SHORT, steps=2)),
+        transformer=TransformerRecipe(schedule=replace(SHORT, steps=3)),
+        calibration_samples=10,
+    )
+
+
+def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
+    config, data = model_config("digits"), _small_set()
+    folder = train_model(config, data, data, _recipe(), tmp_path, processes=2, threads=1)
+    model = load_model(str(folder))
+    batch = Sampler(model, make_policy("depthvar"), SamplingSettings(1.0, 0, 1.0))(
+        [3, 4], seed=0, indices=[0, 1]
+    )
+    assert batch.images_BHWC.shape == (2, 32, 32, 1)
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["training_images"] == 100
+    assert facts["held_out_reconstruction_mse"] > 0
+    with pytest.raises(InputError, match="differs in recipe"):
+        train_model(
+            config, data, data, replace(_recipe(), seed=5), tmp_path, processes=2, threads=1
+        )
+
+
+def test_processes_average_their_gradients(tmp_path):
+    torch.multiprocessing.spawn(_average_ranks, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _average_ranks(rank: int, store: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    a, b = torch.full((2, 3), float(rank)), torch.full((5,), 10.0 * rank)
+    Process(rank, 2, torch.device("cpu")).average([a, b])
+    assert torch.equal(a, torch.full((2, 3), 0.5))
+    assert torch.equal(b, torch.full((5,), 5.0))
+    torch.distributed.destroy_process_group()

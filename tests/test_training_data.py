@@ -1,0 +1,88 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from depthvar.errors import InputError
+from depthvar.training.data import Augmentation, augment, digits, image_folder, to_float
+
+
+def test_held_out_digits_are_balanced_fixed_and_never_trained_on():
+    train_set, held_out = digits("train"), digits("held-out")
+    assert train_set.labels_N.bincount().tolist() == [400] * 10
+    assert held_out.labels_N.bincount().tolist() == [100] * 10
+    pixels = held_out.images_NCHW.numpy().tobytes() + held_out.labels_N.numpy().tobytes()
+    assert hashlib.sha256(pixels).hexdigest().startswith(HELD_OUT_SHA256)
+    trained = {image.numpy().tobytes() for image in train_set.images_NCHW}
+    assert not any(image.numpy().tobytes() in trained for image in held_out.images_NCHW)
+
+
+HELD_OUT_SHA256 = "1e026f975d119c14"
+
+
+def test_digits_are_centred_in_32_pixels():
+    images = digits("held-out").images_NCHW
+    assert images.shape == (1000, 1, 32, 32)
+    assert images.dtype == torch.uint8
+    assert images[:, :, :2].max() == 0
+    assert images[:, :, :, -2:].max() == 0
+
+
+def test_an_image_folder_becomes_labelled_square_images(tmp_path):
+    for name, value in (("dog", 200), ("ant", 10)):
+        (tmp_path / name).mkdir()
+        pixels = np.full((20, 30, 3), value, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    data = image_folder(tmp_path, side=16, channels=3)
+    assert data.class_names == ("ant", "dog")
+    assert data.images_NCHW.shape == (2, 3, 16, 16)
+    assert data.images_NCHW[1].unique().tolist() == [200]
+    assert data.labels_N.tolist() == [0, 1]
+
+
+def test_a_folder_without_classes_or_with_a_broken_image_is_refused(tmp_path):
+    with pytest.raises(InputError, match="class folders"):
+        image_folder(tmp_path / "absent", side=16, channels=3)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(InputError, match="no images"):
+        image_folder(tmp_path, side=16, channels=3)
+    (tmp_path / "cat" / "a.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"a\.png is no readable image"):
+        image_folder(tmp_path, side=16, channels=3)
+
+
+def test_a_split_holds_out_the_share_asked_for_and_loses_nothing():
+    data = digits("held-out")
+    train_set, held_out = data.split(0.1)
+    assert len(train_set) == 900
+    assert len(held_out) == 100
+    assert held_out.labels_N.bincount().min() > 0
+
+
+def test_augmentation_of_no_range_changes_nothing():
+    images = to_float(digits("held-out").images_NCHW[:8])
+    still = Augmentation(degrees=0, zoom=0, shear=0, shift=0)
+    same = augment(images, still, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same, images, atol=1e-4, rtol=0)
+
+
+def test_flipping_mirrors_about_half_of_the_images():
+    images = to_float(digits("held-out").images_NCHW[:200])
+    flip = Augmentation(degrees=0, zoom=0, shear=0, shift=0, flip=True)
+    flipped = augment(images, flip, torch.Generator().manual_seed(0))
+    mirrored = [
+        torch.allclose(after, before.flip(-1), atol=1e-3)
+        for before, after in zip(images, flipped, strict=True)
+    ]
+    assert 70 < sum(mirrored) < 130
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    images = to_float(digits("held-out").images_NCHW[:8])
+    a, b, c = (
+        augment(images, Augmentation(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)

@@ -1,0 +1,188 @@
+"""Small models with random weights in which every part matters, and policies that cover the fields.
+
+Shape legend: S scales, L blocks, C width.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthvar.checkpoint import LoadedModel, WeightsIdentity
+from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig, TransformerConfig
+from depthvar.engine import ProxyFit
+from depthvar.errors import InputError
+from depthvar.policy import DepthPolicy
+from depthvar.tokenizer import Tokenizer
+from depthvar.transformer import Transformer
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+"""Largest absolute difference from the reference, for values of the order of one."""
+
+GUIDED = SamplingSettings(cfg=1.7, top_k=17, top_p=0.9)
+UNGUIDED = SamplingSettings(cfg=0.0, top_k=0, top_p=0.95)
+
+# Odd sides, depths that are no power of two, and one model with a repeated side.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"sides": (1, 2, 3, 5), "num_blocks": 5, "width": 12, "num_heads": 3},
+    {"sides": (1, 2, 4, 5), "num_blocks": 6, "width": 16, "num_heads": 2, "shared_adaln": True},
+    {"sides": (1, 3, 4, 6), "num_blocks": 7, "width": 8, "num_heads": 1},
+    {"sides": (1, 2, 3, 3, 4), "num_blocks": 8, "width": 12, "num_heads": 2},
+)
+
+
+def tiny_config(
+    sides: tuple[int, ...] = (1, 2, 3, 5),
+    num_blocks: int = 5,
+    width: int = 12,
+    num_heads: int = 3,
+    *,
+    shared_adaln: bool = False,
+    image_channels: int = 3,
+) -> ModelConfig:
+    """A model of a few thousand weights: 5 classes, 29 codes of 6 channels, images 2x the map."""
+    return ModelConfig(
+        name="tiny",
+        transformer=TransformerConfig(
+            num_classes=5,
+            sides=sides,
+            num_blocks=num_blocks,
+            width=width,
+            num_heads=num_heads,
+            codebook_size=29,
+            code_channels=6,
+            mlp_ratio=2,
+            shared_adaln=shared_adaln,
+        ),
+        tokenizer=TokenizerConfig(
+            sides=sides,
+            phi_of_scale=tuple(i * 3 // len(sides) for i in range(len(sides))),
+            codebook_size=29,
+            code_channels=6,
+            image_channels=image_channels,
+            base_width=4,
+            multipliers=(1, 2),
+            num_res_blocks=1,
+            norm_groups=2,
+        ),
+        class_names=("a", "b", "c", "d", "e"),
+        sampling=GUIDED,
+    )
+
+
+@torch.no_grad()
+def fill_with_noise(module: nn.Module, generator: torch.Generator) -> None:
+    """Random weights at which no term can be left out unnoticed."""
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("scale_mul_1H11"):
+            noise = math.log(4) + 0.4 * noise
+            noise[:, 0] = 5.0  # above ln 100, where the scale is clamped
+        elif parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
+            noise = 1 + 0.3 * noise
+        elif name == "head.weight":
+            noise *= 2 / math.sqrt(parameter.shape[1])
+        elif parameter.dim() == 1 or name.startswith("pos_") or "ada_gss" in name:
+            noise *= 0.4
+        elif name.startswith(("class_emb", "lvl_embed")) or name.endswith("embedding.weight"):
+            noise *= 0.8
+        else:
+            noise /= math.sqrt(parameter[0].numel())
+        parameter.copy_(noise)
+
+
+def random_fit(config: ModelConfig, dtype: torch.dtype) -> ProxyFit:
+    """A calibration that scales and shifts every channel its own way."""
+    shape = (len(config.sides), config.num_blocks, config.transformer.width)
+    generator = torch.Generator().manual_seed(11)
+    slope = 0.3 + 0.6 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    offset = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return ProxyFit(slope.to(dtype), offset.to(dtype))
+
+
+@cache
+def tiny_model(
+    shape: int = 0, dtype: torch.dtype = torch.float64, *, image_channels: int = 3
+) -> LoadedModel:
+    """Model number `shape` of `SHAPES`; the same weights, rounded, in every precision."""
+    config = tiny_config(**SHAPES[shape], image_channels=image_channels)
+    generator = torch.Generator().manual_seed(shape)
+    transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    for module in (transformer, tokenizer):
+        module.double()
+        fill_with_noise(module, generator)
+        module.to(dtype).eval().requires_grad_(False)
+    identity = WeightsIdentity(Path("tiny"), Path("tiny"), None, "0" * 64)
+    return LoadedModel(config, transformer, tokenizer, random_fit(config, dtype), identity)
+
+
+def states(model: LoadedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of transformer and tokenizer by their published names."""
+    return model.transformer.state_dict(), model.tokenizer.state_dict()
+
+
+POLICY_VALUES: dict[str, tuple[Any, ...]] = {
+    "reference_scale": (0, 1, 2),
+    "schedule": ("constant", "linear", "power", "cosine", "step"),
+    "steepness": (0.3, 1.0),
+    "rotation": (0.0, 0.381966, 0.9),
+    "ranking": ("change", "distance", "random"),
+    "proxy": ("none", "raw", "calibrated", "output"),
+    "blending": ("none", "score", "mean"),
+    "skipped_keys_values": ("none", "proxy"),
+    "compensation": (False, True),
+    "block_order": ("bit-reversal", "first", "ends"),
+    "min_depth": (0, 1),
+    "skip_last_scales": (0, 1),
+}
+
+
+def _policy(values: dict[str, Any]) -> DepthPolicy | None:
+    if values["proxy"] == "output" and values["min_depth"]:
+        return None  # what is restored then, the documents leave open
+    try:
+        return DepthPolicy("covering", **values)
+    except InputError:
+        return None
+
+
+@cache
+def covering_policies() -> tuple[DepthPolicy, ...]:
+    """Policies in which every two values of two fields that can meet do meet."""
+    chance = random.Random(0)
+    names = list(POLICY_VALUES)
+
+    def pairs(values: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+        return set(combinations([(name, values[name]) for name in names], 2))
+
+    def candidate() -> dict[str, Any]:
+        while True:
+            values = {name: chance.choice(POLICY_VALUES[name]) for name in names}
+            if values["proxy"] == "output":
+                values |= {"schedule": "step", "min_depth": 0}
+            if _policy(values):
+                return values
+
+    missing = set().union(*(pairs(candidate()) for _ in range(2000)))
+    chosen = []
+    while missing:
+        best = max((candidate() for _ in range(60)), key=lambda v: len(pairs(v) & missing))
+        if pairs(best) & missing:
+            missing -= pairs(best)
+            chosen.append(_policy(best))
+    return tuple(policy for policy in chosen if policy)
+
+
+def label_of(policy: DepthPolicy) -> str:
+    """A short test id."""
+    return (
+        f"{policy.preset}-R{policy.reference_scale}-{policy.schedule}-{policy.ranking}-"
+        f"{policy.proxy}-{policy.blending}-kv_{policy.skipped_keys_values}-{policy.block_order}"
+    )

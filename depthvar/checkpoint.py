@@ -1,61 +1,99 @@
-"""Weights: finding, checking, hashing and loading them.
+"""A model from its files, in a precision, on a device; and back to files.
 
-A model folder holds a transformer file, a tokenizer file and, once made, a calibration:
+What stays in float32 when a model runs in bfloat16 or float16, and where:
 
-    transformer.safetensors  tokenizer.safetensors  calibration.safetensors  config.json
+- the feature map, the codebook and the phi convolutions (`quantize.*`, here), with the bicubic and
+  area resizing between the scales, because every scale adds to what the earlier ones left;
+- the attention's learned log scales (`scale_mul_1H11`, here): half precision would move the
+  temperature of the attention by up to 1.6%;
+- the logits, guidance, truncation and draws (`Transformer.logits`, `draw`);
+- the statistics of every norm: L2 norms of queries and keys (`Attention`), layer norms and group
+  norms (torch computes these inside the operation);
+- the sums that rank tokens (`engine`).
 
-or, for the published checkpoints, `var_d16.pth` (..., `var_d36.pth`) and `vae_ch160v4096z32.pth`.
-Files are loaded without executing code, and every name and shape is compared with the model's.
+Everything else, the residual stream, keys and values and the decoder included, is in the model's
+precision. Under float32 and float64 all of a model is in that precision.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import ModelConfig, model_config
+from depthvar.config import CONFIG_FILE, ModelConfig, config_json
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
+from depthvar.tensor_files import (
+    Part,
+    check_fit,
+    holds_encoder,
+    is_encoder,
+    parameter_names,
+    read_header,
+    read_tensors,
+)
 from depthvar.tokenizer import Tokenizer
 from depthvar.transformer import Transformer
+from depthvar.weights_files import (
+    BUNDLED,
+    CALIBRATION_FILE,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    find_weights,
+    sha256_of,
+)
 
-BUNDLED = Path(__file__).parent / "models"
-TRANSFORMER_FILE = "transformer.safetensors"
-TOKENIZER_FILE = "tokenizer.safetensors"
-CALIBRATION_FILE = "calibration.safetensors"
-CONFIG_FILE = "config.json"
+__all__ = [
+    "BUNDLED",
+    "CALIBRATION_FILE",
+    "CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "TRANSFORMER_FILE",
+    "LoadedModel",
+    "WeightsIdentity",
+    "assemble",
+    "convert_weights",
+    "load_model",
+    "save_model",
+    "save_proxy_fit",
+    "weights_identity",
+]
 
-_PUBLISHED_TOKENIZER = "vae_ch160v4096z32.pth"
-
-_TRANSFORMER_BUFFERS = ("lvl_1L", "attn_bias_for_masking", ".attn.zero_k_bias")
-_TOKENIZER_BUFFERS = ("quantize.ema_vocab_hit_SV",)
-
-# What runs in the model's own precision; the quantizer always stays in float32.
 _WIDE = (torch.float32, torch.float64)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class WeightsIdentity:
-    """The files of a model and one SHA-256 over all of them."""
+    """A model's configuration, its files, and SHA-256 over them.
 
+    `model_sha256` is that of the transformer and the tokenizer: what a calibration belongs to.
+    `sha256` covers the calibration too: what decides a sample.
+    """
+
+    config: ModelConfig
     transformer: Path
     tokenizer: Path
     calibration: Path | None
+    model_sha256: str
     sha256: str
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights on a device, in a precision; the quantizer stays at least float32."""
+    """Weights on a device, in a precision; see the module for what stays float32."""
 
     config: ModelConfig
     transformer: Transformer
@@ -74,133 +112,27 @@ class LoadedModel:
         return self.transformer.pos_start.dtype
 
 
-def _transformer_file(config: ModelConfig, folder: Path) -> Path:
-    published = folder / f"{config.name.removesuffix('-512').replace('var-', 'var_')}.pth"
-    return published if published.exists() else folder / TRANSFORMER_FILE
-
-
-def _tokenizer_file(folder: Path) -> Path:
-    published = folder / _PUBLISHED_TOKENIZER
-    return published if published.exists() else folder / TOKENIZER_FILE
-
-
-def _find(config: ModelConfig, weights: str | None) -> tuple[Path, Path, Path]:
-    """Paths of the transformer, the tokenizer and the calibration, which need not exist."""
-    if weights is None:
-        folder = BUNDLED / config.name
-        if (Path(config.name) / CONFIG_FILE).exists():
-            folder = Path(config.name)
-        if not folder.is_dir():
-            raise InputError(
-                f"model {config.name} has no bundled weights and none were given: pass --weights "
-                "with the folder that holds them"
-            )
-    else:
-        folder = Path(weights)
-    if folder.is_file():
-        transformer, folder = folder, folder.parent
-    else:
-        transformer = _transformer_file(config, folder)
-    tokenizer = _tokenizer_file(folder)
-    for path in (transformer, tokenizer):
-        if not path.is_file():
-            raise InputError(
-                f"{path} does not exist, wanted the weights of {config.name}: check --weights"
-            )
-    return transformer, tokenizer, folder / CALIBRATION_FILE
-
-
-def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or `.pth` file by name; on the meta device if `shapes_only`.
-
-    Raises `InputError` for a truncated or unreadable file.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                if not shapes_only:
-                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return {
-                    name: torch.empty(file.get_slice(name).get_shape(), device="meta")
-                    for name in file.keys()  # noqa: SIM118
-                }
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} ({size:,} bytes) is no readable weights file ({reason}), wanted "
-            "safetensors or a torch checkpoint: fetch it again"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise InputError(f"{path} holds no flat mapping of tensors: fetch the published file")
-    if shapes_only:
-        return {name: tensor.to("meta") for name, tensor in state.items()}
-    return dict(state)
-
-
-def check_tensors(
-    path: Path, module: nn.Module, tensors: Mapping[str, Tensor], droppable: tuple[str, ...]
-) -> list[str]:
-    """Names to load; `InputError` names all that are missing, unexpected or wrongly shaped."""
-    wanted = module.state_dict()
-    found = {name for name in tensors if not name.endswith(droppable)}
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - found)]
-    problems += [f"unexpected {name}" for name in sorted(found - wanted.keys())]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
-        for name in sorted(found & wanted.keys())
-        if tensors[name].shape != wanted[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:6])
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise InputError(
-            f"{path} does not fit the model: {shown}{more}: check --model and --weights"
-        )
-    return sorted(found)
-
-
-def _meta(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return build()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _combined_sha256(paths: list[Path]) -> str:
-    return hashlib.sha256("".join(_sha256(path) for path in paths).encode()).hexdigest()
-
-
 def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
     """Find a model's files, compare their names and shapes with the model, and hash them.
 
-    Nothing is loaded. Raises `InputError` for missing, truncated and unfitting files.
+    No tensor is loaded, and a file is hashed once per process. Raises `InputError` for missing,
+    truncated and unfitting files, and for a calibration of other weights.
     """
-    config = model_config(name)
-    transformer, tokenizer, calibration = _find(config, weights)
-    parts = (
-        (transformer, lambda: Transformer(config.transformer), _TRANSFORMER_BUFFERS),
-        (tokenizer, lambda: Tokenizer(config.tokenizer), _TOKENIZER_BUFFERS),
-    )
-    for path, build, droppable in parts:
-        check_tensors(path, _meta(build), read_tensors(path, shapes_only=True), droppable)
-    files = [transformer, tokenizer] + ([calibration] if calibration.is_file() else [])
+    config, files = find_weights(name, weights)
+    check_fit(files.transformer, config, "transformer", read_header(files.transformer))
+    check_fit(files.tokenizer, config, "tokenizer", read_header(files.tokenizer))
+    model_sha256 = _combined(sha256_of(files.transformer), sha256_of(files.tokenizer))
+    sha256 = model_sha256
+    if files.calibration is not None:
+        _check_proxy_fit(files.calibration, config, model_sha256)
+        sha256 = _combined(model_sha256, sha256_of(files.calibration))
     return WeightsIdentity(
-        transformer,
-        tokenizer,
-        calibration if calibration.is_file() else None,
-        _combined_sha256(files),
+        config, files.transformer, files.tokenizer, files.calibration, model_sha256, sha256
     )
 
 
-def _load_into(path: Path, module: nn.Module, droppable: tuple[str, ...]) -> None:
-    tensors = read_tensors(path)
-    names = check_tensors(path, module, tensors, droppable)
-    module.load_state_dict({name: tensors[name] for name in names}, assign=True)
+def _combined(*hashes: str) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_model(
@@ -209,15 +141,56 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    identity: WeightsIdentity | None = None,
+    with_encoder: bool = False,
 ) -> LoadedModel:
-    """Load a model for sampling. Raises `InputError` as `weights_identity` does."""
-    config = model_config(name)
-    identity = weights_identity(name, weights)
+    """Load a model for sampling.
+
+    Every tensor goes from the file straight to its device and precision; those that are as they
+    should be stay mapped from the file. `identity` is what `weights_identity` gave for the same
+    arguments, which spares finding, checking and hashing the files again. Without `with_encoder`
+    the tokenizer has none. Raises `InputError` as `weights_identity` does, and for a file without
+    the encoder that is asked for.
+    """
+    identity = identity or weights_identity(name, weights)
+    config = identity.config
     with torch.device("meta"):
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
-    _load_into(identity.transformer, transformer, _TRANSFORMER_BUFFERS)
-    _load_into(identity.tokenizer, tokenizer, _TOKENIZER_BUFFERS)
+    if not with_encoder:
+        del tokenizer.encoder, tokenizer.quant_conv
+    elif not holds_encoder(read_header(identity.tokenizer)):
+        raise InputError(
+            f"{identity.tokenizer} holds no encoder, wanted one: give the weights that this file "
+            "was converted from"
+        )
+    _fill(transformer, "transformer", identity.transformer, device, dtype)
+    _fill(tokenizer, "tokenizer", identity.tokenizer, device, dtype, with_encoder=with_encoder)
     return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+
+
+def _fill(
+    module: nn.Module,
+    part: Part,
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    with_encoder: bool = False,
+) -> None:
+    """Give a module without storage the tensors of its file."""
+    tensors = read_tensors(path)
+    names = parameter_names(part, tensors, with_encoder=with_encoder)
+    # Popped one by one, so that no tensor is held twice.
+    loaded = {
+        name: tensors.pop(name).to(device=device, dtype=precision_of(name, dtype)) for name in names
+    }
+    module.load_state_dict(loaded, assign=True)
+
+
+def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Precision of a parameter of a model that runs in `dtype`."""
+    stays_wide = name.startswith("quantize.") or name.endswith(".scale_mul_1H11")
+    return torch.float32 if stays_wide and dtype not in _WIDE else dtype
 
 
 def assemble(
@@ -229,69 +202,130 @@ def assemble(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> LoadedModel:
-    """Put loaded modules on a device in a precision, with the calibration if there is one."""
-    transformer.to(device=device, dtype=dtype)
-    tokenizer.to(device=device, dtype=dtype)
-    tokenizer.quantize.to(dtype if dtype in _WIDE else torch.float32)
-    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Put modules on a device in a precision, with the calibration if there is one.
+
+    See the top of this file for what stays float32.
+    """
     for module in (transformer, tokenizer):
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))
         module.eval().requires_grad_(False)
+    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit = None
     if identity.calibration is not None:
-        fit = _load_proxy_fit(identity, config, device=device, dtype=dtype)
+        tensors = read_tensors(identity.calibration)
+        slope, offset = (tensors[n].to(device=device, dtype=dtype) for n in ("slope", "offset"))
+        fit = ProxyFit(slope, offset)
     return LoadedModel(config, transformer, tokenizer, fit, identity)
 
 
-def _load_proxy_fit(
-    identity: WeightsIdentity,
-    config: ModelConfig,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> ProxyFit:
-    path = identity.calibration
-    assert path is not None
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        made_from = (file.metadata() or {}).get("weights_sha256")
-    current = _combined_sha256([identity.transformer, identity.tokenizer])
+def _check_proxy_fit(path: Path, config: ModelConfig, model_sha256: str) -> None:
+    """`InputError` unless a calibration has the model's shape and names its weights."""
+    header = read_header(path)
     shape = (len(config.sides), config.num_blocks, config.transformer.width)
-    fits = {name: tuple(t.shape) for name, t in tensors.items()} == {
+    fits = {name: tuple(tensor.shape) for name, tensor in header.items()} == {
         "slope": shape,
         "offset": shape,
     }
-    if made_from != current or not fits:
+    with safe_open(path, framework="pt") as file:
+        made_from = (file.metadata() or {}).get("weights_sha256")
+    if made_from != model_sha256 or not fits:
         raise InputError(
             f"{path} was made from other weights than those beside it: run "
-            "python -m jobs.calibrate again"
+            "python -m jobs.calibrate --overwrite"
         )
-    slope, offset = (tensors[n].to(device=device, dtype=dtype) for n in ("slope", "offset"))
-    return ProxyFit(slope, offset)
 
 
 def save_proxy_fit(path: Path, fit: ProxyFit, identity: WeightsIdentity) -> None:
     """Write a calibration that names the weights it belongs to."""
-    weights_sha256 = _combined_sha256([identity.transformer, identity.tokenizer])
-    save_file(
-        {
-            "slope": fit.slope_SLC.half().contiguous().cpu(),
-            "offset": fit.offset_SLC.half().contiguous().cpu(),
-        },
-        path,
-        metadata={"weights_sha256": weights_sha256},
-    )
+    tensors = {"slope": fit.slope_SLC.half(), "offset": fit.offset_SLC.half()}
+    _save(path, tensors, {"weights_sha256": identity.model_sha256})
 
 
 def save_model(
-    folder: Path, config: ModelConfig, transformer: nn.Module, tokenizer: nn.Module
+    folder: Path,
+    config: ModelConfig,
+    transformer: nn.Module,
+    tokenizer: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a model folder in half precision."""
+    """Write a model folder in half precision; what runs in float32 is stored in float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, module in ((TRANSFORMER_FILE, transformer), (TOKENIZER_FILE, tokenizer)):
-        tensors = {n: t.detach().half().contiguous().cpu() for n, t in module.state_dict().items()}
-        save_file(tensors, folder / name)
-    (folder / CONFIG_FILE).write_text(json.dumps(_config_json(config), indent=2) + "\n")
+    for file, module in ((TRANSFORMER_FILE, transformer), (TOKENIZER_FILE, tokenizer)):
+        _save(folder / file, _stored(module.state_dict(), dtype))
+    _write_config(folder, config)
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
-    return asdict(config)
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.detach().to(precision_of(name, dtype)) for name, t in tensors.items()}
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file that appears whole: a process that mapped the one it replaces keeps that."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            unfinished,
+            metadata=metadata,
+        )
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json(config), indent=2) + "\n")
+
+
+def convert_weights(
+    name: str, weights: str | None, folder: Path, *, dtype: torch.dtype, decoder_only: bool = False
+) -> WeightsIdentity:
+    """Write a model's weights as a folder of half-precision safetensors; returns what was read.
+
+    `decoder_only` leaves out the encoder, which sampling does not use. A calibration goes along:
+    rounding the weights changes them by less than its samples did. Raises `InputError` for weights
+    that do not fit, values that are too large for `dtype`, and a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: choose a new --out")
+    source = weights_identity(name, weights)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    unfinished.mkdir(parents=True)
+    try:
+        _convert(source.transformer, "transformer", unfinished / TRANSFORMER_FILE, dtype)
+        _convert(
+            source.tokenizer,
+            "tokenizer",
+            unfinished / TOKENIZER_FILE,
+            dtype,
+            with_encoder=not decoder_only,
+        )
+        _write_config(unfinished, source.config)
+        if source.calibration is not None:
+            fit = read_tensors(source.calibration)
+            written = weights_identity(source.config.name, str(unfinished))
+            target = unfinished / CALIBRATION_FILE
+            save_proxy_fit(target, ProxyFit(fit["slope"], fit["offset"]), written)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return source
+
+
+def _convert(
+    source: Path, part: Part, target: Path, dtype: torch.dtype, *, with_encoder: bool = True
+) -> None:
+    tensors = read_tensors(source)
+    names = parameter_names(part, tensors, with_encoder=with_encoder)
+    stored = _stored({name: tensors.pop(name) for name in names}, dtype)
+    too_large = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if too_large:
+        raise InputError(
+            f"{source} holds values in {', '.join(too_large[:3])} that {dtype} cannot hold: "
+            "convert with --precision bfloat16"
+        )
+    _save(target, stored)

@@ -5,9 +5,19 @@ Sources: Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905) and it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from depthvar import imagenet
 from depthvar.errors import InputError
+from depthvar.strict_json import from_json, read_json
+
+CONFIG_FILE = "config.json"
+CONFIG_FORMAT = "depthvar-model/1"
 
 _SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 _SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -43,9 +53,29 @@ class SamplingSettings:
         return 2 if self.cfg > 0 else 1
 
 
+def _require(is_true: bool, problem: str) -> None:
+    if not is_true:
+        raise InputError(f"no such model can be built: {problem}")
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        _require(size >= 1, f"{name} is {size}, wanted 1 or more")
+
+
+def _require_sides(sides: tuple[int, ...]) -> None:
+    _require(
+        sides[:1] == (1,) and list(sides) == sorted(sides),
+        f"the sides are {sides}, wanted 1 first and none smaller than the one before",
+    )
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of the next-scale transformer; the names follow the published checkpoints."""
+    """Shape of the next-scale transformer; the names follow the published checkpoints.
+
+    Errors: `InputError` for a shape that cannot be built.
+    """
 
     num_classes: int
     sides: tuple[int, ...]
@@ -57,6 +87,27 @@ class TransformerConfig:
     mlp_ratio: int = 4
     shared_adaln: bool = False
     norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        _require_positive(
+            num_classes=self.num_classes,
+            num_blocks=self.num_blocks,
+            width=self.width,
+            num_heads=self.num_heads,
+            codebook_size=self.codebook_size,
+            code_channels=self.code_channels,
+            mlp_ratio=self.mlp_ratio,
+        )
+        _require_sides(self.sides)
+        _require(
+            self.width % self.num_heads == 0,
+            f"width {self.width} does not divide among {self.num_heads} heads",
+        )
+        _require(
+            self.norm_eps > 0 and math.isfinite(self.norm_eps),
+            f"norm_eps is {self.norm_eps}, wanted a number > 0",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -74,7 +125,7 @@ class TokenizerConfig:
     """Shape of the multi-scale VQ tokenizer (a VQGAN encoder and decoder around a residual code).
 
     `phi_of_scale` names, for each scale, which of the shared 3x3 residual convolutions smooths the
-    up-sampled codes.
+    up-sampled codes. Errors: `InputError` for a shape that cannot be built.
     """
 
     sides: tuple[int, ...]
@@ -86,6 +137,33 @@ class TokenizerConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        _require_positive(
+            codebook_size=self.codebook_size,
+            code_channels=self.code_channels,
+            base_width=self.base_width,
+            num_res_blocks=self.num_res_blocks,
+            norm_groups=self.norm_groups,
+        )
+        _require_sides(self.sides)
+        _require(
+            len(self.phi_of_scale) == len(self.sides) and min(self.phi_of_scale) >= 0,
+            f"phi_of_scale is {self.phi_of_scale}, wanted an index from 0 for each of the "
+            f"{len(self.sides)} scales",
+        )
+        _require(
+            self.image_channels in (1, 3),
+            f"image_channels is {self.image_channels}, wanted 1 for grey or 3 for RGB",
+        )
+        _require(
+            len(self.multipliers) > 0
+            and min(self.multipliers) >= 1
+            and all(self.base_width * m % self.norm_groups == 0 for m in self.multipliers),
+            f"base_width {self.base_width} times each of {self.multipliers} does not divide into "
+            f"{self.norm_groups} groups",
+        )
 
     @property
     def num_phis(self) -> int:
@@ -105,7 +183,10 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: transformer and tokenizer that belong together, class names, usual sampling."""
+    """One model: transformer and tokenizer that belong together, class names, usual sampling.
+
+    Errors: `InputError` for halves that disagree.
+    """
 
     name: str
     transformer: TransformerConfig
@@ -115,16 +196,37 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """The two halves must agree."""
-        assert self.transformer.sides == self.tokenizer.sides
-        assert self.transformer.codebook_size == self.tokenizer.codebook_size
-        assert self.transformer.code_channels == self.tokenizer.code_channels
-        assert len(self.tokenizer.phi_of_scale) == len(self.sides)
-        assert len(self.class_names) == self.num_classes
+        for name in ("sides", "codebook_size", "code_channels"):
+            ours, theirs = getattr(self.transformer, name), getattr(self.tokenizer, name)
+            _require(ours == theirs, f"the transformer's {name} {ours}, the tokenizer's {theirs}")
+        _require(
+            len(self.class_names) == self.num_classes,
+            f"{len(self.class_names)} class names for {self.num_classes} classes",
+        )
+        _require(
+            self.name.isprintable() and self.name.strip() != "",
+            f"its name is {self.name!r}, wanted printable text",
+        )
 
     @property
     def num_classes(self) -> int:
         """Classes the model can be asked for."""
         return self.transformer.num_classes
+
+    @property
+    def wordnet_ids(self) -> tuple[str, ...] | None:
+        """WordNet id of every class where the classes are those of ImageNet-1k, else None."""
+        return imagenet.WORDNET_IDS if self.class_names == imagenet.CLASS_NAMES else None
+
+    @property
+    def other_names(self) -> tuple[tuple[str, ...], ...]:
+        """What each class may also be called: its WordNet id and synonyms; () where none are known.
+
+        A synonym may belong to several classes.
+        """
+        if self.wordnet_ids is None:
+            return ()
+        return tuple((i, *imagenet.LEMMAS[i][1:]) for i in self.wordnet_ids)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -193,29 +295,94 @@ def _published(name: str, depth: int, sides: tuple[int, ...], *, shared_adaln: b
             shared_adaln=shared_adaln,
         ),
         tokenizer=TokenizerConfig(sides=sides, phi_of_scale=(0, 0, 1, 1, 1, 2, 2, 3, 3, 3)),
-        class_names=tuple(f"class {i}" for i in range(1000)),
+        class_names=imagenet.CLASS_NAMES,
     )
 
 
 _DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-MODELS: dict[str, ModelConfig] = {
-    config.name: config
-    for config in (
-        small_model_config("digits", _DIGIT_NAMES, image_channels=1),
-        _published("var-d16", 16, _SIDES_256, shared_adaln=False),
-        _published("var-d20", 20, _SIDES_256, shared_adaln=False),
-        _published("var-d24", 24, _SIDES_256, shared_adaln=False),
-        _published("var-d30", 30, _SIDES_256, shared_adaln=False),
-        _published("var-d36-512", 36, _SIDES_512, shared_adaln=True),
-    )
-}
-
-
-def model_config(name: str) -> ModelConfig:
-    """The configuration of a named model; `InputError` lists the known names."""
-    if name not in MODELS:
-        raise InputError(
-            f"unknown model {name!r}, wanted one of {', '.join(MODELS)}: check --model"
+MODELS: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        config.name: config
+        for config in (
+            small_model_config("digits", _DIGIT_NAMES, image_channels=1),
+            _published("var-d16", 16, _SIDES_256, shared_adaln=False),
+            _published("var-d20", 20, _SIDES_256, shared_adaln=False),
+            _published("var-d24", 24, _SIDES_256, shared_adaln=False),
+            _published("var-d30", 30, _SIDES_256, shared_adaln=False),
+            _published("var-d36-512", 36, _SIDES_512, shared_adaln=True),
         )
-    return MODELS[name]
+    }
+)
+
+
+def model_config(name: str, weights: str | None = None) -> ModelConfig:
+    """The configuration of a model: a known name, or a folder that holds a `config.json`.
+
+    `weights` is a local folder or a file in one; where that folder holds a `config.json`, it
+    decides, and must be of the model `name`. Raises `InputError` for an unknown model, a
+    `config.json` that does not parse, and weights of another model.
+    """
+    stored = None if weights is None else stored_config(_folder_of(Path(weights)))
+    if stored is not None:
+        if name != stored.name and not _is_same_folder(name, weights):
+            raise InputError(
+                f"{weights} holds the model {stored.name!r}, wanted {name!r}: pass --model "
+                f"{_folder_of(Path(str(weights)))}, or the weights of {name!r}"
+            )
+        return stored
+    if name in MODELS:
+        return MODELS[name]
+    if is_model_folder(name) and weights is None:
+        stored = stored_config(Path(name))
+        if stored is not None:
+            return stored
+        raise InputError(
+            f"{Path(name) / CONFIG_FILE} describes no model of this project, wanted "
+            f'"format": "{CONFIG_FORMAT}": pass a folder that jobs.train_model made'
+        )
+    raise InputError(
+        f"unknown model {name!r}, wanted one of {', '.join(MODELS)} or a folder with a "
+        f"{CONFIG_FILE}: check --model"
+    )
+
+
+def is_model_folder(name: str) -> bool:
+    """Whether a model's name is none of the known ones but a folder with a `config.json`."""
+    return name not in MODELS and (Path(name) / CONFIG_FILE).is_file()
+
+
+def _folder_of(weights: Path) -> Path:
+    return weights if weights.is_dir() else weights.parent
+
+
+def _is_same_folder(name: str, weights: str | None) -> bool:
+    return weights is not None and Path(name).resolve() == _folder_of(Path(weights)).resolve()
+
+
+def stored_config(folder: Path) -> ModelConfig | None:
+    """The model that a folder's `config.json` describes; None without one, or with a foreign one.
+
+    Raises `InputError` for unknown, missing and mistyped keys and for sizes that do not fit.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or "format" not in content:
+        return None
+    if content["format"] != CONFIG_FORMAT:
+        raise InputError(
+            f"{path} has the format {content['format']!r}, wanted {CONFIG_FORMAT!r}: use the "
+            "release that wrote it"
+        )
+    fields = {key: value for key, value in content.items() if key != "format"}
+    try:
+        return from_json(ModelConfig, fields, str(path))
+    except InputError as error:
+        raise InputError(error if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """What `stored_config` reads, as JSON values."""
+    return {"format": CONFIG_FORMAT, **asdict(config)}

@@ -44,9 +44,9 @@ def faults_in_force() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FakeBatch:
-    images_BHWC: np.ndarray  # noqa: N815
-    mean_change_BS: np.ndarray  # noqa: N815
-    mean_log_prob_BS: np.ndarray  # noqa: N815
+    images_BHWC: np.ndarray
+    mean_change_BS: np.ndarray
+    mean_log_prob_BS: np.ndarray
     sampling_s: float
     decoding_s: float
 

@@ -71,10 +71,10 @@ class Job:
             )
 
     def wait(self) -> int:
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=150)
 
     def wait_for_shards(self, out: Path, num_shards: int) -> None:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 150
         while len(committed(out)) < num_shards:
             assert self.process.poll() is None, self.text
             assert time.monotonic() < deadline_s, self.text

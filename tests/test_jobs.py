@@ -101,8 +101,9 @@ def bad_inputs(tmp_path: Path, weights: Path) -> dict[str, tuple[list[str], str]
 BAD_INPUTS = tuple(
     """unknown class|class id outside the model|negative count|zero count|R outside the scales
     |R below the scales|top-p of zero|top-p above one|unwritable output|output under a file
-    |foreign output|unknown scheme|more workers than resources|no GPU|no GPU in one process|unknown model|missing weights
-    |truncated weights|weights of another model|no calibration|unknown policy|unknown policy option
+    |foreign output|unknown scheme|more workers than resources|no GPU|no GPU in one process
+    |unknown model|missing weights|truncated weights|weights of another model|no calibration
+    |unknown policy|unknown policy option
     |policy option of a wrong type|unknown YAML key|missing YAML file|unknown flag
     |address where nothing answers|two sources of labels""".replace("\n    ", "").split("|")
 )

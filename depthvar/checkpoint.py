@@ -24,21 +24,19 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import CONFIG_FILE, ModelConfig, config_json
+from depthvar.config import CONFIG_FILE, ModelConfig, config_json, model_config
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
 from depthvar.tensor_files import (
     Part,
     check_fit,
     holds_encoder,
-    is_encoder,
     parameter_names,
     read_header,
     read_tensors,
@@ -72,23 +70,20 @@ __all__ = [
 
 _WIDE = (torch.float32, torch.float64)
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
 
 @dataclass(frozen=True)
 class WeightsIdentity:
-    """A model's configuration, its files, and SHA-256 over them.
+    """The files of a model and one SHA-256 over all of them."""
 
-    `model_sha256` is that of the transformer and the tokenizer: what a calibration belongs to.
-    `sha256` covers the calibration too: what decides a sample.
-    """
-
-    config: ModelConfig
     transformer: Path
     tokenizer: Path
     calibration: Path | None
-    model_sha256: str
     sha256: str
+
+    @property
+    def model_sha256(self) -> str:
+        """SHA-256 over the transformer and the tokenizer: what a calibration belongs to."""
+        return _combined(self.transformer, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -121,18 +116,15 @@ def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
     config, files = find_weights(name, weights)
     check_fit(files.transformer, config, "transformer", read_header(files.transformer))
     check_fit(files.tokenizer, config, "tokenizer", read_header(files.tokenizer))
-    model_sha256 = _combined(sha256_of(files.transformer), sha256_of(files.tokenizer))
-    sha256 = model_sha256
+    paths = [files.transformer, files.tokenizer]
     if files.calibration is not None:
-        _check_proxy_fit(files.calibration, config, model_sha256)
-        sha256 = _combined(model_sha256, sha256_of(files.calibration))
-    return WeightsIdentity(
-        config, files.transformer, files.tokenizer, files.calibration, model_sha256, sha256
-    )
+        _check_proxy_fit(files.calibration, config, _combined(*paths))
+        paths.append(files.calibration)
+    return WeightsIdentity(files.transformer, files.tokenizer, files.calibration, _combined(*paths))
 
 
-def _combined(*hashes: str) -> str:
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _combined(*paths: Path) -> str:
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 def load_model(
@@ -153,7 +145,7 @@ def load_model(
     the encoder that is asked for.
     """
     identity = identity or weights_identity(name, weights)
-    config = identity.config
+    config = model_config(name, str(identity.transformer))
     with torch.device("meta"):
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     if not with_encoder:
@@ -261,12 +253,14 @@ def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return {name: t.detach().to(precision_of(name, dtype)) for name, t in tensors.items()}
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def _save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a file that appears whole: a process that mapped the one it replaces keeps that."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            {name: _on_its_own(tensor) for name, tensor in tensors.items()},
             unfinished,
             metadata=metadata,
         )
@@ -275,22 +269,30 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
         unfinished.unlink(missing_ok=True)
 
 
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, as the only one in its storage."""
+    tensor = tensor.contiguous().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def _write_config(folder: Path, config: ModelConfig) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config_json(config), indent=2) + "\n")
 
 
 def convert_weights(
     name: str, weights: str | None, folder: Path, *, dtype: torch.dtype, decoder_only: bool = False
-) -> WeightsIdentity:
-    """Write a model's weights as a folder of half-precision safetensors; returns what was read.
+) -> tuple[WeightsIdentity, WeightsIdentity]:
+    """Write a model's weights as a folder of half-precision safetensors; returns both identities.
 
-    `decoder_only` leaves out the encoder, which sampling does not use. A calibration goes along:
-    rounding the weights changes them by less than its samples did. Raises `InputError` for weights
-    that do not fit, values that are too large for `dtype`, and a folder that is not empty.
+    `decoder_only` leaves out the encoder, which sampling does not use. A calibration goes along,
+    under the name of the new files. Raises `InputError` for weights that do not fit, values that
+    are too large for `dtype`, and a folder that is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose a new --out")
     source = weights_identity(name, weights)
+    config = model_config(name, str(source.transformer))
+    folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
@@ -302,10 +304,10 @@ def convert_weights(
             dtype,
             with_encoder=not decoder_only,
         )
-        _write_config(unfinished, source.config)
+        _write_config(unfinished, config)
         if source.calibration is not None:
             fit = read_tensors(source.calibration)
-            written = weights_identity(source.config.name, str(unfinished))
+            written = weights_identity(config.name, str(unfinished))
             target = unfinished / CALIBRATION_FILE
             save_proxy_fit(target, ProxyFit(fit["slope"], fit["offset"]), written)
         if folder.exists():
@@ -313,7 +315,7 @@ def convert_weights(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return source
+    return source, weights_identity(config.name, str(folder))
 
 
 def _convert(

@@ -1,6 +1,6 @@
 """What a model is, in numbers: the transformer, the tokenizer, the classes and the usual sampling.
 
-Sources: Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905) and its public checkpoints.
+Source: Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905); its public checkpoints.
 """
 
 from __future__ import annotations

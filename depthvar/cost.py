@@ -35,7 +35,6 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
     width = shape.width
     per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
     per_proxy_token = 2 * 2 * width**2
-    per_token = 2 * width * (shape.codebook_size + shape.code_channels)
     flops = 0
     cached = [0] * plan.num_blocks
     for i, scale in enumerate(plan.scales):
@@ -44,7 +43,9 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
             cached[block] += kept
             flops += active * (per_active_token + 4 * width * cached[block])
             flops += (kept - active) * per_proxy_token
-        flops += scale.count * per_token
+        flops += scale.count * 2 * width * shape.codebook_size
+        if i:  # the first scale starts from the class, not from codes
+            flops += scale.count * 2 * width * shape.code_channels
     num_adaln = 1 if shape.shared_adaln else plan.num_blocks
     flops += 2 * 6 * width**2 * num_adaln + 2 * 2 * width**2
     expected_codes = 0

@@ -53,7 +53,8 @@ def draw_tokens(logits_BTV: Tensor, uniforms_BT: Tensor, settings: SamplingSetti
     kept_BT1 = cumulative_BTV[:, :, -1:] - removed_BT1
     target_BT1 = removed_BT1 + uniforms_BT[:, :, None].to(kept_BT1.dtype) * kept_BT1
     place_BT1 = torch.searchsorted(cumulative_BTV, target_BT1, right=True).clamp(max=num_codes - 1)
-    probs_BTV = probs_BTV.masked_fill(dropped_BTV, 0) / kept_BT1
+    probs_BTV = probs_BTV.masked_fill(dropped_BTV, 0)
+    probs_BTV = probs_BTV / probs_BTV.sum(dim=2, keepdim=True)
     return Drawn(
         tokens_BT=codes_BTV.gather(2, place_BT1)[:, :, 0],
         log_prob_BT=probs_BTV.gather(2, place_BT1)[:, :, 0].log(),

@@ -22,7 +22,7 @@ def _lemmas() -> dict[str, tuple[str, ...]]:
 
 
 LEMMAS = MappingProxyType(_lemmas())
-"""WordNet id -> the name of the class, then its synonyms; synonyms may belong to several classes."""
+"""WordNet id -> the name of the class, then its synonyms; several classes may share a synonym."""
 
 WORDNET_IDS: tuple[str, ...] = tuple(LEMMAS)
 CLASS_NAMES: tuple[str, ...] = tuple(names[0] for names in LEMMAS.values())

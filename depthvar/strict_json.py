@@ -36,7 +36,7 @@ def from_json(kind: type[DataT], value: object, where: str) -> DataT:
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
     problems = [f"missing {name}" for name in names if name not in value]
-    problems += [f"unknown {key}" for key in value if key not in names]
+    problems += [f"unknown {_shown(key)}" for key in value if key not in names]
     if problems:
         raise InputError(f"{where}: {', '.join(problems)}: wanted the keys {', '.join(names)}")
     return kind(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in names})

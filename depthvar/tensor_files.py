@@ -126,9 +126,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 @lru_cache(maxsize=32)
 def _shapes(config: TransformerConfig | TokenizerConfig) -> Shapes:
     with torch.device("meta"):
-        module = (
-            Transformer(config) if isinstance(config, TransformerConfig) else Tokenizer(config)
-        )
+        module = Transformer(config) if isinstance(config, TransformerConfig) else Tokenizer(config)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 

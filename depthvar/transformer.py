@@ -39,6 +39,26 @@ class Condition:
     head: tuple[Tensor, Tensor]
 
 
+def _unit(x_GHKD: Tensor) -> Tensor:
+    """The vectors at length 1, in at least float32: half precision would round the length first."""
+    return F.normalize(_at_least_float32(x_GHKD), dim=-1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _unrounded(layer: nn.Linear, x_GTC: Tensor) -> Tensor:
+    """A linear layer whose sums are never rounded to half precision, as the logits need it."""
+    if layer.weight.dtype in (torch.float32, torch.float64):
+        return _at_least_float32(layer(x_GTC))
+    bias_V = layer.bias.float()
+    if x_GTC.is_cuda:  # the product's sums are float32 already, and can be had at no cost
+        flat_NV = torch.mm(x_GTC.flatten(0, 1), layer.weight.t(), out_dtype=torch.float32)
+        return flat_NV.view(*x_GTC.shape[:2], -1) + bias_V
+    return F.linear(x_GTC.float(), layer.weight.float(), bias_V)
+
+
 class Attention(nn.Module):
     """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
 
@@ -57,20 +77,21 @@ class Attention(nn.Module):
 
     def _unit_queries(self, q_GHKD: Tensor) -> Tensor:
         scale_1H11 = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
-        return F.normalize(q_GHKD, dim=-1) * scale_1H11
+        return (_unit(q_GHKD) * scale_1H11).to(q_GHKD.dtype)
 
     def keys_values(self, x_GKC: Tensor) -> tuple[Tensor, Tensor]:
         """Unit keys and values, each (G, H, K, D)."""
         width = x_GKC.shape[2]
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         k_GKC, v_GKC = F.linear(x_GKC, self.mat_qkv.weight[width:], bias).chunk(2, dim=2)
-        return F.normalize(self._heads(k_GKC), dim=-1), self._heads(v_GKC)
+        k_GHKD = self._heads(k_GKC)
+        return _unit(k_GHKD).to(k_GHKD.dtype), self._heads(v_GKC)
 
     def forward(self, x_GKC: Tensor, attend: Attend) -> Tensor:
         """Attend through `attend`, which owns the cache or the mask."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         q, k, v = map(self._heads, F.linear(x_GKC, self.mat_qkv.weight, bias).chunk(3, dim=2))
-        out_GHKD = attend(self._unit_queries(q), F.normalize(k, dim=-1), v)
+        out_GHKD = attend(self._unit_queries(q), _unit(k).to(k.dtype), v)
         projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
         return projected
 
@@ -197,8 +218,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_GTC: Tensor, condition: Condition) -> Tensor:
         """Logits over the codebook (G, T, V), at least float32."""
-        out: Tensor = self.head(self.head_nm(x_GTC, *condition.head))
-        return out if out.dtype == torch.float64 else out.float()
+        return _unrounded(self.head, self.head_nm(x_GTC, *condition.head))
 
     def forward(
         self, labels_B: Tensor, codes_BTZ: Tensor, mask_TT: Tensor, kept_blocks: list[int]

@@ -67,14 +67,23 @@ def tokenizer_names(model: str) -> tuple[str, ...]:
     return (*published, TOKENIZER_FILE)
 
 
-def choose_files(model: str, names: Collection[str]) -> tuple[str, ...]:
-    """Which of the files in a folder belong to a model: all that a copy of it needs."""
-    chosen = [
-        next((name for name in candidates if name in names), None)
-        for candidates in (transformer_names(model), tokenizer_names(model))
+def choose_files(
+    model: str, names: Collection[str], transformer: str | None = None
+) -> tuple[str, ...]:
+    """Which of the files in a folder belong to a model: all that a copy of it needs.
+
+    `transformer` names that file where its name is none of the usual ones. () where a part is
+    missing.
+    """
+    transformers = transformer_names(model) if transformer is None else (transformer,)
+    parts = [
+        [name for name in candidates if name in names][:1]
+        for candidates in (transformers, tokenizer_names(model))
     ]
-    chosen += [name for name in (CALIBRATION_FILE, CONFIG_FILE) if name in names]
-    return tuple(name for name in chosen if name is not None)
+    if not all(parts):
+        return ()
+    others = [name for name in (CALIBRATION_FILE, CONFIG_FILE) if name in names]
+    return (*parts[0], *parts[1], *others)
 
 
 def local_weights(model: str, weights: str | None) -> str | None:
@@ -153,9 +162,11 @@ def _choice(
         if name in names:
             return folder / name
     held = sorted(name for name in names if name.endswith((*_PUBLISHED_SUFFIXES, ".pt", ".bin")))
+    fitting = [model for model in _PUBLISHED_TRANSFORMERS if choose_files(model, names)]
     raise InputError(
         f"{folder} holds {', '.join(held) or 'no weights'}, wanted the {part} of {config.name} as "
-        f"{' or '.join(wanted)}: check --model and --weights"
+        f"{' or '.join(wanted)}: "
+        + (f"use --model {' or '.join(fitting)}" if fitting else "check --model and --weights")
     )
 
 

@@ -34,6 +34,9 @@ class TrainModelConfig(JobConfig):
         _DEFAULT.tokenizer.tuning.steps, gt=0, description="steps of tuning the decoder alone"
     )
     transformer_steps: int = Field(_DEFAULT.transformer.schedule.steps, gt=0, description="steps")
+    transformer_tuning_steps: int = Field(
+        _DEFAULT.transformer.tuning.steps, gt=0, description="steps of the second cycle"
+    )
     batch_size: int = Field(64, gt=0, description="images per step, over all processes")
     learning_rate: float = Field(
         _DEFAULT.transformer.schedule.learning_rate, gt=0, description="of the transformer"
@@ -109,6 +112,7 @@ def _recipe(job: TrainModelConfig) -> Recipe:
                 batch=batch,
                 learning_rate=job.learning_rate,
             ),
+            tuning=replace(transformer.tuning, steps=job.transformer_tuning_steps, batch=batch),
             layer_drop=job.layer_drop,
         ),
         augmentation=Augmentation(flip=job.flip),

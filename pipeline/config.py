@@ -55,7 +55,7 @@ class GenerateConfig(JobConfig):
     """What `jobs.generate` and `jobs.plan` can be told."""
 
     out: str = Field(min_length=1, description="output folder or URI (s3://, gs://, abfs://)")
-    model: str = Field("digits", description="model to sample from")
+    model: str = Field("digits", description="model to sample from, by name or folder")
     weights: str | None = Field(
         None, description="weights file or folder (default: those that come with the model)"
     )
@@ -166,7 +166,8 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
     Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
     """
-    model = model_config(config.model)
+    local = config.weights if config.weights and Path(config.weights).exists() else None
+    model = model_config(config.model, local)
     options = _checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
     sampling = _sampling(config, model.sampling)

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import ray
 from ray import exceptions as ray_errors
 
+from depthvar.config import is_model_folder
 from depthvar.errors import InputError
 from pipeline.actor import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec, job_plan
 from pipeline.config import GenerateConfig, resolve_job
@@ -83,6 +84,8 @@ def _worker_spec(
 ) -> WorkerSpec:
     """What the workers are told, with paths that do not depend on the current folder."""
     weights = config.weights
+    if weights is None and is_model_folder(config.model):
+        weights = config.model
     if weights is not None and os.path.exists(weights):
         weights = os.path.abspath(weights)
     spec = WorkerSpec(

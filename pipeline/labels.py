@@ -10,6 +10,7 @@ class with one sample at 1/2) and fill whole shards.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
 import os
@@ -133,11 +134,14 @@ def _phase(rank: int) -> float:
     return (0.5 + rank * rank * _GOLDEN) % 1.0
 
 
-def parse_classes(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
+def parse_classes(
+    text: str, class_names: Sequence[str], other_names: Sequence[Sequence[str]] = ()
+) -> tuple[int, ...]:
     """The class ids, increasing, that a selection names.
 
     A selection is "all", or a list of ids (`3`), ranges (`0-9`) and names (`seven`) with commas
-    between them; a name that holds a comma stands in double quotes, or alone.
+    between them; a name that holds a comma stands in double quotes, or alone. `other_names` holds
+    what each class may also be called: a WordNet id (`n01440764`), synonyms.
     Errors: `InputError` for an unknown or ambiguous class, an id outside the model, a class twice.
     """
     if text.strip() == "all":
@@ -148,13 +152,14 @@ def parse_classes(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
         raise InputError(f"got the classes {_short(text)}, which do not parse: {error}") from error
     if len(cells) > 1 and text.strip() in class_names:
         cells = [text]
+    index = _ClassIndex(class_names, other_names)
     found: list[int] = []
     for cell in cells:
         bounds = re.fullmatch(r"\s*([0-9]{1,9})\s*-\s*([0-9]{1,9})\s*", cell)
         if bounds is None:
-            found.append(_class_id(cell, class_names))
+            found.append(index.class_id(cell))
             continue
-        first, last = (_class_id(bound, class_names) for bound in bounds.groups())
+        first, last = (index.class_id(bound) for bound in bounds.groups())
         if first > last:
             raise InputError(f"got the range {cell.strip()}, wanted the smaller id first")
         found.extend(range(first, last + 1))
@@ -171,7 +176,11 @@ def parse_classes(text: str, class_names: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def read_labels_file(path: str | os.PathLike[str], class_names: Sequence[str]) -> LabelCounts:
+def read_labels_file(
+    path: str | os.PathLike[str],
+    class_names: Sequence[str],
+    other_names: Sequence[Sequence[str]] = (),
+) -> LabelCounts:
     """Counts from a file with one class a line; repeated classes add up.
 
     `.jsonl` and `.ndjson`: a class id, a class name, or `{"class": id or name, "count": n}`.
@@ -181,6 +190,7 @@ def read_labels_file(path: str | os.PathLike[str], class_names: Sequence[str]) -
     """
     file = Path(path)
     is_json = file.suffix.lower() in (".jsonl", ".ndjson")
+    index = _ClassIndex(class_names, other_names)
     counts: dict[int, int] = {}
     for number, line in _numbered_lines(file):
         try:
@@ -191,7 +201,7 @@ def read_labels_file(path: str | os.PathLike[str], class_names: Sequence[str]) -
                 if number == 1 and _is_header(cells, class_names):
                     continue
                 name, count = _from_cells(cells)
-            class_id = _class_id(name, class_names)
+            class_id = index.class_id(name)
         except InputError as error:
             raise InputError(f"{file}, line {number}: {error}") from error
         counts[class_id] = counts.get(class_id, 0) + count
@@ -253,27 +263,50 @@ def _from_json_line(line: str) -> tuple[str, int]:
     return str(name), count
 
 
-def _class_id(text: str, class_names: Sequence[str]) -> int:
-    """The id that a number or a name stands for. A number is always an id."""
-    name = text.strip()
-    if re.fullmatch(r"-?[0-9]+", name):
-        if len(name) < 10 and 0 <= int(name) < len(class_names):
-            return int(name)
-        raise InputError(
-            f"got class {_short(name)}, wanted an id from 0 to {len(class_names) - 1} of this model"
+class _ClassIndex:
+    """The classes by every name they have."""
+
+    def __init__(self, class_names: Sequence[str], other_names: Sequence[Sequence[str]]) -> None:
+        self._class_names = class_names
+        self._named: dict[str, list[int]] = {}
+        self._also_named: dict[str, list[int]] = {}
+        self._in_any_case: dict[str, list[int]] = {}
+        for i, name in enumerate(class_names):
+            others = other_names[i] if other_names else ()
+            self._named.setdefault(name, []).append(i)
+            for other in dict.fromkeys(others):
+                self._also_named.setdefault(other, []).append(i)
+            for folded in dict.fromkeys(known.casefold() for known in (name, *others)):
+                self._in_any_case.setdefault(folded, []).append(i)
+
+    def class_id(self, text: str) -> int:
+        """The id that a number or a name stands for. A number is always an id."""
+        name = text.strip()
+        last = len(self._class_names) - 1
+        if re.fullmatch(r"-?[0-9]+", name):
+            if len(name) < 10 and 0 <= int(name) <= last:
+                return int(name)
+            raise InputError(
+                f"got class {_short(name)}, wanted an id from 0 to {last} of this model"
+            )
+        found = (
+            self._named.get(name)
+            or self._also_named.get(name)
+            or self._in_any_case.get(name.casefold())
         )
-    matches = [i for i, known in enumerate(class_names) if known == name] or [
-        i for i, known in enumerate(class_names) if known.casefold() == name.casefold()
-    ]
-    if len(matches) > 1:
-        ids = ", ".join(map(str, matches))
-        raise InputError(f"got {_short(name)}, the name of the classes {ids}: name one by its id")
-    if not matches:
-        raise InputError(
-            f"got the unknown class {_short(name)}, wanted an id from 0 to "
-            f"{len(class_names) - 1} or a name such as {_short(class_names[0])}"
-        )
-    return matches[0]
+        if found is None:
+            near = difflib.get_close_matches(name[:60], self._class_names, n=1)
+            example = near[0] if near else self._class_names[0]
+            raise InputError(
+                f"got the unknown class {_short(name)}, wanted an id from 0 to {last} or a name "
+                f"such as {_short(example)}"
+            )
+        if len(found) > 1:
+            ids = ", ".join(map(str, found))
+            raise InputError(
+                f"got {_short(name)}, the name of the classes {ids}: name one by its id"
+            )
+        return found[0]
 
 
 def _short(value: object) -> str:

@@ -134,7 +134,7 @@ class DenseBlocks(Protocol):
 
 @dataclass
 class ScaleResult:
-    """A scale in raster order: output, change at every block, ranking map, scores, depths, masks."""
+    """A scale in raster order: output, change at every block, ranking map, depths, masks."""
 
     side: int
     hidden_GTC: Tensor
@@ -413,8 +413,10 @@ def _group_norm(state: State, name: str, x: Tensor, groups: int) -> Tensor:
 
 
 def _res_block(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    h = _conv(state, f"{name}.conv1", _silu(_group_norm(state, f"{name}.norm1", x, groups)), padding=1)
-    h = _conv(state, f"{name}.conv2", _silu(_group_norm(state, f"{name}.norm2", h, groups)), padding=1)
+    h = x
+    for i in (1, 2):
+        h = _silu(_group_norm(state, f"{name}.norm{i}", h, groups))
+        h = _conv(state, f"{name}.conv{i}", h, padding=1)
     if f"{name}.nin_shortcut.weight" in state:
         x = _conv(state, f"{name}.nin_shortcut", x)
     return x + h

@@ -89,7 +89,9 @@ def _small_set() -> ImageSet:
 def _recipe() -> Recipe:
     return Recipe(
         tokenizer=TokenizerRecipe(schedule=SHORT, tuning=replace(SHORT, steps=2)),
-        transformer=TransformerRecipe(schedule=replace(SHORT, steps=3)),
+        transformer=TransformerRecipe(
+            schedule=replace(SHORT, steps=3), tuning=replace(SHORT, steps=2)
+        ),
         calibration_samples=10,
     )
 

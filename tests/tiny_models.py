@@ -9,8 +9,7 @@ import math
 import random
 from functools import cache
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +88,8 @@ def fill_with_noise(module: nn.Module, generator: torch.Generator) -> None:
             noise = 1 + 0.3 * noise
         elif name == "head.weight":
             noise *= 2 / math.sqrt(parameter.shape[1])
+        elif name == "decoder.conv_out.weight":
+            noise *= 0.4 / math.sqrt(parameter[0].numel())  # most pixels within [-1, 1]
         elif parameter.dim() == 1 or name.startswith("pos_") or "ada_gss" in name:
             noise *= 0.4
         elif name.startswith(("class_emb", "lvl_embed")) or name.endswith("embedding.weight"):
@@ -119,8 +120,15 @@ def tiny_model(
         module.double()
         fill_with_noise(module, generator)
         module.to(dtype).eval().requires_grad_(False)
-    identity = WeightsIdentity(Path("tiny"), Path("tiny"), None, "0" * 64)
-    return LoadedModel(config, transformer, tokenizer, random_fit(config, dtype), identity)
+    # The sampler never asks where weights came from.
+    nowhere = cast(WeightsIdentity, None)
+    return LoadedModel(
+        config=config,
+        transformer=transformer,
+        tokenizer=tokenizer,
+        proxy_fit=random_fit(config, dtype),
+        identity=nowhere,
+    )
 
 
 def states(model: LoadedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -170,13 +178,13 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
             if _policy(values):
                 return values
 
-    missing = set().union(*(pairs(candidate()) for _ in range(2000)))
+    pool = [(values, pairs(values)) for values in (candidate() for _ in range(1000))]
+    missing = set().union(*(covered for _, covered in pool))
     chosen = []
     while missing:
-        best = max((candidate() for _ in range(60)), key=lambda v: len(pairs(v) & missing))
-        if pairs(best) & missing:
-            missing -= pairs(best)
-            chosen.append(_policy(best))
+        values, covered = max(pool, key=lambda entry: len(entry[1] & missing))
+        missing -= covered
+        chosen.append(_policy(values))
     return tuple(policy for policy in chosen if policy)
 
 

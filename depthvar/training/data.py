@@ -46,13 +46,18 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of a random affine map: degrees, relative zoom, shear and shift in pixels."""
+    """Ranges of a random affine map: degrees, relative zoom, shear and shift in pixels.
+
+    `plain_share` of the images stay as they are: resampling blurs, and a model that never sees
+    sharp images makes none.
+    """
 
     degrees: float = 7.0
     zoom: float = 0.07
     shear: float = 0.1
     shift: float = 1.0
     flip: bool = False
+    plain_share: float = 0.0
 
 
 def to_float(images_BCHW: Tensor) -> Tensor:
@@ -136,8 +141,12 @@ def augment(images_BCHW: Tensor, how: Augmentation, generator: torch.Generator) 
         ],
         1,
     ).to(images_BCHW.device)
+    plain_B = torch.rand(count, generator=generator) < how.plain_share if how.plain_share else None
     grid = F.affine_grid(matrix_B23, list(images_BCHW.shape), align_corners=False)
-    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
+    moved = F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
+    if plain_B is None:
+        return moved
+    return torch.where(plain_B.to(moved.device)[:, None, None, None], images_BCHW, moved)
 
 
 def random_batch(

@@ -9,7 +9,7 @@ Shape legend: B images, Z code channels, H W sides, T tokens of one scale, S sca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,18 @@ from depthvar.training.loop import Process, Schedule, train
 class TokenizerRecipe:
     """How the tokenizer is trained.
 
-    `prefix_share` of each batch is decoded from fewer scales; `commitment` ties latents to their
-    codes and `latent_decay` keeps their size bounded, without which they run away from the codes.
+    `schedule` is of all of it, `tuning` of the decoder alone, on `tuning_plain_share` unaltered
+    images. `prefix_share` of each batch is decoded from fewer scales; `commitment` ties latents to
+    their codes and `latent_decay` keeps their size bounded: else they run away from the codes.
     """
 
     schedule: Schedule = field(
         default_factory=lambda: Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
     )
     tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=500, batch=64, learning_rate=5e-4, warmup_steps=50)
+        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=1e-3, warmup_steps=50)
     )
+    tuning_plain_share: float = 0.75
     prefix_share: float = 0.4
     commitment: float = 1.0
     latent_decay: float = 0.05
@@ -169,7 +171,8 @@ def train_tokenizer(
 
     def decoder_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         size = recipe.tuning.batch // process.world
-        target, _ = random_batch(data, size, how, generator, process.device)
+        sharp = replace(how, plain_share=recipe.tuning_plain_share)
+        target, _ = random_batch(data, size, sharp, generator, process.device)
         with torch.no_grad(), process.autocast():
             latent = model.encode(target)
         _, _, feature_map = model.tokenize(latent)

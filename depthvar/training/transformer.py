@@ -8,7 +8,7 @@ Shape legend: B images, T tokens of an image, Z code channels, V codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from depthvar.transformer import Transformer, block_causal_mask
 class TransformerRecipe:
     """How the transformer is trained.
 
-    `layer_drop` is the final probability that a block is left out of a step, reached linearly over
-    the first `layer_drop_ramp` of the steps; `label_drop` trains the unconditional stream.
+    `schedule` is of the first cycle, on altered images; `tuning` of a second one, on
+    `tuning_plain_share` unaltered images. `layer_drop` is the probability that a block is left out
+    of a step, reached linearly over the first `layer_drop_ramp` of the first cycle; `label_drop`
+    trains the unconditional stream.
     """
 
     schedule: Schedule = field(
@@ -34,6 +36,10 @@ class TransformerRecipe:
             steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150
         )
     )
+    tuning: Schedule = field(
+        default_factory=lambda: Schedule(steps=1600, batch=64, learning_rate=8e-4, warmup_steps=50)
+    )
+    tuning_plain_share: float = 0.5
     layer_drop: float = 0.25
     layer_drop_ramp: float = 0.3
     label_drop: float = 0.1
@@ -54,22 +60,28 @@ def train_transformer(
     mask_TT = block_causal_mask(model.config.sides).to(process.device)
     tokenizer.requires_grad_(False)
 
-    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        size = recipe.schedule.batch // process.world
-        images, labels_B = random_batch(data, size, how, generator, process.device)
-        with process.autocast():
-            latent = tokenizer.encode(images)
-        tokens, codes_BTZ, _ = tokenizer.tokenize(latent)
-        target_BT = torch.cat(tokens, dim=1)
-        dropped_B = torch.rand(size, generator=generator) < recipe.label_drop
-        labels_B = torch.where(dropped_B.to(process.device), model.config.num_classes, labels_B)
-        ramp = min(1.0, step / max(1.0, recipe.layer_drop_ramp * recipe.schedule.steps))
-        survives_L = torch.rand(model.config.num_blocks, generator=generator)
-        kept = (survives_L >= recipe.layer_drop * ramp).nonzero()[:, 0].tolist()
-        with process.autocast():
-            logits_BTV = model(labels_B, codes_BTZ, mask_TT, kept)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten())
-        return loss, {"loss": loss.item()}
+    def cycle(name: str, schedule: Schedule, how: Augmentation, ramp: float, seed: int) -> None:
+        size = schedule.batch // process.world
 
-    average = train("transformer", model, loss_of_step, recipe.schedule, process, folder, seed=seed)
-    model.load_state_dict(average)
+        def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            images, labels_B = random_batch(data, size, how, generator, process.device)
+            with process.autocast():
+                latent = tokenizer.encode(images)
+            tokens, codes_BTZ, _ = tokenizer.tokenize(latent)
+            target_BT = torch.cat(tokens, dim=1)
+            dropped_B = torch.rand(size, generator=generator) < recipe.label_drop
+            labels_B = torch.where(dropped_B.to(process.device), model.config.num_classes, labels_B)
+            reached = min(1.0, step / (ramp * schedule.steps)) if ramp else 1.0
+            survives_L = torch.rand(model.config.num_blocks, generator=generator)
+            kept = (survives_L >= recipe.layer_drop * reached).nonzero()[:, 0].tolist()
+            with process.autocast():
+                logits_BTV = model(labels_B, codes_BTZ, mask_TT, kept)
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten())
+            return loss, {"loss": loss.item()}
+
+        average = train(name, model, loss_of_step, schedule, process, folder, seed=seed)
+        model.load_state_dict(average)
+
+    cycle("transformer", recipe.schedule, how, recipe.layer_drop_ramp, seed)
+    sharper = replace(how, plain_share=recipe.tuning_plain_share)
+    cycle("transformer-tuning", recipe.tuning, sharper, 0.0, seed + 1)

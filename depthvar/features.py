@@ -1,0 +1,205 @@
+"""A small image classifier: it judges digits by label and by features, and tests synthetic ones.
+
+Two uses. The *feature network* is trained once on the real training digits and shipped, so that a
+Frechet distance means the same on every machine (training gives other last bits, and then another
+network, on another processor). The classifier of a *classification accuracy score* (Ravuri and
+Vinyals, arXiv 1905.10887) is trained on generated images alone and tested on real ones.
+
+Shape legend: N images of a set, B of a batch, F features, K classes, C channels, H W sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from depthvar.errors import InputError
+from depthvar.training.data import Augmentation, augment, digits, to_float
+
+NUM_FEATURES = 96
+FEATURE_SEED = 0
+FEATURE_FILE = "digit_features.safetensors"
+_READ_BATCH = 250
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """How a classifier is trained: a fixed number of steps, whatever the number of images."""
+
+    steps: int = 800
+    batch: int = 100
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.05
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What a classifier makes of images: float32 features and probabilities of the classes."""
+
+    features_NF: np.ndarray
+    probabilities_NK: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The most probable class of each image, int64."""
+        labels: np.ndarray = self.probabilities_NK.argmax(axis=1)
+        return labels
+
+
+class Classifier(nn.Module):
+    """Five convolutions to `NUM_FEATURES` averages over the image, and a linear layer to classes.
+
+    Takes float images (B, C, H, W) in [-1, 1] with sides of at least 8 pixels.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_convolution(channels, 16, kernel=5, stride=2),
+            *_convolution(16, 32),
+            nn.MaxPool2d(2),
+            *_convolution(32, 64),
+            *_convolution(64, 64),
+            nn.MaxPool2d(2),
+            *_convolution(64, NUM_FEATURES),
+        )
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """The layer before the classes, (B, F); never negative."""
+        features_BF: Tensor = self.body(images_BCHW).mean(dim=(2, 3))
+        return features_BF
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        logits_BK: Tensor = self.head(self.features(images_BCHW))
+        return logits_BK
+
+    @torch.inference_mode()
+    def read(self, images_NHWC: np.ndarray) -> Readings:
+        """Features and probabilities of uint8 images, in batches of a fixed size."""
+        self.eval()
+        features, probabilities = [], []
+        for start in range(0, len(images_NHWC), _READ_BATCH):
+            batch_BCHW = _channels_first(images_NHWC[start : start + _READ_BATCH])
+            features_BF = self.features(to_float(batch_BCHW))
+            features.append(features_BF.numpy())
+            probabilities.append(self.head(features_BF).softmax(1).numpy())
+        return Readings(np.concatenate(features), np.concatenate(probabilities))
+
+
+def train_classifier(
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    num_classes: int,
+    seed: int,
+    recipe: ClassifierRecipe | None = None,
+    after_step: Callable[[], object] | None = None,
+) -> Classifier:
+    """A classifier trained on uint8 images (N, H, W, C) and labels; about 20 s on one CPU thread.
+
+    The result is a function of the data, the seed, the number of torch threads and the processor.
+    `InputError` where there are fewer images than a batch holds.
+    """
+    recipe = recipe or ClassifierRecipe()
+    if len(images_NHWC) < recipe.batch:
+        raise InputError(
+            f"got {len(images_NHWC)} images to train a classifier on, wanted at least "
+            f"{recipe.batch}: generate more"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(num_classes, images_NHWC.shape[3])
+    images_NCHW = _channels_first(images_NHWC)
+    targets_N = torch.from_numpy(np.ascontiguousarray(labels_N, dtype=np.int64))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.2
+    )
+    order = _Order(len(images_NCHW), generator)
+    model.train()
+    for _ in range(recipe.steps):
+        chosen_B = order.take(recipe.batch)
+        images_BCHW = augment(to_float(images_NCHW[chosen_B]), recipe.augmentation, generator)
+        loss = F.cross_entropy(
+            model(images_BCHW), targets_N[chosen_B], label_smoothing=recipe.label_smoothing
+        )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if after_step:
+            after_step()
+    return model.eval()
+
+
+def accuracy(model: Classifier, images_NHWC: np.ndarray, labels_N: np.ndarray) -> float:
+    """Share of the images that the classifier reads as their label."""
+    return float((model.read(images_NHWC).labels == labels_N).mean())
+
+
+def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Real digits of a split of `training.data.digits`: uint8 (N, 32, 32, 1) and int64 labels."""
+    real = digits(split)
+    return real.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), real.labels_N.numpy()
+
+
+def train_digit_features(after_step: Callable[[], object] | None = None) -> Classifier:
+    """Train the feature network again, as the shipped one was: on the 4,000 training digits."""
+    images_NHWC, labels_N = digit_arrays("train")
+    return train_classifier(
+        images_NHWC, labels_N, num_classes=10, seed=FEATURE_SEED, after_step=after_step
+    )
+
+
+def digit_features() -> Classifier:
+    """The shipped feature network of the digits."""
+    file = resources.files("depthvar.models") / FEATURE_FILE
+    model = Classifier(num_classes=10)
+    model.load_state_dict(load(file.read_bytes()))
+    return model.eval()
+
+
+def to_safetensors(model: Classifier) -> bytes:
+    """The weights of a classifier as a safetensors file."""
+    return save({name: value.contiguous() for name, value in model.state_dict().items()})
+
+
+class _Order:
+    """Epochs of a shuffled data set, cut into batches; a batch may span two epochs."""
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self._size, self._generator = size, generator
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def take(self, count: int) -> Tensor:
+        while len(self._left) < count:
+            epoch = torch.randperm(self._size, generator=self._generator)
+            self._left = torch.cat([self._left, epoch])
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+def _convolution(inside: int, outside: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outside),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _channels_first(images_NHWC: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)

@@ -1,0 +1,136 @@
+"""Memory of a batch by arithmetic: weights, cache, and what sampling and decoding hold at once.
+
+Counts the tensors that are alive together at the widest moment of each phase. What a process holds
+besides (the interpreter, torch itself, a CUDA context) is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from depthvar.config import ModelConfig, TokenizerConfig
+from depthvar.plan import DepthPlan
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WIDE = 4
+
+# Alive at once, in units of one residual stream (tokens x width): the embedded input, the slots,
+# the block's input and change, and of the feed-forward its norm and two hidden layers of 4.
+_STREAMS_IN_A_BLOCK = 4 + 1 + 2 * 4
+# Bytes alive per token and code while drawing: guided and sorted logits, probabilities, their sums
+# and two masked copies in float32, the codes in int64, one mask.
+_DRAW_BYTES = 6 * 4 + 8 + 1
+# Feature maps of the highest resolution alive at once in a residual block of the decoder: its
+# input, the normed and activated map, the convolution's result and its reordered input.
+_MAPS_IN_A_RES_BLOCK = 5
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of one worker on its device, for a batch size."""
+
+    weights: int
+    cache: int
+    sampling: int
+    decoding: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes held at once: the cache is given back before the images are decoded."""
+        return self.weights + max(self.cache + self.sampling, self.decoding)
+
+
+def memory_need(
+    config: ModelConfig, plan: DepthPlan, *, batch_size: int, streams: int, precision: str
+) -> MemoryNeed:
+    """What one worker needs to sample `batch_size` images at once."""
+    size = _BYTES[precision]
+    return MemoryNeed(
+        weights=_weight_bytes(config, size),
+        cache=_cache_bytes(config, plan, batch_size * streams, size),
+        sampling=_sampling_bytes(config, plan, batch_size, streams, size),
+        decoding=_decoding_bytes(config.tokenizer, batch_size, size),
+    )
+
+
+def transformer_parameters(config: ModelConfig) -> int:
+    """Parameters of the transformer."""
+    shape = config.transformer
+    width, blocks = shape.width, shape.num_blocks
+    attention = 4 * width**2 + 3 * width + shape.num_heads
+    feed_forward = 2 * shape.mlp_ratio * width**2 + (shape.mlp_ratio + 1) * width
+    adaln = 6 * width**2 + 6 * width
+    modulation = adaln + blocks * 6 * width if shape.shared_adaln else blocks * adaln
+    embeddings = (1 + shape.num_tokens + len(shape.sides) + shape.num_classes + 1) * width
+    head = 2 * width**2 + 2 * width + shape.codebook_size * (width + 1)
+    word = (shape.code_channels + 1) * width
+    return blocks * (attention + feed_forward) + modulation + embeddings + head + word
+
+
+def _weight_bytes(config: ModelConfig, size: int) -> int:
+    shape = config.tokenizer
+    phis = shape.num_phis * (9 * shape.code_channels**2 + shape.code_channels)
+    quantizer = shape.codebook_size * shape.code_channels + phis
+    narrow = transformer_parameters(config) + decoder_parameters(shape)
+    return narrow * size + quantizer * _WIDE
+
+
+def decoder_parameters(config: TokenizerConfig) -> int:
+    """Parameters from the feature map to the pixels, without the quantizer."""
+    widths = [config.base_width * m for m in config.multipliers]
+    last = len(widths) - 1
+
+    def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+        return inputs * outputs * kernel**2 + outputs
+
+    def res_block(inputs: int, outputs: int) -> int:
+        norms = 2 * inputs + 2 * outputs
+        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+        return norms + conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+
+    def attention(channels: int) -> int:
+        return 2 * channels + conv(channels, 3 * channels, 1) + conv(channels, channels, 1)
+
+    total = conv(config.code_channels, config.code_channels)
+    total += conv(config.code_channels, widths[-1])
+    total += 2 * res_block(widths[-1], widths[-1]) + attention(widths[-1])
+    for level in range(last, -1, -1):
+        total += res_block(widths[min(level + 1, last)], widths[level])
+        total += config.num_res_blocks * res_block(widths[level], widths[level])
+        total += (config.num_res_blocks + 1) * attention(widths[level]) if level == last else 0
+        total += conv(widths[level], widths[level]) if level else 0
+    return total + 2 * widths[0] + conv(widths[0], config.image_channels)
+
+
+def _cache_bytes(config: ModelConfig, plan: DepthPlan, rows: int, size: int) -> int:
+    return 2 * rows * config.transformer.width * sum(plan.cache_lengths) * size
+
+
+def _sampling_bytes(
+    config: ModelConfig, plan: DepthPlan, batch_size: int, streams: int, size: int
+) -> int:
+    """The wider of a block and a draw at the largest scale, beside what is kept throughout."""
+    shape, rows = config.transformer, batch_size * streams
+    tokens = max(scale.count for scale in plan.scales)
+    modulation = 6 * shape.width * shape.num_blocks * rows * size
+    block = _STREAMS_IN_A_BLOCK * rows * tokens * shape.width * size
+    draw = _DRAW_BYTES * batch_size * tokens * shape.codebook_size
+    return modulation + _kept_changes_bytes(config, plan, rows, size) + max(block, draw)
+
+
+def _kept_changes_bytes(config: ModelConfig, plan: DepthPlan, rows: int, size: int) -> int:
+    """Changes that wait to be proxies: those of two neighbouring scales at most."""
+    if plan.policy.proxy not in ("raw", "calibrated"):
+        return 0
+    kept = [
+        sum(active < later.count for active in later.prefix) * scale.count
+        for scale, later in zip(plan.scales, plan.scales[1:], strict=False)
+    ]
+    most = max((a + b for a, b in zip([0, *kept], [*kept, 0], strict=True)), default=0)
+    return most * rows * config.transformer.width * size
+
+
+def _decoding_bytes(config: TokenizerConfig, batch_size: int, size: int) -> int:
+    side = config.latent_side * config.downsampling
+    widest = config.base_width * config.multipliers[0] * side**2
+    return _MAPS_IN_A_RES_BLOCK * batch_size * widest * size

@@ -1,0 +1,61 @@
+"""Write a model's weights as half-precision safetensors: smaller, and mapped instead of read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from jobs._entry import EXIT_DONE, run_job
+from pipeline.config import JobConfig, load_config
+from pipeline.weights import local_weights
+
+
+class ConvertConfig(JobConfig):
+    """What `jobs.convert_weights` can be told."""
+
+    model: str = Field(min_length=1, description="model that the weights belong to")
+    weights: str | None = Field(
+        None,
+        description="folder, file, URI or Hugging Face repository (default: the model's own)",
+    )
+    out: Path = Field(description="new folder for the converted weights")
+    precision: Literal["float16", "bfloat16"] = Field(
+        "float16", description="number type of the files; what runs in float32 stays float32"
+    )
+    decoder_only: bool = Field(
+        False, description="leave out the tokenizer's encoder, which sampling does not use"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the folder and print the sizes before and after."""
+    job = load_config(
+        ConvertConfig, argv, prog="python -m jobs.convert_weights", description=__doc__ or ""
+    )
+    import torch
+
+    from depthvar.checkpoint import convert_weights
+
+    source, written = convert_weights(
+        job.model,
+        local_weights(job.model, job.weights),
+        job.out,
+        dtype=getattr(torch, job.precision),
+        decoder_only=job.decoder_only,
+    )
+    for part in ("transformer", "tokenizer"):
+        before, after = getattr(source, part), getattr(written, part)
+        print(f"{part}: {_megabytes(before)} ({before.name}) -> {_megabytes(after)} ({after.name})")
+    print(f"sample from it with --model {job.model} --weights {job.out}")
+    return EXIT_DONE
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,122 @@
+"""Measure a dataset's quality: `python -m jobs.evaluate DIR [--json FILE]`. Reads, changes nothing.
+
+Digits: label accuracy, CAS, Frechet distance, precision and recall, against real digits. Other
+images: FID, Inception Score, precision and recall, with --inception-weights and --reference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+
+from depthvar.errors import InputError
+from jobs._entry import EXIT_DONE, run_job
+from pipeline.config import JobConfig, Positional, load_config
+from pipeline.evaluation import Evaluation, EvaluationRequest, evaluate
+from pipeline.loader import open_dataset
+from pipeline.samples import ShardError
+
+_SHOWN = {
+    "label_accuracy": "share read as their label by a network trained on real digits",
+    "cas": "accuracy on real held-out digits after training on these images alone",
+    "frechet_distance": "to the real training digits, in digit features",
+    "fid": "Frechet Inception distance to the reference",
+    "inception_score": "Inception Score",
+    "precision": "share of the images among the real ones' nearest neighbours",
+    "recall": "share of the real images among these images' nearest neighbours",
+}
+
+
+with warnings.catch_warnings():
+    # pydantic's BaseModel has a deprecated method of the name `json`, which is our flag.
+    warnings.filterwarnings("ignore", message='Field name "json"', category=UserWarning)
+
+    class EvaluateConfig(JobConfig):
+        """What `jobs.evaluate` can be told."""
+
+        out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to measure")
+        json: Path | None = Field(
+            None, description="write the numbers to this file (default: none)"
+        )
+        samples: int | None = Field(
+            None, gt=0, description="use the first images only (default: all that are committed)"
+        )
+        cas_samples: int | None = Field(
+            None, gt=0, description="images to train on for CAS (default: all, at most 5,000)"
+        )
+        cas_runs: int = Field(3, ge=0, description="trainings for CAS, 0 for none")
+        reference: Path | None = Field(
+            None, description=".npz with mu, sigma or arr_0 for FID (default: none)"
+        )
+        inception_weights: Path | None = Field(
+            None, description="torch-fidelity's Inception weights for FID (default: none)"
+        )
+        device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where Inception runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table and write the JSON file; exit code 0."""
+    config = load_config(
+        EvaluateConfig, argv, prog="python -m jobs.evaluate", description=__doc__ or ""
+    )
+    if config.json is not None and not config.json.absolute().parent.is_dir():
+        raise InputError(f"--json: got {config.json}, whose folder does not exist: make it")
+    dataset = open_dataset(config.out)
+    request = EvaluationRequest(
+        samples=config.samples,
+        cas_samples=config.cas_samples,
+        cas_runs=config.cas_runs,
+        reference=config.reference,
+        inception_weights=config.inception_weights,
+        device=config.device,
+    )
+    try:
+        evaluation = evaluate(dataset, request, _bar)
+    except ShardError as error:
+        raise InputError(str(error)) from error
+    if config.json is not None:
+        _write(config.json, evaluation)
+    print(evaluation_text(evaluation, str(dataset.storage)))
+    return EXIT_DONE
+
+
+def evaluation_text(evaluation: Evaluation, where: str) -> str:
+    """A line per number, then what it was computed from."""
+    scores = evaluation.scores
+    lines = [
+        f"{where}: {evaluation.num_samples:,} of {evaluation.num_planned:,} planned images",
+        f"features: {evaluation.features}; reference: {evaluation.reference}",
+    ]
+    for name, meaning in _SHOWN.items():
+        if name in scores:
+            spread = f" +- {scores[name + '_std']:.4f}" if name + "_std" in scores else ""
+            lines.append(f"  {name:<17} {scores[name]:9.4f}{spread:<10}  {meaning}")
+    if "cas" in scores:
+        settings = evaluation.settings
+        lines.append(f"cas: {settings['cas_runs']} runs on {settings['cas_samples']:,} images")
+    return "\n".join(lines + [f"note: {note}" for note in evaluation.notes])
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=total, unit=what, desc="evaluate", file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _write(path: Path, evaluation: Evaluation) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,203 @@
+"""Drawing against exact distributions, written out by hand or by the plain reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from depthvar.config import SamplingSettings
+from depthvar.draw import Drawn, draw_tokens
+from tests import reference_depthvar as reference
+
+ALL = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
+JUST_BELOW_ONE = 1 - 2**-53
+
+
+def keep(top_k: int = 0, top_p: float = 1.0) -> SamplingSettings:
+    return SamplingSettings(cfg=0.0, top_k=top_k, top_p=top_p)
+
+
+def draw_one(logits: list[float], how: SamplingSettings, *uniforms: float, dtype=torch.float64):
+    """One position drawn with each uniform: the draw as a batch of one sample."""
+    logits_BTV = torch.tensor([[logits] * len(uniforms)], dtype=dtype)
+    return draw_tokens(logits_BTV, torch.tensor([uniforms], dtype=torch.float64), how)
+
+
+def probs_by_code(drawn: Drawn, place: int = 0) -> list[float]:
+    by_code = [0.0] * drawn.probs_BTV.shape[2]
+    for code, prob in zip(drawn.codes_BTV[0, place], drawn.probs_BTV[0, place], strict=True):
+        by_code[int(code)] = float(prob)
+    return by_code
+
+
+def survivors(logits: list[float], how: SamplingSettings) -> set[int]:
+    return {code for code, p in enumerate(probs_by_code(draw_one(logits, how, 0.5))) if p > 0}
+
+
+# Top-k.
+
+
+def test_top_k_keeps_the_k_largest():
+    logits = [0.3, -1.0, 2.0, 0.5, -4.0]
+    assert [survivors(logits, keep(top_k=k)) for k in (1, 2, 3, 4, 5, 6)] == [
+        {2},
+        {2, 3},
+        {0, 2, 3},
+        {0, 1, 2, 3},
+        {0, 1, 2, 3, 4},
+        {0, 1, 2, 3, 4},
+    ]
+
+
+def test_top_k_keeps_every_code_equal_to_the_kth():
+    logits = [1.0, 3.0, 1.0, 0.0, 1.0, 2.0]
+    assert survivors(logits, keep(top_k=3)) == {0, 1, 2, 4, 5}
+    assert survivors(logits, keep(top_k=2)) == {1, 5}
+    assert survivors([0.0] * 7, keep(top_k=2)) == set(range(7))
+
+
+def test_top_k_of_zero_keeps_all():
+    assert survivors([5.0, 0.0, -5.0], keep(top_k=0)) == {0, 1, 2}
+
+
+# Top-p.
+
+
+def test_top_p_drops_the_ascending_tail_whose_cumulative_probability_is_at_most_what_is_left_out():
+    """Four equal codes of a quarter each, and code 4 of almost nothing."""
+    logits = [0.0, 0.0, 0.0, 0.0]
+    # Exactly 1 - p is dropped: a quarter at p = 3/4.
+    assert survivors(logits, keep(top_p=0.75)) == {1, 2, 3}
+    assert survivors(logits, keep(top_p=0.7500001)) == {0, 1, 2, 3}
+    assert survivors(logits, keep(top_p=0.7499999)) == {1, 2, 3}
+    assert survivors(logits, keep(top_p=0.5)) == {2, 3}
+    assert survivors([math.log(p) for p in (0.05, 0.5, 0.15, 0.3)], keep(top_p=0.85)) == {1, 2, 3}
+    assert survivors([math.log(p) for p in (0.05, 0.5, 0.15, 0.3)], keep(top_p=0.75)) == {1, 3}
+
+
+def test_equal_logits_are_dropped_in_the_order_of_their_codes():
+    logits = [2.0, 0.0, 1.0, 0.0, 1.0]
+    total = 2 + 2 * math.e + math.e**2
+    almost_two_zeros = 1 - 1.99 / total
+    assert survivors(logits, keep(top_p=almost_two_zeros)) == {0, 2, 3, 4}
+    two_zeros_and_a_one = 1 - (2 + math.e + 1e-6) / total
+    assert survivors(logits, keep(top_p=two_zeros_and_a_one)) == {0, 4}
+
+
+def test_the_likeliest_code_is_always_kept_of_equals_the_last():
+    assert survivors([0.0, 5.0, 1.0], keep(top_p=1e-9)) == {1}
+    assert survivors([0.0, 5.0, 5.0, 1.0], keep(top_p=1e-9)) == {2}
+
+
+def test_top_p_counts_only_what_top_k_left():
+    """Of 0.4, 0.3, 0.2, 0.1 the two best become 4/7 and 3/7; 3/7 goes where 1 - p >= 3/7."""
+    logits = [math.log(p) for p in (0.1, 0.3, 0.2, 0.4)]
+    assert survivors(logits, keep(top_k=2, top_p=0.58)) == {1, 3}
+    assert survivors(logits, keep(top_k=2, top_p=0.57)) == {3}
+    assert survivors(logits, keep(top_k=0, top_p=0.57)) == {1, 3}
+
+
+# The draw.
+
+
+def test_a_uniform_picks_by_ascending_logit_then_code():
+    """By ascending (logit, code): code 2 has 1/8, codes 0 and 3 1/8 each ... of code 1 the rest."""
+    logits = [math.log(2), math.log(4), 0.0, math.log(2)]
+    total = 9
+    edges = [1 / total, 3 / total, 5 / total]
+    uniforms = [0.0, *(e + d for e in edges for d in (-1e-9, 1e-9)), JUST_BELOW_ONE]
+    assert draw_one(logits, ALL, *uniforms).tokens_BT.tolist() == [[2, 2, 0, 0, 3, 3, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_unit_interval_pick_the_first_and_the_last_of_what_is_kept(dtype):
+    logits = torch.randn(4096, generator=torch.Generator().manual_seed(0)).tolist()
+    for how in (ALL, keep(900, 0.96), keep(900, 1.0), keep(0, 0.5), keep(1, 1.0), keep(0, 1e-6)):
+        drawn = draw_one(logits, how, 0.0, JUST_BELOW_ONE, dtype=dtype)
+        kept = sorted(survivors(logits, how), key=lambda code: logits[code])
+        assert drawn.tokens_BT.tolist() == [[kept[0], kept[-1]]]
+
+
+def test_a_dropped_code_is_never_drawn():
+    logits_BTV = 3 * torch.randn(20, 50, 40, generator=torch.Generator().manual_seed(1))
+    uniforms_BT = torch.rand(20, 50, generator=torch.Generator().manual_seed(2)).double()
+    drawn = draw_tokens(logits_BTV, uniforms_BT, keep(12, 0.7))
+    assert torch.isfinite(drawn.log_prob_BT).all()
+    assert (drawn.log_prob_BT <= 0).all()
+
+
+def test_frequencies_are_the_exact_distribution():
+    """On an even grid of uniforms a code comes as often as it is likely, to one draw."""
+    logits = [0.1, 1.3, -0.4, 0.9, 0.1, -2.0, 1.2]
+    count = 5000
+    uniforms = [(i + 0.5) / count for i in range(count)]
+    how = keep(6, 0.9)
+    drawn = draw_one(logits, how, *uniforms)
+    frequencies = torch.bincount(drawn.tokens_BT[0], minlength=7).tolist()
+    exact = reference.draw(logits, 0.5, how).probs_V
+    assert exact[5] == exact[2] == 0
+    assert frequencies == pytest.approx([count * p for p in exact], abs=1)
+
+
+def test_log_probabilities_are_those_of_the_truncated_distribution():
+    logits = [math.log(p) for p in (0.1, 0.3, 0.2, 0.4)]
+    drawn = draw_one(logits, keep(top_k=3), 0.1, 0.3, 0.9)
+    assert drawn.tokens_BT.tolist() == [[2, 1, 3]]
+    want = [math.log(p / 0.9) for p in (0.2, 0.3, 0.4)]
+    assert drawn.log_prob_BT[0].tolist() == pytest.approx(want, abs=1e-12)
+    assert draw_one(logits, keep(top_k=1), 0.7).log_prob_BT.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_expected_codes_are_the_mean_under_the_truncated_distribution():
+    codebook_VZ = torch.tensor([[1.0, 0.0], [0.0, 8.0], [3.0, -1.0], [100.0, 100.0]]).double()
+    logits = [math.log(p) for p in (0.2, 0.3, 0.4, 0.1)]
+    drawn = draw_one(logits, keep(top_k=3), 0.5)
+    want = [(0.2 * 1 + 0.4 * 3) / 0.9, (0.3 * 8 - 0.4) / 0.9]
+    assert drawn.expected_codes(codebook_VZ)[0, 0].tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_positions_and_samples_are_drawn_apart():
+    logits_BTV = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(4)).double()
+    uniforms_BT = torch.rand(3, 5, generator=torch.Generator().manual_seed(5)).double()
+    how = keep(8, 0.9)
+    drawn = draw_tokens(logits_BTV, uniforms_BT, how)
+    for b in range(3):
+        for t in range(5):
+            want = reference.draw(logits_BTV[b, t].tolist(), uniforms_BT[b, t].item(), how)
+            assert drawn.tokens_BT[b, t] == want.code
+            assert drawn.log_prob_BT[b, t].item() == pytest.approx(want.log_prob, abs=1e-12)
+
+
+def no_code_is_at_the_edge(logits: Tensor, uniform: float, how: SamplingSettings) -> bool:
+    """Whether rounding cannot decide: no cumulative probability lies at 1 - p or at the uniform."""
+    want = reference.draw(logits.tolist(), uniform, keep(how.top_k))
+    ordered = sorted(range(len(logits)), key=lambda code: (logits[code], code))
+    cumulative = torch.tensor([want.probs_V[code] for code in ordered]).double().cumsum(0)
+    truncated = reference.draw(logits.tolist(), uniform, how)
+    walked = torch.tensor([truncated.probs_V[code] for code in ordered]).double().cumsum(0)
+    gaps = torch.cat([cumulative - (1 - how.top_p), walked - uniform]).abs()
+    return bool(gaps.min() > 1e-9)
+
+
+@given(
+    halves=st.lists(st.integers(-8, 8), min_size=1, max_size=24),
+    uniform=st.floats(0, JUST_BELOW_ONE),
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0.01, 1),
+)
+@example(halves=[0] * 8, uniform=0.3, top_k=3, top_p=0.6)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_draw_with_many_ties_equals_the_plain_one(halves, uniform, top_k, top_p):
+    logits = torch.tensor(halves, dtype=torch.float64) / 2
+    how = keep(top_k, top_p)
+    if not no_code_is_at_the_edge(logits, uniform, how):
+        return
+    got = draw_one(logits.tolist(), how, uniform)
+    want = reference.draw(logits.tolist(), uniform, how)
+    assert got.tokens_BT.item() == want.code
+    assert probs_by_code(got) == pytest.approx(want.probs_V, abs=1e-9)

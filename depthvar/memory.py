@@ -7,6 +7,7 @@ besides (the interpreter, torch itself, a CUDA context) is not in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from depthvar.config import ModelConfig, TokenizerConfig
 from depthvar.plan import DepthPlan
@@ -14,15 +15,18 @@ from depthvar.plan import DepthPlan
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDE = 4
 
-# Alive at once, in units of one residual stream (tokens x width): the embedded input, the slots,
-# the block's input and change, and of the feed-forward its norm and two hidden layers of 4.
-_STREAMS_IN_A_BLOCK = 4 + 1 + 2 * 4
-# Bytes alive per token and code while drawing: guided and sorted logits, probabilities, their sums
-# and two masked copies in float32, the codes in int64, one mask.
-_DRAW_BYTES = 6 * 4 + 8 + 1
+# Alive at once, in units of one residual stream: of all tokens the embedded input, the slots and
+# what passes them on; of the active ones the stream after attention with its parts, and of the
+# feed-forward the norm and two hidden layers of 4.
+_STREAMS_OF_ALL = 4
+_STREAMS_OF_ACTIVE = 3 + 1 + 2 * 4
+# Bytes alive per token and code while drawing: guided and sorted logits, the cut ones,
+# probabilities, their sums, and three copies that are masked or divided, in float32; the codes in
+# int64; one mask.
+_DRAW_BYTES = 8 * 4 + 8 + 1
 # Feature maps of the highest resolution alive at once in a residual block of the decoder: its
-# input, the normed and activated map, the convolution's result and its reordered input.
-_MAPS_IN_A_RES_BLOCK = 5
+# input in two layouts, the normed and the activated map, the convolution's input and result.
+_MAPS_IN_A_RES_BLOCK = 6
 
 
 @dataclass(frozen=True)
@@ -109,25 +113,30 @@ def _cache_bytes(config: ModelConfig, plan: DepthPlan, rows: int, size: int) -> 
 def _sampling_bytes(
     config: ModelConfig, plan: DepthPlan, batch_size: int, streams: int, size: int
 ) -> int:
-    """The wider of a block and a draw at the largest scale, beside what is kept throughout."""
+    """The widest moment over the scales: their blocks, or the draw of their tokens."""
     shape, rows = config.transformer, batch_size * streams
-    tokens = max(scale.count for scale in plan.scales)
-    modulation = 6 * shape.width * shape.num_blocks * rows * size
-    block = _STREAMS_IN_A_BLOCK * rows * tokens * shape.width * size
-    draw = _DRAW_BYTES * batch_size * tokens * shape.codebook_size
-    return modulation + _kept_changes_bytes(config, plan, rows, size) + max(block, draw)
+    stream = rows * shape.width * size
+    kept = _kept_changes(plan)
+    moments = []
+    for i, scale in enumerate(plan.scales):
+        earlier = kept[i - 1] if i else 0
+        tokens = _STREAMS_OF_ALL * scale.count + _STREAMS_OF_ACTIVE * max(scale.prefix)
+        block = (tokens + earlier + kept[i]) * stream
+        draw = _DRAW_BYTES * batch_size * scale.count * shape.codebook_size
+        moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
+    modulation = 6 * shape.num_blocks * stream
+    return modulation + max(moments)
 
 
-def _kept_changes_bytes(config: ModelConfig, plan: DepthPlan, rows: int, size: int) -> int:
-    """Changes that wait to be proxies: those of two neighbouring scales at most."""
+def _kept_changes(plan: DepthPlan) -> list[int]:
+    """Tokens x blocks whose changes a scale keeps, to be proxies at the next one."""
     if plan.policy.proxy not in ("raw", "calibrated"):
-        return 0
+        return [0] * len(plan.scales)
     kept = [
         sum(active < later.count for active in later.prefix) * scale.count
-        for scale, later in zip(plan.scales, plan.scales[1:], strict=False)
+        for scale, later in pairwise(plan.scales)
     ]
-    most = max((a + b for a, b in zip([0, *kept], [*kept, 0], strict=True)), default=0)
-    return most * rows * config.transformer.width * size
+    return [*kept, 0]
 
 
 def _decoding_bytes(config: TokenizerConfig, batch_size: int, size: int) -> int:

@@ -17,6 +17,7 @@ EXIT_INTERRUPTED = 130
 def run_job(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2.
 
+    Files that cannot be read or written, a store that does not answer: one line and code 1.
     Ctrl-C at a moment when nothing has to be put in order ends the job with code 130.
     """
     try:
@@ -25,6 +26,11 @@ def run_job(main: Callable[[], int]) -> NoReturn:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        print(f"error: {type(error).__name__}: {reason}", file=sys.stderr)
+        print("nothing that was committed is lost: run the same command again", file=sys.stderr)
+        code = EXIT_INCOMPLETE
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED

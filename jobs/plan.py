@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = resolve_job(config)
     plan = job_plan(config, job)
     storage = Storage.open(config.out)
-    stored = check_output(storage, plan)
+    stored = check_output(storage, plan, extend=config.extend)
     records = {} if stored is None else committed_shards(storage, stored)
     workers = config.workers
     if workers is None and config.address is None:
         workers = available_cores() // config.threads_per_worker
     report = plan_report(
-        plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
+        stored or plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
     )
     print(report)
     return EXIT_DONE

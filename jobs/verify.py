@@ -1,8 +1,12 @@
-"""Check a dataset against its plan: `python -m jobs.verify DIR [--deep]`. Changes nothing."""
+"""Check a dataset against its plan: `python -m jobs.verify DIR [--deep]`.
+
+Changes nothing, unless `--repair` is given.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -10,15 +14,24 @@ from tqdm import tqdm
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.config import VerifyConfig, load_config
-from pipeline.manifest import shard_name
-from pipeline.plan import read_plan
+from pipeline.console import ranges
+from pipeline.manifest import committed_shards, shard_name
+from pipeline.plan import JobPlan, read_plan
+from pipeline.regenerate import Comparison, regenerate
+from pipeline.repair import Repair, repair
 from pipeline.schedule import available_cores
 from pipeline.storage import Storage
 from pipeline.verify import Report, verify
 
+_SHOWN = 10  # images that differ, one line each
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 for a sound and complete dataset, 1 with one line per problem."""
+
+def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = None) -> int:
+    """Exit code 0 for a sound and complete dataset, 1 with one line per problem.
+
+    Images that come out otherwise under `--regenerate` are a problem only where nothing in the
+    environment differs. `sampler_factory` as of `WorkerSpec`.
+    """
     config = load_config(
         VerifyConfig, argv, prog="python -m jobs.verify", description=__doc__ or ""
     )
@@ -29,7 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=plan.num_shards, unit="shard", desc="verify", file=sys.stderr) as bar:
         report = verify(storage, plan, config.deep, bar.update, threads=available_cores())
     print(report_text(report, str(storage)))
-    return EXIT_DONE if report.is_sound else EXIT_INCOMPLETE
+    is_sound = report.is_sound
+    if config.regenerate:
+        compared = _regenerated(config, storage, plan, report, sampler_factory)
+        print(comparison_text(compared))
+        is_sound = is_sound and all(c.is_exact or c.differs for c in compared)
+    if config.repair:
+        print(repair_text(repair(storage, plan, report), report))
+    return EXIT_DONE if is_sound else EXIT_INCOMPLETE
+
+
+def _regenerated(
+    config: VerifyConfig,
+    storage: Storage,
+    plan: JobPlan,
+    report: Report,
+    sampler_factory: str | None,
+) -> list[Comparison]:
+    bad = set(report.shards_to_make)
+    records = {i: r for i, r in committed_shards(storage, plan).items() if i not in bad}
+    num_images = min(config.regenerate, sum(record.num_samples for record in records.values()))
+    with tqdm(total=num_images, unit="image", desc="regenerate", file=sys.stderr) as bar:
+        return regenerate(
+            storage,
+            plan,
+            records,
+            num_images,
+            weights=config.weights,
+            device=config.device,
+            sampler_factory=sampler_factory,
+            progress=bar.update,
+        )
 
 
 def report_text(report: Report, where: str) -> str:
@@ -43,6 +86,37 @@ def report_text(report: Report, where: str) -> str:
         f"{where}: {report.num_sound:,} of {report.num_shards:,} shards sound"
         f" ({report.num_samples:,} images), {len(report.problems)} problems; checked {depth}"
     )
+    return "\n".join(lines)
+
+
+def comparison_text(compared: Sequence[Comparison]) -> str:
+    """How many images came out the same, which did not, and what differs in the environment."""
+    other = [c for c in compared if not c.is_exact]
+    lines = [
+        f"{shard_name(c.shard_id)}  regenerate: {c.key} differs by up to {c.largest_difference}"
+        for c in other[:_SHOWN]
+    ]
+    lines.append(f"regenerated {len(compared):,} images: {len(compared) - len(other):,} exact")
+    if other:
+        lines[-1] += f", largest difference {max(c.largest_difference for c in other)} of 255"
+        reasons = Counter(line for c in other for line in c.differs)
+        lines += [f"environment  {line}" for line in sorted(reasons)]
+        if not reasons:
+            lines.append("environment  nothing that was recorded differs")
+    return "\n".join(lines)
+
+
+def repair_text(done: Repair, report: Report) -> str:
+    """What was put right and what to run now."""
+    lines = [f"removed {done.num_swept:,} leftovers of killed runs"]
+    if done.unmarked:
+        lines.append(f"unmarked the shards {ranges(done.unmarked)}")
+    if report.shards_to_make:
+        lines.append("now run the generate command of this dataset: it makes the missing shards")
+    elif any(problem.kind == "index" for problem in report.problems):
+        lines.append("now run the generate command of this dataset: it writes the indexes again")
+    if any(problem.kind == "stray" for problem in report.problems):
+        lines.append("files that are not part of the dataset stay: remove them by hand")
     return "\n".join(lines)
 
 

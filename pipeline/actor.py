@@ -21,11 +21,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+import numpy as np
+
 from depthvar.config import ModelConfig, SamplingSettings
 from depthvar.cost import Cost
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from pipeline.config import GenerateConfig, ResolvedJob
+from pipeline.faults import reach
 from pipeline.manifest import CommitRecord, publish_shard
 from pipeline.plan import JobPlan, Segment, ShardPlan
 from pipeline.settings import ImageCompute, JobSettings
@@ -195,8 +198,10 @@ class Worker:
                 if should_stop():
                     raise ShardStopped(f"shard {shard_id} was stopped before sample {start}")
                 writer.add(self._sample(shard, start, stop), start)
+                reach("batch-sampled")
                 yield Progress(shard_id, stop - start)
             built = writer.finish()
+            reach("shard-built")
             record = CommitRecord.of(
                 self._plan,
                 built,
@@ -206,7 +211,7 @@ class Worker:
                 threads=self.info.threads,
                 environment=self.info.environment,
             )
-            publish_shard(self._storage, built, record)
+            publish_shard(self._storage, self._plan, built, record)
         num_bytes = built.files.tar.size + built.files.parquet.size
         yield ShardDone(shard_id, num_bytes, time.monotonic() - started_s)
 
@@ -218,6 +223,29 @@ class Worker:
         labels = shard.labels[start - shard.start : stop - shard.start].tolist()
         seed = self._plan.settings.seed
         return self._sampler(labels, seed=seed, indices=range(start, stop))
+
+
+class Resampler:
+    """Samples micro-batches of a plan again, without writing anything."""
+
+    def __init__(self, spec: WorkerSpec, sampler_factory: str | None = None) -> None:
+        """Load the model; its errors pass through."""
+        self._plan = JobPlan.from_json(spec.plan_json)
+        device = _resolve_device(spec.device)
+        factory = _imported(sampler_factory or spec.sampler_factory)
+        self._sampler = factory(spec, self._plan, device)
+        self.environment = {
+            **_environment(),
+            "device": _device_name(device),
+            "threads": str(spec.threads),
+        }
+
+    def sample(self, shard_id: int, start: int, stop: int) -> np.ndarray:
+        """The images of one micro-batch, uint8 (stop - start, height, width, channels)."""
+        shard = self._plan.shard(shard_id)
+        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
+        batch = self._sampler(labels, seed=self._plan.settings.seed, indices=range(start, stop))
+        return batch.images_BHWC
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,12 @@ class GenerateConfig(JobConfig):
         None, description="folder where shards are built (default: the system's temporary folder)"
     )
     max_attempts: int = Field(3, gt=0, description="failures after which a shard is set aside")
+    retry_failed: bool = Field(
+        False, description="try the shards again that an earlier run set aside"
+    )
+    extend: bool = Field(
+        False, description="add samples to a dataset that is planned with fewer: it can only grow"
+    )
     contact_sheet: int = Field(
         10, ge=0, description="images per class on the contact sheet, 0 for no sheet"
     )
@@ -145,6 +151,16 @@ class VerifyConfig(JobConfig):
     deep: bool = Field(
         False, description="also hash every file, read every tar and compare it with its Parquet"
     )
+    repair: bool = Field(
+        False, description="unmark the shards found bad, so that generate makes them again"
+    )
+    regenerate: int = Field(
+        0, ge=0, description="images to sample again and to compare pixel for pixel, 0 for none"
+    )
+    weights: str | None = Field(
+        None, description="weights file or folder for --regenerate (default: the model's own)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where --regenerate runs")
 
 
 @dataclass(frozen=True)

@@ -147,15 +147,24 @@ def run_summary(num_images: int, making_s: float, loading_s: float, workers: Seq
 
 
 def missing_summary(
-    missing: Sequence[int], set_aside: Sequence[int], ledger: str, *, interrupted: bool
+    missing: Sequence[int],
+    set_aside: Sequence[int],
+    ledger: str,
+    *,
+    num_shards: int,
+    interrupted: bool,
 ) -> str:
     """Which shards are not there, why, and how to go on."""
     lines = [f"missing: {len(missing):,} {_shards(len(missing))}: {ranges(missing)}"]
     if set_aside:
         lines.append(f"set aside after repeated failures: {ranges(set_aside)}: see {ledger}")
     if interrupted:
-        lines.insert(0, "stopped as asked: committed shards are safe")
-    lines.append("run the same command again to make the rest")
+        done = f"{num_shards - len(missing):,} of {num_shards:,} shards"
+        lines.insert(0, f"stopped as asked, {done} are done: committed shards are safe")
+    if len(set_aside) < len(missing):
+        lines.append("run the same command again to make the rest")
+    if set_aside:
+        lines.append("add --retry-failed to try those again that were set aside")
     return "\n".join(lines)
 
 

@@ -23,13 +23,23 @@ from ray import exceptions as ray_errors
 from depthvar.config import is_model_folder
 from depthvar.errors import InputError
 from pipeline.actor import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec, job_plan
+from pipeline.claims import sweep_claims
 from pipeline.config import GenerateConfig, resolve_job
 from pipeline.console import ProgressBar, dataset_summary, missing_summary, run_summary, say
 from pipeline.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipeline.faults import reach
 from pipeline.loader import Dataset
 from pipeline.manifest import committed_shards, write_indexes
 from pipeline.plan import JobPlan, check_output, open_plan
-from pipeline.run import LEDGER_NAME, JobStopped, ShardRun, StopSignals, one_line, run_in_process
+from pipeline.run import (
+    LEDGER_NAME,
+    JobStopped,
+    ShardRun,
+    StopSignals,
+    one_line,
+    run_in_process,
+    set_aside_earlier,
+)
 from pipeline.schedule import (
     Assignment,
     Machine,
@@ -60,23 +70,31 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     """
     plan = job_plan(config, resolve_job(config))
     storage = Storage.open(config.out)
-    stored = check_output(storage, plan)
+    stored = check_output(storage, plan, extend=config.extend)
     plan = stored or plan
     done = {} if stored is None else committed_shards(storage, plan)
     if len(done) == plan.num_shards:
         say(f"all {plan.num_shards:,} shards of {storage} are committed already")
         return _conclude(config, storage, plan, None, interrupted=False)
-    missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
+    given_up = frozenset[int]()
+    if stored is not None and not config.retry_failed:
+        given_up = set_aside_earlier(storage, plan)
+    missing = [i for i in range(plan.num_shards) if i not in done and i not in given_up]
+    if not missing:
+        return _conclude(config, storage, plan, None, interrupted=False, given_up=given_up)
     queue = ShardQueue(missing, config.max_attempts)
     spec = _worker_spec(config, storage, plan, sampler_factory)
     with StopSignals() as stop:
         with _crew(config, storage, spec, stop) as make:
-            plan = open_plan(storage, plan)
+            plan = open_plan(storage, plan, extend=config.extend)
             num_done = sum(record.num_samples for record in done.values())
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
                 run = ShardRun(storage, plan, queue, bar)
                 problem = _made(make, run)
-        return _conclude(config, storage, plan, run, problem, interrupted=stop.is_set())
+        stopped = stop.is_set()
+        return _conclude(
+            config, storage, plan, run, problem, interrupted=stopped, given_up=given_up
+        )
 
 
 def _worker_spec(
@@ -123,6 +141,7 @@ def _conclude(
     problem: str | None = None,
     *,
     interrupted: bool,
+    given_up: frozenset[int] = frozenset(),
 ) -> int:
     """Read what is committed, write the indexes and the contact sheet, and say how it went."""
     done = committed_shards(storage, plan)
@@ -131,7 +150,10 @@ def _conclude(
         print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
     print(dataset_summary(plan, done, str(storage)))
     if is_complete:
+        reach("indexes-wanted")
         write_indexes(storage, plan, done)
+        reach("indexes-written")
+        sweep_claims(storage, done)
         is_new = run is not None or storage.size(CONTACT_SHEET_NAME) is None
         if config.contact_sheet and is_new:
             write_contact_sheet(Dataset(storage, plan, done), config.contact_sheet)
@@ -140,9 +162,16 @@ def _conclude(
         return 0
     if problem is not None:
         say(f"error: {problem}")
-    set_aside = () if run is None else run.queue.set_aside
     missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
-    say(missing_summary(missing, set_aside, LEDGER_NAME, interrupted=interrupted))
+    set_aside = given_up | set(() if run is None else run.queue.set_aside)
+    text = missing_summary(
+        missing,
+        sorted(set_aside.intersection(missing)),
+        LEDGER_NAME,
+        num_shards=plan.num_shards,
+        interrupted=interrupted,
+    )
+    say(text)
     return 1
 
 
@@ -418,7 +447,13 @@ class RayCrew:
         if cause == "node" or (cause == "worker" and worker.node_id not in _alive_nodes()):
             run.lost(assignment, f"{worker.name} is gone with its node")
             return
-        is_charged = run.failed(assignment, reason_of(error), plain(error), worker.name)
+        is_charged = run.failed(
+            assignment,
+            reason_of(error),
+            plain(error),
+            worker.name,
+            is_storage=isinstance(error, OSError),  # Ray's error is also of the cause's type
+        )
         if is_charged and cause == "worker":
             until_s = time.monotonic() + _NODE_GRACE_S
             self._charges.append(_Charge(assignment.shard_id, worker.node_id, until_s))

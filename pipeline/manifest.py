@@ -3,13 +3,15 @@
 A shard is done if and only if `meta/{shard}.json` parses strictly, carries the shard's id and
 fingerprint, and the sizes it names match one listing of `train/` and `meta/`. Everything else, a
 half-written record or a foreign file included, means the shard is made again and overwritten.
+Where a claim says that two workers may have published it at once, the files are hashed too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,6 +21,8 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.card import dataset_card
+from pipeline.claims import doubtful_shards, make_claim, others_claim
+from pipeline.faults import reach
 from pipeline.plan import JobPlan
 from pipeline.settings import STRICT, PositiveInt, Sha256
 from pipeline.storage import Storage
@@ -27,6 +31,7 @@ TRAIN_FOLDER, META_FOLDER = "train", "meta"
 CARD_NAME, INDEX_NAME, SIZES_NAME = "README.md", "index.json", "sizes.json"
 FAILURES_NAME = "failures.jsonl"
 _SHARD_DIGITS = 5
+_MAX_ROUNDS = 5  # of publishing a shard that another worker publishes at the same moment
 _READERS = 16  # records are small: an object store answers many at once
 
 Count = Annotated[int, Field(ge=0)]
@@ -183,26 +188,43 @@ class CommitRecord:
 _RECORD = TypeAdapter(CommitRecord)
 
 
-def publish_shard(storage: Storage, built: BuiltShard, record: CommitRecord) -> None:
-    """Make a shard visible: samples, rows, and the record last. Errors: `OSError`."""
-    publish_tar(storage, built)
-    publish_parquet(storage, built)
-    publish_record(storage, record)
+def publish_shard(storage: Storage, plan: JobPlan, built: BuiltShard, record: CommitRecord) -> None:
+    """Make a shard visible: samples, rows, and the record last. Errors: `OSError`.
+
+    A shard that somebody else committed meanwhile keeps that version, whole.
+    """
+    if read_commit(storage, plan, built.shard_id) is not None:
+        return
+    claim = make_claim(storage, built.shard_id)
+    for _ in range(_MAX_ROUNDS):
+        publish_tar(storage, built)
+        publish_parquet(storage, built)
+        publish_record(storage, record)
+        if not others_claim(storage, built.shard_id, claim):
+            storage.remove(claim)
+            reach("claim-removed")
+            return
+        if read_commit(storage, plan, built.shard_id) is not None:
+            return  # the claim stays: the other worker may not have finished
+    raise OSError(f"shard {shard_name(built.shard_id)} is written by somebody else all the time")
 
 
 def publish_tar(storage: Storage, built: BuiltShard) -> None:
     """First step: the samples. Errors: `OSError`."""
     storage.publish_file(built.tar_path, built.files.tar.name)
+    reach("tar-published")
 
 
 def publish_parquet(storage: Storage, built: BuiltShard) -> None:
     """Second step: the rows. Errors: `OSError`."""
     storage.publish_file(built.parquet_path, built.files.parquet.name)
+    reach("parquet-published")
 
 
 def publish_record(storage: Storage, record: CommitRecord) -> None:
     """Last step: from here on the shard is done. Errors: `OSError`."""
     storage.publish_bytes(record.to_json(), record_name(record.shard_id))
+    reach("record-published")
 
 
 def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
@@ -230,7 +252,8 @@ def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]
     with ThreadPoolExecutor(_READERS) as pool:
         records = zip(candidates, pool.map(read, candidates), strict=True)
         done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
-    return dict(sorted(done.items()))
+    doubtful = doubtful_shards(storage)
+    return {i: r for i, r in sorted(done.items()) if _is_whole(storage, r, doubtful)}
 
 
 def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:
@@ -241,8 +264,23 @@ def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord 
         return None
     names = (tar_name(shard_id), parquet_name(shard_id))
     sizes = {name: size for name in names if (size := storage.size(name)) is not None}
-    is_done = record is not None and _is_done(record, shard_id, plan, sizes)
-    return record if is_done else None
+    if record is None or not _is_done(record, shard_id, plan, sizes):
+        return None
+    return record if _is_whole(storage, record, doubtful_shards(storage)) else None
+
+
+def _is_whole(storage: Storage, record: CommitRecord, doubtful: Collection[int]) -> bool:
+    """Whether the files are those of the record: taken for granted unless there is a claim."""
+    if record.shard_id not in doubtful:
+        return True
+    try:
+        for entry in (record.files.tar, record.files.parquet):
+            with storage.open_input(entry.name) as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:  # type: ignore[arg-type]
+                    return False
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_done(record: CommitRecord, shard_id: int, plan: JobPlan, sizes: Mapping[str, int]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from depthvar.errors import InputError
+from pipeline.faults import reach
 from pipeline.labels import MAX_SAMPLES, LabelCounts
 from pipeline.settings import STRICT, ImageCompute, JobSettings, Sha256, canonical_json
 from pipeline.storage import Storage
@@ -181,6 +182,11 @@ class JobPlan:
             return self
         return JobPlan(self.settings, (*self.segments, Segment(LabelCounts.from_mapping(more))))
 
+    def is_covered_by(self, counts: LabelCounts) -> bool:
+        """Whether no class has fewer samples in `counts` than here."""
+        wanted = counts.as_mapping()
+        return all(wanted.get(c, 0) >= n for c, n in self.total_counts.as_mapping().items())
+
     def _segment_of(self, shard_id: int) -> int:
         if not 0 <= shard_id < self.num_shards:
             raise IndexError(f"shard {shard_id} of {self.num_shards}")
@@ -264,9 +270,10 @@ def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> Jo
         return stored
     if stored.settings == plan.settings and extend:
         return stored.extended_to(plan.total_counts)
-    raise InputError(
-        f"{'; '.join(differences)}: resume with the old configuration or choose a new output"
-    )
+    hint = "resume with the old configuration or choose a new output"
+    if stored.settings == plan.settings and stored.is_covered_by(plan.total_counts):
+        hint = "add --extend to keep what is there and make the rest, or choose a new output"
+    raise InputError(f"{'; '.join(differences)}: {hint}")
 
 
 def open_plan(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan:
@@ -278,6 +285,7 @@ def open_plan(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPl
     agreed = check_output(storage, plan, extend=extend)
     if agreed is not None and agreed == read_plan(storage):
         return agreed
+    reach("plan-wanted")
     try:
         if agreed is not None:
             storage.publish_bytes(agreed.to_json(), PLAN_NAME)
@@ -288,6 +296,7 @@ def open_plan(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPl
             f"got the output {storage}, which cannot be written: {error}; "
             "change its permissions or choose another output"
         ) from error
+    reach("plan-written")
     stored = check_output(storage, plan, extend=False)
     assert stored is not None, "plan.json was written"
     return stored

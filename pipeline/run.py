@@ -22,6 +22,8 @@ from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 
 LEDGER_NAME = f"{META_FOLDER}/{FAILURES_NAME}"
+_STORAGE = "storage"
+_MAX_STORAGE_FAILURES = 5  # in a row, without a shard committed in between
 
 
 class JobStopped(Exception):  # noqa: N818 - names what happened to the job
@@ -87,6 +89,7 @@ class ShardRun:
         self.ready_s: float | None = None
         self.finished_s: float | None = None
         self.workers: list[str] = []
+        self._storage_failures = 0
         self._storage = storage
         self._plan = plan
         self._bar = bar
@@ -119,8 +122,20 @@ class ShardRun:
         else:
             self._done(event.shard_id)
 
-    def failed(self, assignment: Assignment, error: str, trace: str, worker: str) -> bool:
-        """Charge a shard with a failure, unless it was committed all the same; True if charged."""
+    def failed(
+        self,
+        assignment: Assignment,
+        error: str,
+        trace: str,
+        worker: str,
+        *,
+        is_storage: bool = False,
+    ) -> bool:
+        """Charge a shard with a failure, unless it was committed all the same; True if charged.
+
+        `is_storage`: a file could not be read or written, which is no fault of the shard; a later
+        run tries it again without being told. Raises `JobStopped` when nothing else happens.
+        """
         shard_id = assignment.shard_id
         if self._is_committed(shard_id):
             say(f"shard {shard_name(shard_id)} was committed before {worker} failed: {error}")
@@ -131,9 +146,11 @@ class ShardRun:
         self._write_ledger(
             {
                 "shard_id": shard_id,
+                "fingerprint": self._plan.shard_fingerprint(shard_id),
                 "attempt": assignment.attempt,
                 "failures": self.queue.failures(shard_id),
                 "set_aside": set_aside,
+                "cause": _STORAGE if is_storage else "shard",
                 "error": error,
                 "traceback": trace,
                 "worker": worker,
@@ -142,6 +159,12 @@ class ShardRun:
         )
         what = f"set aside, see {LEDGER_NAME}" if set_aside else "will be tried again"
         say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
+        self._storage_failures = self._storage_failures + 1 if is_storage else 0
+        if self._storage_failures >= _MAX_STORAGE_FAILURES:
+            raise JobStopped(
+                f"{self._storage_failures} shards in a row could not be stored, the last with"
+                f" {error}: free or repair the output and the scratch folder"
+            )
         return True
 
     def lost(self, assignment: Assignment, reason: str) -> None:
@@ -157,6 +180,7 @@ class ShardRun:
     def _done(self, shard_id: int) -> None:
         start, stop = self._plan.shard_range(shard_id)
         self.queue.done(shard_id)
+        self._storage_failures = 0
         self.num_images += stop - start
         self._bar.shard_done(shard_id, stop - start)
 
@@ -176,6 +200,29 @@ class ShardRun:
             self._storage.publish_bytes(earlier + line, LEDGER_NAME)
         except OSError as error:
             say(f"warning: {LEDGER_NAME} cannot be written: {error}")
+
+
+def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
+    """The shards that an earlier run of this plan gave up, by the ledger's last word on each.
+
+    Lines that are no entry of this plan say nothing. Errors: `OSError`.
+    """
+    try:
+        lines = storage.read(LEDGER_NAME).splitlines()
+    except FileNotFoundError:
+        return frozenset()
+    last: dict[int, bool] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            shard_id, fingerprint = entry["shard_id"], entry["fingerprint"]
+            is_given_up = entry["set_aside"] is True and entry["cause"] != _STORAGE
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        is_ours = isinstance(shard_id, int) and 0 <= shard_id < plan.num_shards
+        if is_ours and fingerprint == plan.shard_fingerprint(shard_id):
+            last[shard_id] = is_given_up
+    return frozenset(shard_id for shard_id, is_given_up in last.items() if is_given_up)
 
 
 def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bool]) -> None:
@@ -207,7 +254,13 @@ def _run_one(
     except ShardStopped:
         run.lost(assignment, "")
     except Exception as error:
-        run.failed(assignment, one_line(error), traceback.format_exc(), worker.info.name)
+        run.failed(
+            assignment,
+            one_line(error),
+            traceback.format_exc(),
+            worker.info.name,
+            is_storage=isinstance(error, OSError),
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -3,28 +3,47 @@
 A file becomes visible whole or not at all. On a local disk that is a temporary name in the target
 folder, fsync, `os.replace`, fsync of the folder. On an object store (S3, GCS, Azure through
 `pyarrow.fs`) it is one whole-file upload: a rename there is a copy and a delete, so none is used.
+A request that a store refuses for the moment is made again here, and nowhere else.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import random
 import re
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
-from urllib.parse import urlsplit
+from typing import IO, Any, TypeVar, cast
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from depthvar.errors import InputError
+from pipeline.faults import reach
 
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 TEMP_PREFIX = ".tmp-"
 _COPY_BYTES = 8 * 2**20
+_MAX_TRIES = 8
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 10.0
+# What a store says of a request that may work a moment later: S3's error names, Google's status
+# names, HTTP 408, 429 and 5xx of all three, and connections that broke.
+_TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING"
+    r"|REQUEST_TIMEOUT|REQUEST_TIME_TOO_SKEWED|curlCode"
+    r"|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED"
+    r"|(?i:http (?:status|code|response code):? ?|HTTP[/ ]|status ?code:? ?)(?:408|429|5[0-9][0-9])"
+    r"|ServerBusy|OperationTimedOut|InternalError|[Cc]onnection (?:reset|refused|aborted|closed)"
+)
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,9 @@ class Storage:
                 f"{', '.join(f'{name}://' for name in STORE_SCHEMES)}: choose one of these"
             )
         try:
-            filesystem, root = fs.FileSystem.from_uri(text)
+            filesystem, root = fs.FileSystem.from_uri(_with_environment(text))
         except (pa.ArrowException, ValueError, OSError) as error:  # OSError: no answer for a region
-            reason = " ".join(str(error).replace(text, _redacted(text)).split())
+            reason = " ".join(_without_secrets(str(error), text).split())
             raise InputError(f"got {_redacted(text)}, which cannot be opened: {reason}") from error
         if not root.strip("/"):
             raise InputError(f"got {_redacted(text)} without a bucket: name a bucket and a folder")
@@ -88,8 +107,21 @@ class Storage:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is no such file."""
-        info = self.filesystem.get_file_info(self._path(name))
+        info = self._asking(lambda: self.filesystem.get_file_info(self._path(name)))
         return int(info.size) if info.type == fs.FileType.File else None
+
+    def list_older(self, folder: str, age: timedelta) -> tuple[str, ...]:
+        """The files of a folder, temporary names included, that are older than `age`."""
+        latest = datetime.now(UTC) - age
+        return tuple(
+            entry.base_name
+            for entry in self._entries(folder)
+            if entry.type == fs.FileType.File and entry.mtime is not None and entry.mtime < latest
+        )
+
+    def remove(self, name: str) -> None:
+        """Delete a file. Errors: `FileNotFoundError`, `OSError`."""
+        self._asking(lambda: self.filesystem.delete_file(self._path(name)))
 
     def read(self, name: str) -> bytes:
         """The whole file. Errors: `FileNotFoundError`."""
@@ -100,10 +132,9 @@ class Storage:
         """A readable binary stream from the start. Errors: `FileNotFoundError`."""
         if self.is_local:
             return open(self._path(name), "rb")
-        stream = self.filesystem.open_input_stream(
-            self._path(name), compression=None, buffer_size=_COPY_BYTES
-        )
-        return cast(IO[bytes], stream)
+        path = self._path(name)
+        file = self._asking(lambda: self.filesystem.open_input_file(path))
+        return io.BufferedReader(_StoreReader(file, self._asking), _COPY_BYTES)
 
     def check_writable(self) -> None:
         """Find out without writing whether a local folder could be made and written.
@@ -174,7 +205,7 @@ class Storage:
         path = self._path(folder) if folder else self.root
         selector = fs.FileSelector(path, recursive=False, allow_not_found=True)
         try:
-            return tuple(self.filesystem.get_file_info(selector))
+            return tuple(self._asking(lambda: self.filesystem.get_file_info(selector)))
         except NotADirectoryError as error:
             raise InputError(f"got {self}, but {path} is not a folder: choose a folder") from error
 
@@ -195,19 +226,110 @@ class Storage:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
+            reach("file-staged")
             os.replace(temp, target)
         except BaseException:
-            temp.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to tell
+                temp.unlink(missing_ok=True)
             raise
+        reach("file-replaced")
         _sync_folder(target.parent)
 
     def _upload(self, data: bytes | pa.Buffer, name: str) -> None:
         path = self._path(name)
-        with self.filesystem.open_output_stream(path, compression=None) as stream:
-            stream.write(data)
+
+        def put() -> None:
+            with self.filesystem.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+
+        self._asking(put)
         stored, wanted = self.size(name), len(memoryview(data))
         if stored != wanted:
             raise OSError(f"uploaded {wanted} bytes to {name}, the store has {stored}")
+
+    def _asking(self, request: Callable[[], Answer]) -> Answer:
+        """The answer to a request that may be repeated; a store gets several tries.
+
+        Only errors named in `_TRANSIENT` are tried again, with pauses that double.
+        """
+        pause_s = _FIRST_PAUSE_S
+        for _ in range(_MAX_TRIES - 1):
+            try:
+                return request()
+            except OSError as error:
+                if self.is_local or not is_transient(error):
+                    raise
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return request()
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether a store's error may be gone a moment later."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or bool(_TRANSIENT.search(str(error)))
+
+
+class _StoreReader(io.RawIOBase):
+    """An object read in ranges, each of them tried again where the store fails for the moment."""
+
+    def __init__(self, file: pa.NativeFile, asking: Callable[[Callable[[], bytes]], bytes]) -> None:
+        self._file, self._asking, self._position = file, asking, 0
+        self._size = int(asking(file.size))
+
+    def readable(self) -> bool:
+        """As of a file opened for reading."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill `target` from the current position; the bytes read, 0 at the end."""
+        wanted = min(len(target), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        data = self._asking(lambda: cast(bytes, self._file.read_at(wanted, self._position)))
+        target[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Let go of the object; safe at any time, also twice."""
+        if not self.closed:
+            with suppress(OSError):
+                self._file.close()
+        super().close()
+
+
+def _with_environment(uri: str) -> str:
+    """An S3 URI with what the environment says of its endpoint and region, as AWS tools read it.
+
+    What the URI says itself stays. Credentials are found by the store's own client.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme.lower() != "s3":
+        return uri
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:
+        found = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        options["endpoint_override"] = found.netloc
+        options.setdefault("scheme", found.scheme)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options.setdefault("region", region)
+    elif "endpoint_override" in options:
+        options.setdefault("region", "us-east-1")  # whoever serves S3 elsewhere takes any
+    return parts._replace(query=urlencode(options, quote_via=quote)).geturl()
+
+
+def _without_secrets(message: str, uri: str) -> str:
+    """An error's text without the URI's user, password and query."""
+    parts = urlsplit(uri)
+    message = message.replace(_with_environment(uri), _redacted(uri))
+    message = message.replace(uri, _redacted(uri))
+    for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
+        message = message.replace(secret, "...") if secret else message
+    return message
 
 
 def _local_path(uri: str) -> str:

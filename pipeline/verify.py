@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from pipeline.claims import doubtful_shards
 from pipeline.manifest import (
     FAILURES_NAME,
     META_FOLDER,
@@ -146,6 +147,8 @@ def _why_undone(
     for entry in (record.files.tar, record.files.parquet):
         if entry.name in names and sizes[entry.name] != entry.size:
             return "size", f"{entry.name} has {sizes[entry.name]} bytes, wanted {entry.size}"
+    if shard_id in doubtful_shards(storage):
+        return "hash", f"{tar_name(shard_id)} or its Parquet is of another run than {names[2]}"
     return "record", f"{names[2]} does not describe this shard"
 
 

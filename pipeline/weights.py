@@ -51,7 +51,10 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
     if storage.is_local:
         return depthvar_weights(model, storage.root)
     file = None
-    if Path(storage.root).suffix in (".pth", ".safetensors"):  # one file: what else the model needs lies beside it
+    if Path(storage.root).suffix in (
+        ".pth",
+        ".safetensors",
+    ):  # one file: what else the model needs lies beside it
         folder, _, file = storage.root.rpartition("/")
         storage = replace(storage, root=folder)
     try:

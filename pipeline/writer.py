@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
+from pipeline.faults import reach
 from pipeline.manifest import (
     BatchTiming,
     BuiltShard,
@@ -166,6 +167,7 @@ class ShardWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
+        reach("tar-built")
         self._write_parquet()
         self._check()
         shard_id = self._shard.shard_id

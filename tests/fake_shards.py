@@ -52,9 +52,9 @@ def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPla
 
 @dataclass(frozen=True)
 class FakeBatch:
-    images_BHWC: np.ndarray  # noqa: N815
-    mean_change_BS: np.ndarray  # noqa: N815
-    mean_log_prob_BS: np.ndarray  # noqa: N815
+    images_BHWC: np.ndarray
+    mean_change_BS: np.ndarray
+    mean_log_prob_BS: np.ndarray
     sampling_s: float = 0.25
     decoding_s: float = 0.125
 
@@ -94,7 +94,7 @@ def publish_one(storage: Storage, plan: JobPlan, shard_id: int, scratch: Path) -
     with ShardWriter(plan, shard, scratch) as writer:
         built = fill(writer, plan, shard)
         record = record_of(plan, built)
-        publish_shard(storage, built, record)
+        publish_shard(storage, plan, built, record)
     return record
 
 

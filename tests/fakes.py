@@ -20,14 +20,17 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from pipeline.actor import WorkerSpec
 from pipeline.plan import JobPlan
+from tests.fault_hook import FAULTS_VARIABLE
 
-# Names a JSON file; read at every batch, so that Ray's workers and child processes see the faults:
+# The variable names a JSON file; read at every batch, so that Ray's workers and child processes see the faults:
 #   batch_s: seconds a batch takes        poison: global index whose batch always raises
 #   crash: index whose batch always kills its process
 #   crash_once: file; whoever finds it first removes it and kills its own process
 #   load_error: loading the model fails with this text
 #   loads: file that gains one line per load of the model
-FAULTS_VARIABLE = "FAKE_SAMPLER_FAULTS"
+#   gpus: file that gains a line `node GPU-ids` per load of the model
+#   segfault, memory, nan: index whose batch ends its process, allocates without end, has no number
+#   environment: number added to every pixel, as another environment's last bits would
 
 
 def set_faults(path: Path, **faults: object) -> None:
@@ -65,16 +68,18 @@ class FakeSampler:
         self.cost: Cost = image_cost(config, plan)
 
     def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> FakeBatch:
-        _act_out(faults_in_force(), indices)
+        faults = faults_in_force()
+        _act_out(faults, indices)
         side, channels = self.config.image_side, self.config.image_channels
         images = [
             fake_image(label, seed, index, side, channels)
             for label, index in zip(labels, indices, strict=True)
         ]
         shape = (len(images), len(self.config.sides))
+        change = float("nan") if faults.get("nan") in indices else 0.25
         return FakeBatch(
-            images_BHWC=np.stack(images),
-            mean_change_BS=np.full(shape, 0.25, dtype=np.float32),
+            images_BHWC=np.stack(images) + np.uint8(faults.get("environment", 0)),
+            mean_change_BS=np.full(shape, change, dtype=np.float32),
             mean_log_prob_BS=np.full(shape, -1.5, dtype=np.float32),
             sampling_s=0.01,
             decoding_s=0.005,
@@ -86,6 +91,9 @@ def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
     if "loads" in faults:
         with open(faults["loads"], "a") as stream:
             stream.write(f"{os.getpid()}\n")
+    if "gpus" in faults:
+        with open(faults["gpus"], "a") as stream:
+            stream.write(f"{os.getppid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     if "load_error" in faults:
         raise RuntimeError(faults["load_error"])
     config = model_config(plan.settings.model)
@@ -99,6 +107,10 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
         raise ValueError(f"poison at {faults['poison']}")
     if faults.get("crash") in indices:
         os.kill(os.getpid(), signal.SIGKILL)
+    if faults.get("segfault") in indices:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if faults.get("memory") in indices:
+        bytearray(2**60)
     once = faults.get("crash_once")
     if once is not None:
         with contextlib.suppress(FileNotFoundError):

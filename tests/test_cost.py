@@ -43,10 +43,10 @@ def full_cost(config: ModelConfig) -> Cost:
 def test_full_depth_costs_what_was_worked_out_by_hand(name, transformer, decoder, share):
     """GFLOP per image with guidance, and the decoder's share of them in percent."""
     cost = full_cost(model_config(name))
-    assert cost.transformer_flops / 1e9 == pytest.approx(transformer, rel=0.002)
+    assert cost.transformer_flops / 1e9 == pytest.approx(transformer, rel=0.001)
     assert cost.decoder_flops / 1e9 == pytest.approx(decoder, abs=0.5)
     assert cost.total_flops == cost.transformer_flops + cost.decoder_flops
-    assert round(100 * cost.decoder_flops / cost.total_flops) in (share, share - 1)
+    assert round(100 * cost.decoder_flops / cost.total_flops) == share
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 # Inside pipeline a file may import only files before it.
 PIPELINE_ORDER = (
+    "faults",
     "storage",
+    "claims",
     "weights",
     "labels",
     "schema",
@@ -25,8 +27,10 @@ PIPELINE_ORDER = (
     "loader",
     "shard_check",
     "verify",
+    "repair",
     "contact_sheet",
     "actor",
+    "regenerate",
     "schedule",
     "console",
     "run",

@@ -261,5 +261,7 @@ def test_a_shard_is_published_record_last(tmp_path, monkeypatch):
     plan = make_plan()
     with ShardWriter(plan, plan.shard(0), tmp_path / "scratch") as writer:
         built = fill(writer, plan, plan.shard(0))
-        publish_shard(Storage.open(str(tmp_path / "out")), built, record_of(plan, built))
-    assert names == ["train/00000.tar", "meta/00000.parquet", "meta/00000.json"]
+        publish_shard(Storage.open(str(tmp_path / "out")), plan, built, record_of(plan, built))
+    assert names[0].startswith(".claims/0-"), "others are told before the first byte"
+    assert names[1:] == ["train/00000.tar", "meta/00000.parquet", "meta/00000.json"]
+    assert Storage.open(str(tmp_path / "out")).list(".claims") == {}

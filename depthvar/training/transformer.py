@@ -37,7 +37,7 @@ class TransformerRecipe:
         )
     )
     tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=1600, batch=64, learning_rate=8e-4, warmup_steps=50)
+        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=8e-4, warmup_steps=50)
     )
     tuning_plain_share: float = 0.5
     layer_drop: float = 0.25

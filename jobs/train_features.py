@@ -1,0 +1,52 @@
+"""Train the feature network of the digits again, as the shipped one was: see jobs.evaluate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+from tqdm import tqdm
+
+from depthvar.errors import InputError
+from jobs._entry import EXIT_DONE, run_job
+from pipeline.config import JobConfig, load_config
+
+
+class TrainFeaturesConfig(JobConfig):
+    """What `jobs.train_features` can be told."""
+
+    out: Path = Field(description="new .safetensors file")
+    threads: int = Field(1, gt=0, description="CPU threads; another number may change the last bit")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the file and print what the network reads right; exit code 0."""
+    config = load_config(
+        TrainFeaturesConfig, argv, prog="python -m jobs.train_features", description=__doc__ or ""
+    )
+    if config.out.exists() or not config.out.absolute().parent.is_dir():
+        raise InputError(f"got --out {config.out}, wanted a new file in a folder that exists")
+    import torch
+
+    from depthvar.features import (
+        ClassifierRecipe,
+        accuracy,
+        digit_arrays,
+        to_safetensors,
+        train_digit_features,
+    )
+
+    torch.set_num_threads(config.threads)
+    with tqdm(total=ClassifierRecipe().steps, unit="step", desc="train", file=sys.stderr) as bar:
+        model = train_digit_features(bar.update)
+    config.out.write_bytes(to_safetensors(model))
+    print(
+        f"{config.out}: reads {accuracy(model, *digit_arrays('held-out')):.1%} of held-out digits"
+    )
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_job(main)

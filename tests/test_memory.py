@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthvar.checkpoint import WeightsIdentity, assemble
+from depthvar.config import (
+    MODELS,
+    ModelConfig,
+    SamplingSettings,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from depthvar.memory import decoder_parameters, memory_need, transformer_parameters
+from depthvar.policy import DepthPolicy, make_policy
+from depthvar.sampling import Sampler
+from depthvar.tokenizer import Tokenizer
+from depthvar.transformer import Transformer, initialise
+from tests.live_memory import LiveBytes
+
+SIDES = (1, 2, 4, 8, 12, 16)
+POLICIES = (
+    make_policy("full"),
+    make_policy("uniform", reference_scale=3),
+    make_policy("depthvar", reference_scale=3, proxy="raw"),
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counted_parameters_are_those_of_the_modules(name: str):
+    config = MODELS[name]
+    with torch.device("meta"):
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    assert transformer_parameters(config) == sum(p.numel() for p in transformer.parameters())
+    decoding = (tokenizer.decoder, tokenizer.post_quant_conv)
+    wanted = sum(p.numel() for module in decoding for p in module.parameters())
+    assert decoder_parameters(config.tokenizer) == wanted
+
+
+def _sampler(policy: DepthPolicy, width: int, codes: int, base_width: int) -> Sampler:
+    config = ModelConfig(
+        name="memory",
+        transformer=TransformerConfig(
+            num_classes=2,
+            sides=SIDES,
+            num_blocks=5,
+            width=width,
+            num_heads=4,
+            codebook_size=codes,
+            code_channels=8,
+        ),
+        tokenizer=TokenizerConfig(
+            sides=SIDES,
+            phi_of_scale=(0,) * len(SIDES),
+            codebook_size=codes,
+            code_channels=8,
+            base_width=base_width,
+            multipliers=(1, 2),
+            num_res_blocks=1,
+            norm_groups=4,
+        ),
+        class_names=("a", "b"),
+    )
+    transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    initialise(transformer, torch.Generator().manual_seed(0))
+    identity = WeightsIdentity(Path("a"), Path("b"), None, "")
+    model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=torch.float32)
+    return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
+@pytest.mark.parametrize(("width", "codes"), [(256, 256), (64, 2048)])
+def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes):
+    sampler = _sampler(policy, width, codes, base_width=16)
+    with LiveBytes() as sampling:
+        sampled = sampler.tokens([0, 1, 1, 0], seed=0, indices=range(4))
+    with LiveBytes() as decoding:
+        sampler.decode(sampled.feature_map_BZHW)
+    need = memory_need(sampler.config, sampler.plan, batch_size=4, streams=2, precision="float32")
+    assert need.cache + need.sampling == pytest.approx(sampling.peak, rel=0.1)
+    assert need.decoding == pytest.approx(decoding.peak, rel=0.1)
+
+
+def test_half_precision_halves_weights_and_cache():
+    config = MODELS["var-d16"]
+    plan = _sampler(POLICIES[0], 64, 64, 16).plan
+    wide, half = (
+        memory_need(config, plan, batch_size=1, streams=2, precision=name)
+        for name in ("float32", "float16")
+    )
+    assert half.cache * 2 == wide.cache
+    assert half.weights == pytest.approx(wide.weights / 2, rel=0.001)

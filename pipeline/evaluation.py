@@ -355,7 +355,7 @@ class Reference:
                 data = stream.read(count * image_bytes)
                 if len(data) != count * image_bytes:
                     raise InputError(f"{self.path} is cut off in arr_0: fetch it again")
-                yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape[1:])
+                yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape[1:]).copy()
 
 
 def _checked_moments(path: Path, mean: np.ndarray, covariance: np.ndarray) -> Moments:

@@ -22,7 +22,7 @@ from pipeline.actor import WorkerSpec
 from pipeline.plan import JobPlan
 from tests.fault_hook import FAULTS_VARIABLE
 
-# The variable names a JSON file; read at every batch, so that Ray's workers and child processes see the faults:
+# The variable names a JSON file, read at every batch: Ray's workers and children see it too:
 #   batch_s: seconds a batch takes        poison: global index whose batch always raises
 #   crash: index whose batch always kills its process
 #   crash_once: file; whoever finds it first removes it and kills its own process

@@ -3,7 +3,8 @@
     python -m tests.measure_loading [MODEL] [FOLDER]
 
 Needs room on disk for 1.5 times the model in float32. Prints one line per way to load: seconds to
-find, check and hash, seconds to load, and by how much the process grew at most. Own memory is what
+find, check and hash, seconds to load and to read every weight once (of the processor in brackets,
+which a busy machine stretches less), and by how much the process grew at most. Own memory is what
 the process alone holds; mapped pages of the file are shared by all processes and given back under
 pressure.
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,21 +51,19 @@ def load(model: str, weights: str, precision: str) -> None:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    begun = time.perf_counter()
+    laps = [(time.perf_counter(), time.process_time())]
     identity = weights_identity(model, weights)
-    checked = time.perf_counter()
+    laps.append((time.perf_counter(), time.process_time()))
     loaded = load_model(model, weights, dtype=getattr(torch, precision), identity=identity)
-    ready = time.perf_counter()
     parts = (loaded.transformer, loaded.tokenizer)
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.sum()
+    laps.append((time.perf_counter(), time.process_time()))
     done.set()
     watcher.join()
     size = sum(p.nbytes for part in parts for p in part.parameters()) / 1e6
-    print(
-        f"{size:8,.0f} {checked - begun:10.2f} {ready - checked:8.2f} {peak[0]:10,.0f} "
-        f"{peak[1]:10,.0f}"
-    )
+    spent = [f"{b[0] - a[0]:6.2f} ({b[1] - a[1]:5.2f})" for a, b in pairwise(laps)]
+    print(f"{size:8,.0f} {'  '.join(spent)} {peak[0]:10,.0f} {peak[1]:14,.0f}")
 
 
 def main(model: str = "var-d16", folder: str | None = None) -> None:
@@ -75,7 +75,9 @@ def main(model: str = "var-d16", folder: str | None = None) -> None:
         for place in (published, half):
             total = sum(path.stat().st_size for path in place.iterdir())
             print(f"{place.name}: {total / 1e6:,.0f} MB on disk")
-        print(f"{'file -> model':32} model MB check+hash s  load s  own MB max  mapped MB max")
+        print(
+            f"{'file -> model':32} model MB  check, hash s         load s own MB max  mapped MB max"
+        )
         for name, place, precision in WAYS * 2:
             print(f"{name + ' -> ' + precision:32}", end="", flush=True)
             code = "import sys; from tests.measure_loading import load; load(*sys.argv[1:])"

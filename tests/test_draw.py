@@ -92,6 +92,10 @@ def test_equal_logits_are_dropped_in_the_order_of_their_codes():
 def test_the_likeliest_code_is_always_kept_of_equals_the_last():
     assert survivors([0.0, 5.0, 1.0], keep(top_p=1e-9)) == {1}
     assert survivors([0.0, 5.0, 5.0, 1.0], keep(top_p=1e-9)) == {2}
+    # In float32 all probability is at most 1 - p here.
+    rounded = draw_one([0.0, 5.0, 1.0], keep(top_p=1e-9), 0.0, 0.5, dtype=torch.float32)
+    assert rounded.tokens_BT.tolist() == [[1, 1]]
+    assert probs_by_code(rounded) == [0.0, 1.0, 0.0]
 
 
 def test_top_p_counts_only_what_top_k_left():

@@ -141,7 +141,9 @@ def test_a_poison_shard_is_set_aside_after_three_attempts_and_the_others_are_mad
     faults()
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob("*/0000[0134].*")}
     assert len(before) == 12
-    assert run(out) == 0
+    assert run(out) == 1, "what was set aside is not tried again unasked"
+    assert "--retry-failed" in capsys.readouterr().err
+    assert run(out, retry_failed=True) == 0
     assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in before} == before
     assert contents(out) == reference
 

@@ -30,7 +30,7 @@ def random_moments(seed: int, size: int = 17, rank: int | None = None) -> Moment
     return Moments(rng.normal(size=size), random_covariance(rng, size, rank))
 
 
-@pytest.fixture()
+@pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """torch-fidelity's modules by name; its formulas do without the torchvision it imports."""
     if importlib.util.find_spec("torch_fidelity") is None:

@@ -68,6 +68,7 @@ def test_other_orders():
 
 
 @given(num_blocks=st.integers(1, 70), order=st.sampled_from(["bit-reversal", "first", "ends"]))
+@settings(deadline=None, derandomize=True)
 def test_every_order_holds_every_block_once(num_blocks, order):
     assert sorted(block_order(num_blocks, order)) == list(range(num_blocks))
     want = reference.order_of_blocks(DepthPolicy(block_order=order), num_blocks)
@@ -83,6 +84,7 @@ def test_every_order_holds_every_block_once(num_blocks, order):
     mean=st.floats(0.01, 1),
     side=st.integers(1, 24),
 )
+@settings(deadline=None, derandomize=True)
 def test_scores_ascend_within_the_unit_interval_and_have_the_mean(schedule, steepness, mean, side):
     count = side * side
     # A ramp through the origin has no smaller mean than its highest point over the tokens.
@@ -227,6 +229,13 @@ def test_a_score_of_a_whole_number_of_blocks_is_that_many_blocks():
         assert set(plan.scales[2].depths.tolist()) == {num_blocks * 4 // 9}
 
 
+def test_a_least_depth_does_not_fall_short_by_rounding():
+    """In floating point 49 * (1/49) is less than 1."""
+    policy = DepthPolicy(reference_scale=1, schedule="step", min_depth=1)
+    plan = DepthPlan.build((1, 2, 3), 49, policy)
+    assert plan.scales[2].depths.tolist() == [49] * 4 + [1] * 5
+
+
 def test_skipped_scales_are_left_out_and_cost_nothing():
     plan = DepthPlan.build((1, 2, 3, 4), 5, make_policy("skip-scales", skip_last_scales=2))
     assert [scale.side for scale in plan.scales] == [1, 2]
@@ -246,7 +255,7 @@ def test_hard_pruning_runs_whole_tokens_or_none():
 
 
 @given(model_sides=sides, num_blocks=st.integers(1, 13), policy=policies)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_plan_is_consistent(model_sides, num_blocks, policy):
     plan = DepthPlan.build(model_sides, num_blocks, policy)
     order = block_order(num_blocks, policy.block_order)
@@ -279,7 +288,7 @@ def test_any_plan_is_consistent(model_sides, num_blocks, policy):
     policy=policies,
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_tokens_get_the_reference_s_scores_by_exact_ranks(model_sides, num_blocks, policy, data):
     """Slots hold ranks of a map with many ties; the reference counts the tokens below each."""
     plan = DepthPlan.build(model_sides, num_blocks, policy)

@@ -1,0 +1,439 @@
+"""Faults of every kind in one process: what is bad is named, made again, and never called done."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pipeline.manifest as manifest
+from depthvar.errors import InputError
+from jobs import verify as verify_job
+from pipeline.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
+from pipeline.config import GenerateConfig, load_config
+from pipeline.driver import generate
+from pipeline.labels import read_labels_file
+from pipeline.manifest import CommitRecord, committed_shards, tar_name
+from pipeline.plan import JobPlan, read_plan
+from pipeline.run import set_aside_earlier
+from pipeline.storage import Storage
+from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_shards import fill, make_plan, record_of, write_dataset
+from tests.fakes import set_faults
+from tests.fault_hook import FAULTS_VARIABLE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    set_faults(tmp_path / "faults.json")
+    monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
+
+
+def config(out: Path | str, **changes: Any) -> GenerateConfig:
+    """20 images in 3 shards of at most 8, batches of 4."""
+    wanted = {"per_class": 2, "samples_per_shard": 8, "batch_size": 4, "contact_sheet": 0}
+    return GenerateConfig(**{"out": str(out), "workers": 0, "device": "cpu", **wanted, **changes})
+
+
+def run(out: Path, **changes: Any) -> int:
+    changes = {"scratch": out.parent / "scratch", **changes}
+    return generate(config(out, **changes), sampler_factory=FAKE_SAMPLER)
+
+
+def data_files(out: Path) -> dict[str, bytes]:
+    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
+    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
+
+
+def ledger(out: Path) -> list[dict[str, Any]]:
+    file = out / "meta" / "failures.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    assert run(tmp_path / "out") == 0
+    return tmp_path / "out"
+
+
+# Poison
+
+
+@pytest.mark.parametrize(("kind", "word"), [("memory", "MemoryError"), ("nan", "mean_change")])
+def test_a_poison_shard_is_set_aside_until_it_is_asked_for(
+    kind: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    set_faults(tmp_path / "faults.json", **{kind: 9})
+    assert run(out, max_attempts=2) == 1
+    assert [(e["shard_id"], e["attempt"], e["set_aside"]) for e in ledger(out)] == [
+        (1, 1, False),
+        (1, 2, True),
+    ]
+    assert all(word in e["error"] and "Traceback" in e["traceback"] for e in ledger(out))
+    assert "missing: 1 shard: 1" in capsys.readouterr().err
+    set_faults(tmp_path / "faults.json")
+    assert run(out) == 1
+    assert len(ledger(out)) == 2, "it was not tried"
+    assert run(out, retry_failed=True) == 0
+
+
+def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
+    storage, plan = Storage.open(tmp_path), make_plan()
+    good = {
+        "shard_id": 1,
+        "fingerprint": plan.shard_fingerprint(1),
+        "set_aside": True,
+        "cause": "shard",
+    }
+    lines: list[object] = [1, [], {}, {**good, "shard_id": 99}, {**good, "fingerprint": "x"}]
+    text = "\n".join(["{", "\xff", *map(json.dumps, lines)])
+    storage.publish_bytes(text.encode("latin-1"), "meta/failures.jsonl")
+    assert set_aside_earlier(storage, plan) == frozenset()
+    more = f"{text}\n{json.dumps(good)}"
+    storage.publish_bytes(more.encode("latin-1"), "meta/failures.jsonl")
+    assert set_aside_earlier(storage, plan) == {1}
+    retried = json.dumps({**good, "cause": "storage"})
+    storage.publish_bytes(f"{more}\n{retried}".encode("latin-1"), "meta/failures.jsonl")
+    assert set_aside_earlier(storage, plan) == frozenset()
+
+
+# Storage
+
+
+def limited_run(out: Path, limit: int) -> int:
+    """The job in a child that may write no file larger than `limit` bytes."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            code = run(out, max_attempts=2)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_files_that_cannot_be_written_whole_charge_nothing_for_the_next_run(tmp_path: Path):
+    assert limited_run(tmp_path / "out", 25_000) == 1
+    assert {entry["cause"] for entry in ledger(tmp_path / "out")} == {"storage"}
+    made = sorted(f.name for f in (tmp_path / "out").glob("train/*"))
+    assert made == ["00002.tar"], "only the small last shard fits"
+    assert not list((tmp_path / "scratch").glob("*/shard-*"))
+    assert run(tmp_path / "out") == 0, "the same command goes on once there is room"
+    assert verify_job.main([str(tmp_path / "out"), "--deep"]) == 0
+
+
+def test_an_output_that_turns_full_stops_the_job_with_its_real_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    publish = Storage.publish_file
+
+    def full(self: Storage, local: Path, name: str) -> None:
+        if name != "train/00000.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(self, local, name)
+
+    monkeypatch.setattr(Storage, "publish_file", full)
+    assert run(tmp_path / "out", max_attempts=9) == 1
+    said = capsys.readouterr().err
+    assert "5 shards in a row could not be stored" in said
+    assert "No space left on device" in said
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    assert run(tmp_path / "out") == 0
+
+
+def damage(out: Path, kind: str) -> None:
+    tar, record = out / "train" / "00001.tar", out / "meta" / "00001.json"
+    if kind == "truncated":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    elif kind == "flipped":
+        data = bytearray(tar.read_bytes())
+        data[2000] ^= 1
+        tar.write_bytes(data)
+    elif kind == "no parquet":
+        (out / "meta" / "00001.parquet").unlink()
+    elif kind == "empty record":
+        record.write_bytes(b"")
+    else:
+        record.write_bytes(record.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "flipped", "no parquet", "empty record", "half a record"]
+)
+def test_damage_is_named_by_verify_unmarked_by_repair_and_made_again(
+    out: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    before = data_files(out)
+    damage(out, kind)
+    assert verify_job.main([str(out), "--deep", "--repair"]) == 1
+    said = capsys.readouterr().out
+    assert "00001  " in said
+    assert "run the generate command" in said
+    assert not (out / "meta" / "00001.json").exists()
+    assert run(out) == 0
+    assert data_files(out) == before
+    assert verify_job.main([str(out), "--deep"]) == 0
+
+
+def test_repair_sweeps_what_is_old_and_leaves_what_may_be_in_use(out: Path):
+    old, new = out / "train" / ".tmp-old", out / "meta" / ".tmp-new"
+    claim = out / make_claim(Storage.open(out), 1)
+    for file in (old, new):
+        file.touch()
+    for file in (old, claim):
+        os.utime(file, (time.time() - 4000,) * 2)
+    assert verify_job.main([str(out), "--repair"]) == 0
+    assert (old.exists(), new.exists(), claim.exists()) == (False, True, False)
+
+
+# Two workers or drivers at once
+
+
+def test_a_mixture_of_two_environments_is_never_called_done(tmp_path: Path):
+    """Every interleaving of two publications, one of which may die, at the level of files."""
+    plan = make_plan()
+    one, two = tmp_path / "one", tmp_path / "two"
+    for place, seed in ((one, 0), (two, 1)):
+        write_dataset(Storage.open(place), make_plan(), tmp_path / "scratch")
+        if seed:  # same sizes, other bytes, a fitting record: the worst case
+            tar = place / tar_name(0)
+            data = bytearray(tar.read_bytes())
+            data[-1] ^= 1
+            tar.write_bytes(data)
+    storage = Storage.open(one)
+    assert 0 in committed_shards(storage, plan)
+    claim = make_claim(storage, 0)  # another worker starts, replaces the tar, and dies
+    (one / tar_name(0)).write_bytes((two / tar_name(0)).read_bytes())
+    assert 0 not in committed_shards(storage, plan)
+    assert manifest.read_commit(storage, plan, 0) is None
+    assert doubtful_shards(storage) == {0}
+    assert (one / claim).exists()
+
+
+def test_a_worker_that_meets_a_claim_checks_its_bytes_and_leaves_the_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from pipeline.writer import ShardWriter
+
+    storage, plan = Storage.open(tmp_path / "out"), make_plan()
+    publish_record = manifest.publish_record
+    rounds: list[int] = []
+
+    def meddle(target: Storage, record: CommitRecord) -> None:
+        publish_record(target, record)
+        rounds.append(1)
+        if len(rounds) == 1:  # the other worker's tar arrives after this one's
+            make_claim(target, 0)
+            tar = Path(target.root, tar_name(0))
+            tar.write_bytes(tar.read_bytes()[:-1] + b"\1")
+
+    monkeypatch.setattr(manifest, "publish_record", meddle)
+    with ShardWriter(plan, plan.shard(0), tmp_path / "scratch") as writer:
+        built = fill(writer, plan, plan.shard(0))
+        manifest.publish_shard(storage, plan, built, record_of(plan, built))
+    assert len(rounds) == 2
+    assert list(committed_shards(storage, plan)) == [0]
+    assert len(list((tmp_path / "out" / CLAIMS_FOLDER).iterdir())) == 2
+
+
+def _driver(out: str, scratch: str, faults: str) -> None:
+    os.environ[FAULTS_VARIABLE] = faults
+    code = generate(config(out, scratch=scratch), sampler_factory=FAKE_SAMPLER)
+    os._exit(code)
+
+
+@pytest.mark.parametrize("other_environment", [0, 1])
+def test_two_drivers_at_once_finish_one_sound_dataset(tmp_path: Path, other_environment: int):
+    context = multiprocessing.get_context("fork")
+    drivers = []
+    for number in range(2):
+        faults = tmp_path / f"faults-{number}.json"
+        set_faults(faults, environment=number * other_environment, batch_s=0.02)
+        argv = (str(tmp_path / "out"), str(tmp_path / "scratch"), str(faults))
+        drivers.append(context.Process(target=_driver, args=argv))
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(60)
+    assert [driver.exitcode for driver in drivers] == [0, 0]
+    assert verify_job.main([str(tmp_path / "out"), "--deep"]) == 0
+
+
+# Extend
+
+
+def test_extending_keeps_every_byte_and_adds_the_rest(out: Path, tmp_path: Path):
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob("*/0*")}
+    with pytest.raises(InputError, match="add --extend"):
+        run(out, per_class=3)
+    assert run(out, per_class=3, extend=True) == 0
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in before} == before
+    assert verify_job.main([str(out), "--deep"]) == 0
+    plan = read_plan(Storage.open(out))
+    assert plan is not None
+    assert (plan.num_samples, plan.num_shards) == (30, 5)
+    assert run(out, per_class=3) == 0, "afterwards the flag is not needed"
+    with pytest.raises(InputError, match="grow, not shrink"):
+        run(out, per_class=2, extend=True)
+    with pytest.raises(InputError, match="seed"):
+        run(out, per_class=4, extend=True, seed=3)
+
+
+# Regenerate
+
+
+def test_images_sampled_again_are_exact_or_the_difference_is_told(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = [str(out), "--regenerate", "7", "--device", "cpu"]
+    assert verify_job.main(argv, sampler_factory=FAKE_SAMPLER) == 0
+    assert "regenerated 7 images: 7 exact" in capsys.readouterr().out
+    set_faults(tmp_path / "faults.json", environment=3)
+    assert verify_job.main(argv, sampler_factory=FAKE_SAMPLER) == 1
+    said = capsys.readouterr().out
+    assert "0 exact, largest difference 3 of 255" in said
+    assert "nothing that was recorded differs" in said
+    for file in out.glob("meta/0*.json"):
+        record = json.loads(file.read_text())
+        record["environment"]["torch"] = "1.0"
+        file.write_text(json.dumps(record))
+    assert verify_job.main(argv, sampler_factory=FAKE_SAMPLER) == 0
+    assert "torch: 1.0 then" in capsys.readouterr().out
+
+
+# Signals
+
+
+def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
+    set_faults(tmp_path / "faults.json", batch_s=30)
+    argv = [f"--out={tmp_path / 'out'}", f"--scratch={tmp_path / 'scratch'}", "--per-class=2"]
+    argv += ["--workers=0", "--device=cpu"]
+    with open(tmp_path / "log", "wb") as log:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "tests.fake_job", *argv], cwd=ROOT, stderr=log, stdout=log
+        )
+    try:
+        deadline_s = time.monotonic() + 90
+        while not list(tmp_path.glob("scratch/*/shard-*/*.tar")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the slow batch
+        job.send_signal(signal.SIGINT)
+        while b"once more" not in (tmp_path / "log").read_bytes():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        asked_s = time.monotonic()
+        assert job.wait(timeout=20) == 128 + signal.SIGINT
+        assert time.monotonic() - asked_s < 5
+    finally:
+        job.kill()
+        job.wait()
+
+
+# What strangers can hand in
+
+SLOW = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def no_crash(call: Callable[[], object]) -> None:
+    """Anything but the clear error is a crash."""
+    with contextlib.suppress(InputError):
+        call()
+
+
+@SLOW
+@given(data=st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
+def test_no_bytes_crash_the_readers_of_plans_and_records(data: bytes):
+    assert CommitRecord.from_json(data) is None
+    no_crash(lambda: JobPlan.from_json(data))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@SLOW
+@given(field=st.integers(0, 40), value=JSON)
+def test_no_changed_field_crashes_the_readers(field: int, value: object):
+    plan = json.loads(make_plan().to_json())
+    names = [*plan["settings"]]
+    plan["settings"][names[field % len(names)]] = value
+    no_crash(lambda: JobPlan.from_json(json.dumps(plan).encode()))
+
+
+@SLOW
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_no_labels_file_crashes(content: bytes, tmp_path: Path):
+    (tmp_path / "labels").write_bytes(content)
+    no_crash(lambda: read_labels_file(tmp_path / "labels", ("zero", "one")))
+
+
+@SLOW
+@given(
+    content=st.dictionaries(st.sampled_from([*GenerateConfig.model_fields]) | st.text(), JSON).map(
+        lambda value: json.dumps(value).encode()
+    )
+    | st.binary(max_size=100)
+)
+def test_no_configuration_file_crashes(content: bytes, tmp_path: Path):
+    (tmp_path / "job.yaml").write_bytes(content)
+    argv = ["--config", str(tmp_path / "job.yaml")]
+    no_crash(lambda: load_config(GenerateConfig, argv, prog="x", description=""))
+
+
+def test_nothing_secret_reaches_the_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    assert run(tmp_path / "out") == 0
+    for file in (tmp_path / "out").rglob("*"):
+        assert not file.is_file() or b"hush-hush" not in file.read_bytes()
+    captured = capsys.readouterr()
+    assert "hush-hush" not in captured.out + captured.err
+
+
+def test_class_names_that_look_like_paths_stay_text(tmp_path: Path):
+    names = ("../../x", "/etc/passwd", "a/../b", "nul\0")
+    storage = Storage.open(tmp_path / "deep" / "out")
+    write_dataset(storage, make_plan(class_names=names), tmp_path / "scratch")
+    made = {f.name for f in tmp_path.rglob("*") if f.is_file()}
+    assert not made & {"x", "passwd", "b"}
+    assert {f.name for f in tmp_path.iterdir()} == {"deep", "scratch", "faults.json"}
+
+
+# Kills
+
+
+def test_a_handful_of_kills_loses_nothing():
+    """`python -m tests.chaos` does hundreds, on Ray too."""
+    command = [sys.executable, "-m", "tests.chaos", "--kills", "14", "--ray", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "| all | 14 | 0 | 0 | 0 |" in done.stdout

@@ -1,0 +1,289 @@
+"""Object stores: a real S3 API over HTTP on this machine, and one that fails now and then."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import threading
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from jobs import verify as verify_job
+from pipeline import storage as storage_module
+from pipeline.config import GenerateConfig
+from pipeline.driver import generate
+from pipeline.manifest import committed_shards
+from pipeline.plan import read_plan
+from pipeline.storage import Storage, is_transient
+from tests.fake_job import FAKE_SAMPLER, fake_weights
+
+SECRET = "a-secret-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """The port of an S3 API with one bucket."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    port = moto.get_host_and_port()[1]
+    bucket = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+    urllib.request.urlopen(bucket).close()
+    yield port
+    moto.stop()
+
+
+class FailingProxy(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to `upstream`; one in five is answered with 503 or not at all."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = 0
+    seen = 0
+    failed = 0
+    lock = threading.Lock()
+
+    def handle_one(self) -> None:
+        body = self.body()
+        with self.lock:
+            cls = type(self)
+            cls.seen += 1
+            fails = cls.seen % 5 == 0
+            cls.failed += fails
+        if fails and self.failed % 2:
+            self.close_connection = True
+            return
+        if fails:
+            self.answer(503, [], b"")
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)
+        headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
+        headers["Content-Length"] = str(len(body))
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        self.answer(answer.status, answer.getheaders(), answer.read())
+        connection.close()
+
+    def body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response_only(status)
+        names = {name.lower() for name, _ in headers}
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "connection"):
+                self.send_header(name, value)
+        if "content-length" not in names:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_one
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def failing(server: int) -> Iterator[type[FailingProxy]]:
+    """A proxy in front of the server; its port is `.port`."""
+    handler = type("Proxy", (FailingProxy,), {"upstream": server})
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    proxy.daemon_threads = True
+    handler.port = proxy.server_address[1]  # type: ignore[attr-defined]
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    yield handler
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.fixture(autouse=True)
+def environment(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user sets it: endpoint and credentials, nothing in the URI."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def uri() -> str:
+    return f"s3://bucket/{uuid.uuid4().hex}/data"
+
+
+def run(out: str, tmp_path: Path, **changes: object) -> int:
+    """20 images in 3 shards in this process."""
+    settings = {"per_class": 2, "samples_per_shard": 8, "batch_size": 4, "contact_sheet": 1}
+    config = GenerateConfig(
+        **{
+            "out": out,
+            "scratch": tmp_path / "scratch",
+            "workers": 0,
+            "device": "cpu",
+            **settings,
+            **changes,
+        }
+    )
+    return generate(config, sampler_factory=FAKE_SAMPLER)
+
+
+def data_files(storage: Storage) -> dict[str, bytes]:
+    names = [f"train/{n}" for n in storage.list("train")]
+    names += [f"meta/{n}" for n in storage.list("meta") if n.endswith(".parquet")]
+    return {name: storage.read(name) for name in names}
+
+
+def test_a_job_on_a_store_makes_the_bytes_of_a_folder_and_is_verified(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(str(tmp_path / "out"), tmp_path) == 0
+    assert run(uri, tmp_path) == 0
+    stored = data_files(Storage.open(uri))
+    assert len(stored) == 6
+    assert stored == data_files(Storage.open(str(tmp_path / "out")))
+    assert verify_job.main([uri, "--deep"]) == 0
+    assert run(uri, tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "all 3 shards" in captured.err
+    assert SECRET not in captured.out + captured.err
+
+
+def test_what_is_missing_on_a_store_is_found_and_made_again(uri: str, tmp_path: Path):
+    assert run(uri, tmp_path) == 0
+    storage = Storage.open(uri)
+    before = data_files(storage)
+    storage.remove("meta/00000.json")
+    storage.remove("train/00001.tar")
+    storage.publish_bytes(b"{", "meta/00002.json")
+    assert verify_job.main([uri]) == 1
+    assert run(uri, tmp_path) == 0
+    assert data_files(storage) == before
+
+
+def test_a_store_that_fails_one_request_in_five_loses_nothing(
+    uri: str, failing: type[FailingProxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert run(str(tmp_path / "out"), tmp_path) == 0
+    port = failing.port  # type: ignore[attr-defined]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    assert run(uri, tmp_path) == 0
+    assert failing.failed >= failing.seen // 5 > 10
+    storage = Storage.open(uri)
+    plan = read_plan(storage)
+    assert plan is not None
+    assert len(committed_shards(storage, plan)) == 3
+    assert data_files(storage) == data_files(Storage.open(str(tmp_path / "out")))
+    assert storage.size("meta/failures.jsonl") is None, "the store's failures charge no shard"
+
+
+def test_a_folder_of_more_than_a_thousand_objects_is_listed_whole(uri: str, server: int):
+    storage = Storage.open(uri)
+    names = [f"train/{i:05d}.tar" for i in range(1003)]
+
+    def put(name: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server, timeout=30)
+        connection.request("PUT", f"/{storage.root}/{name}", b"x")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, names))
+    assert sorted(storage.list("train")) == [Path(name).name for name in names]
+
+
+def test_a_bucket_that_is_not_there_is_named_without_credentials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(Exception, match=r"NO_SUCH_BUCKET|does not exist") as caught:
+        run("s3://none-such/data", tmp_path)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_large_object_is_read_in_ranges_and_uploaded_whole(uri: str, tmp_path: Path):
+    data = bytes(range(256)) * 80_000  # 20 MB: several parts up, several ranges down
+    local = tmp_path / "big"
+    local.write_bytes(data)
+    storage = Storage.open(uri)
+    storage.publish_file(local, "train/big.tar")
+    with storage.open_input("train/big.tar") as stream:
+        assert stream.read(3) == data[:3]
+        assert stream.read() == data[3:]
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("AWS Error SLOW_DOWN during PutObject operation", True),
+        ("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response", True),
+        ("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56", True),
+        ("google::cloud::Status(UNAVAILABLE: Permanent error)", True),
+        ("Azure Error: ServerBusy, 503 The server is busy", True),
+        ("AWS Error ACCESS_DENIED during PutObject operation", False),
+        ("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation", False),
+        ("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation", False),
+        ("AWS Error SIGNATURE_DOES_NOT_MATCH during PutObject", False),
+        ("google::cloud::Status(PERMISSION_DENIED: no)", False),
+    ],
+)
+def test_only_named_errors_are_tried_again(message: str, wanted: bool):
+    assert is_transient(OSError(message)) == wanted
+
+
+def test_tries_end_and_the_last_error_is_told(monkeypatch: pytest.MonkeyPatch, uri: str):
+    monkeypatch.setattr(storage_module.time, "sleep", lambda _: None)
+    calls: list[int] = []
+
+    def request() -> None:
+        calls.append(1)
+        raise OSError("AWS Error SLOW_DOWN")
+
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        Storage.open(uri)._asking(request)
+    assert len(calls) == 8
+    calls.clear()
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        Storage.open("/nowhere")._asking(request)
+    assert len(calls) == 1, "a disk is asked once"
+
+
+@pytest.mark.parametrize(
+    ("uri", "type_name", "root"),
+    [
+        ("gs://anonymous@bucket/a/b", "gcs", "bucket/a/b"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs", "container/a"),
+        ("s3://bucket/a?region=eu-west-1", "s3", "bucket/a"),
+    ],
+)
+def test_every_store_takes_the_same_path(uri: str, type_name: str, root: str):
+    storage = Storage.open(uri)
+    assert storage.filesystem.type_name == type_name
+    assert storage.root == root
+    assert not storage.is_local
+
+
+def test_the_uri_wins_over_the_environment_and_region_falls_back(monkeypatch: pytest.MonkeyPatch):
+    resolve = storage_module._with_environment
+    assert "endpoint_override=127.0.0.1" in resolve("s3://b/x")
+    assert resolve("s3://b/x?endpoint_override=other:1&region=r").count("endpoint_override") == 1
+    assert "other" in resolve("s3://b/x?endpoint_override=other:1")
+    assert resolve("gs://b/x") == "gs://b/x"
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert "region=us-east-1" in resolve("s3://b/x")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    assert resolve("s3://b/x") == "s3://b/x"

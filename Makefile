@@ -10,6 +10,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# The evaluation uses one module of torch-fidelity; its torchvision would not be imported.
+	$(RUN) -m pip install --quiet --no-deps torch-fidelity==0.4.0
 	touch $@
 
 # 1,000 digits with DepthVAR at about a third of the full token-layers, into 4 shards.

@@ -276,7 +276,7 @@ def small_model_config(
             norm_groups=8,
         ),
         class_names=class_names,
-        sampling=SamplingSettings(cfg=1.0, top_k=0, top_p=0.98),
+        sampling=SamplingSettings(cfg=2.0, top_k=0, top_p=0.98),
     )
 
 

@@ -63,6 +63,7 @@ class KeyValueCache:
         """Keep keys and values of some tokens of the current scale."""
         begin = self._filled[block]
         end = begin + k_GHKD.shape[2]
+        assert end <= self._keys[block].shape[2]
         self._keys[block][:, :, begin:end] = k_GHKD
         self._values[block][:, :, begin:end] = v_GHKD
         self._filled[block] = end

@@ -164,15 +164,18 @@ def _plan_scale(
 ) -> ScalePlan:
     count, reference = sides[index] ** 2, policy.reference_scale
     adaptive = reference is not None and index > reference
-    scores, shift = np.ones(count), 0
+    scores, percentiles, shift = np.ones(count), np.zeros(count), 0
     if adaptive:
         assert reference is not None
         mean = min(1.0, sides[reference] ** 2 / count)
         scores = schedule_scores(policy, mean, count)[::-1]
         scores = np.maximum(scores, policy.min_depth / num_blocks)
+        if policy.dither:
+            percentiles = (np.arange(count)[::-1] + 0.5) / count
         shift = round((policy.rotation * (index - reference - 1)) % 1.0 * count)
     # The small term keeps a score that is meant to be a whole number of blocks from falling short.
-    depths = np.floor(scores * num_blocks + 1e-9).astype(np.int64)
+    depths = np.floor(scores * num_blocks + percentiles + 1e-9).astype(np.int64)
+    depths = np.minimum(depths, num_blocks)
     place = {block: i for i, block in enumerate(block_order(num_blocks, policy.block_order))}
     compensation = np.ones(count)
     if policy.compensation:

@@ -40,9 +40,11 @@ class DepthPolicy:
     blending: weight of the drawn code: full, the depth score S (P), or S with the expected code in
         place of the rest.
     skipped_keys_values: whether skipped tokens still make keys and values, from their proxies.
-    compensation: scale the branches that run by min(4/3, sqrt(L / depth)).
+    compensation: scale what a block adds by min(4/3, sqrt(L / depth)).
     block_order: which blocks a token of depth d runs: bit-reversed (P), the first d, or
         alternately from both ends.
+    dither: spend the budget exactly: depth floor(S L + percentile) in place of floor(S L) (P), so
+        that a fraction of a block becomes one whole block for that fraction of the tokens.
     min_depth: blocks that every token runs at least.
     skip_last_scales: scales at the end that are not sampled at all.
     """
@@ -58,6 +60,7 @@ class DepthPolicy:
     skipped_keys_values: SkippedKeysValues = "none"
     compensation: bool = False
     block_order: BlockOrder = "bit-reversal"
+    dither: bool = False
     min_depth: int = 0
     skip_last_scales: int = 0
 
@@ -80,8 +83,8 @@ class DepthPolicy:
             )
         if self.proxy == "output" and self.schedule != "step":
             raise InputError(
-                f"policy proxy 'output' with schedule {self.schedule!r}: it restores tokens that "
-                "ran no block, so use schedule 'step' or another proxy"
+                f"policy proxy 'output' with schedule {self.schedule!r}: it restores the tokens "
+                "that are pruned, so use schedule 'step' or another proxy"
             )
 
 
@@ -95,12 +98,10 @@ _PRESETS: dict[str, DepthPolicy] = {
         DepthPolicy(
             "depthvar",
             reference_scale=4,
-            schedule="linear",
-            steepness=0.25,
             rotation=GOLDEN_ROTATION,
-            proxy="calibrated",
             blending="mean",
             compensation=True,
+            dither=True,
         ),
         DepthPolicy(
             "depthvar-paper",

@@ -258,9 +258,9 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] to the continuous latent map (B, Z, H, W), float32."""
+        """Images in [-1, 1] to the continuous latent map (B, Z, H, W), at least float32."""
         latent: Tensor = self.quant_conv(self.encoder(images_BCHW))
-        return latent.float()
+        return latent if latent.dtype == torch.float64 else latent.float()
 
     def decode(self, feature_map_BZHW: Tensor) -> Tensor:
         """Feature map to images clamped to [-1, 1], in the decoder's precision."""

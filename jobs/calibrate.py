@@ -13,6 +13,7 @@ from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_proxy_fit
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.weights import local_weights
 
 
 class CalibrateConfig(JobConfig):
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = load_config(
         CalibrateConfig, argv, prog="python -m jobs.calibrate", description=__doc__ or ""
     )
-    model = load_model(job.model, job.weights, device=job.device)
+    model = load_model(job.model, local_weights(job.model, job.weights), device=job.device)
     target = model.identity.transformer.parent / CALIBRATION_FILE
     if target.exists() and not job.overwrite:
         raise InputError(

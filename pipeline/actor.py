@@ -33,6 +33,7 @@ from pipeline.manifest import CommitRecord, publish_shard
 from pipeline.plan import JobPlan, Segment, ShardPlan
 from pipeline.settings import ImageCompute, JobSettings
 from pipeline.storage import Storage
+from pipeline.weights import local_weights
 from pipeline.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -150,15 +151,15 @@ def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
 
     torch.set_num_threads(spec.threads)
     settings = plan.settings
-    found = weights_identity(settings.model, spec.weights).sha256
-    if found != settings.weights_sha256:
+    weights = local_weights(settings.model, spec.weights)
+    identity = weights_identity(settings.model, weights)
+    if identity.sha256 != settings.weights_sha256:
         raise InputError(
-            f"the weights on {socket.gethostname()} have SHA-256 {found}, the plan has"
+            f"the weights on {socket.gethostname()} have SHA-256 {identity.sha256}, the plan has"
             f" {settings.weights_sha256}: give every machine the same file"
         )
-    model = load_model(
-        settings.model, spec.weights, device=device, dtype=getattr(torch, settings.precision)
-    )
+    dtype = getattr(torch, settings.precision)
+    model = load_model(settings.model, weights, device=device, dtype=dtype, identity=identity)
     policy = DepthPolicy(**cast("dict[str, Any]", settings.policy))
     sampling = SamplingSettings(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
     return cast(SamplerLike, Sampler(model, policy, sampling))

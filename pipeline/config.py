@@ -33,6 +33,7 @@ from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from pipeline.labels import LabelCounts, parse_classes, read_labels_file
+from pipeline.weights import local_weights
 
 if TYPE_CHECKING:
     from depthvar.checkpoint import WeightsIdentity
@@ -57,10 +58,13 @@ class GenerateConfig(JobConfig):
     out: str = Field(min_length=1, description="output folder or URI (s3://, gs://, abfs://)")
     model: str = Field("digits", description="model to sample from, by name or folder")
     weights: str | None = Field(
-        None, description="weights file or folder (default: those that come with the model)"
+        None,
+        description="weights as a folder, file, URI or Hugging Face repository"
+        " (default: those that come with the model)",
     )
     classes: str = Field(
-        "all", description="classes by id, range or name: all, 3, 0-9, 1,4,7-9, seven"
+        "all",
+        description="classes by id, range, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven",
     )
     per_class: int = Field(100, gt=0, description="samples of each class")
     labels_file: Path | None = Field(
@@ -182,7 +186,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
     Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
     """
-    local = config.weights if config.weights and Path(config.weights).exists() else None
+    local = local_weights(config.model, config.weights)
     model = model_config(config.model, local)
     options = _checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
@@ -190,7 +194,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
     depth = DepthPlan.build(model.sides, model.num_blocks, policy)
     full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
     counts = _label_counts(config, model)
-    weights = identify_weights(config.model, config.weights)
+    weights = identify_weights(config.model, local)
     if policy.proxy == "calibrated" and weights.calibration is None:
         raise InputError(
             f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
@@ -240,8 +244,8 @@ def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSett
 
 def _label_counts(config: GenerateConfig, model: ModelConfig) -> LabelCounts:
     if config.labels_file is not None:
-        return read_labels_file(config.labels_file, model.class_names)
-    class_ids = parse_classes(config.classes, model.class_names)
+        return read_labels_file(config.labels_file, model.class_names, model.other_names)
+    class_ids = parse_classes(config.classes, model.class_names, model.other_names)
     return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
 
 

@@ -350,7 +350,8 @@ def _redacted(uri: str) -> str:
 
 
 def _temp_name(name: str) -> str:
-    return f"{TEMP_PREFIX}{uuid.uuid4().hex}-{name[:100]}"
+    """A name that no reader takes for a shard, not even one that looks for `*.tar`."""
+    return f"{TEMP_PREFIX}{uuid.uuid4().hex}-{name[:100]}.part"
 
 
 def _write_durably(path: Path, data: bytes) -> None:

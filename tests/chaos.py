@@ -40,6 +40,7 @@ from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import set_faults
 from tests.fault_hook import FAULTS_VARIABLE, arm, armed
 
+tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
 ROOT = Path(__file__).parent.parent
 MEMORY = Path("/dev/shm")  # a kill loses nothing of it, and it is fast
 NUM_SHARDS = 6
@@ -96,7 +97,7 @@ class Chaos:
     def damage(self, folder: Path) -> tuple[int, int]:
         """Samples of the undisturbed run that are not there, and those that are there twice."""
         keys: Counter[str] = Counter()
-        for file in (folder / "out" / "train").glob("*"):
+        for file in (folder / "out" / "train").glob("*.tar"):
             with tarfile.open(file) as tar:
                 keys.update(n.partition(".")[0] for n in tar.getnames() if n.endswith(".cls"))
         wanted = 10 * SETTINGS["per_class"]

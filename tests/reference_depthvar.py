@@ -65,23 +65,23 @@ def power_with_mean(percentiles: list[float], mean: float) -> float:
     return (low + high) / 2
 
 
-def scores_of_scale(
+def scores_and_depths_of_scale(
     policy: DepthPolicy, sides: tuple[int, ...], scale: int, num_blocks: int, ranking_T: list[float]
-) -> list[float]:
-    """Depth score S of every token: budget, rank, rotation, scheduling function, least depth."""
+) -> tuple[list[float], list[int]]:
+    """Depth score S and depth D of every token: budget, rank, rotation, G, least depth, floor."""
     count, reference = sides[scale] ** 2, policy.reference_scale
     if reference is None or scale <= reference:
-        return [1.0] * count
+        return [1.0] * count, [num_blocks] * count
     mean = min(1.0, sides[reference] ** 2 / count)
     if mean == 1.0:
-        return [1.0] * count
+        return [1.0] * count, [num_blocks] * count
     turn = policy.rotation * (scale - reference - 1)
     offset = round((turn - math.floor(turn)) * count)
     all_percentiles = [(rank + 0.5) / count for rank in range(count)]
     reach = policy.steepness * min(mean, 1 - mean)
     power = power_with_mean(all_percentiles, mean) if policy.schedule == "power" else 0.0
     num_deep = round(mean * count)
-    scores = []
+    scores, depths = [], []
     for rank in ranks(ranking_T):
         rotated = (rank + offset) % count
         percentile = all_percentiles[rotated]
@@ -92,8 +92,11 @@ def scores_of_scale(
             "power": percentile**power,
             "step": 1.0 if rotated >= count - num_deep else 0.0,
         }[policy.schedule]
-        scores.append(max(score, policy.min_depth / num_blocks))
-    return scores
+        score = max(score, policy.min_depth / num_blocks)
+        scores.append(score)
+        extra = percentile if policy.dither else 0.0
+        depths.append(min(num_blocks, math.floor(score * num_blocks + extra + 1e-9)))
+    return scores, depths
 
 
 def order_of_blocks(policy: DepthPolicy, num_blocks: int) -> list[int]:
@@ -164,10 +167,9 @@ class DenseDepth:
         previous = self.scales[-1] if self.scales else None
         side = self.sides[scale]
         cover = covering_token(side, previous.side) if previous else []
-        scores = scores_of_scale(
+        scores, depths = scores_and_depths_of_scale(
             policy, self.sides, scale, self.num_blocks, self.ranking(x_GTC, random_T, cover)
         )
-        depths = [math.floor(score * self.num_blocks + 1e-9) for score in scores]
         adaptive = min(depths) < self.num_blocks
         place = {b: i for i, b in enumerate(order_of_blocks(policy, self.num_blocks))}
         factor_T1 = torch.ones(side * side, 1, dtype=x_GTC.dtype)

@@ -170,6 +170,17 @@ def test_a_shard_that_always_kills_its_worker_is_set_aside(ray_here, faults, tmp
     assert sorted(attempts(out)) == [1, 2, 3, 4]
 
 
+def test_a_shard_that_always_crashes_its_worker_is_named_with_what_happened(
+    ray_here, faults, tmp_path
+):
+    out = tmp_path / "out"
+    faults(segfault=40)
+    assert run(out, max_attempts=2) == 1
+    assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(4, False), (4, True)]
+    assert all("its process died" in e["error"] and e["traceback"] for e in ledger(out))
+    assert sorted(attempts(out)) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_model_that_cannot_load_stops_the_job_with_its_real_error(
     ray_here, faults, tmp_path, capsys, workers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,3 +125,37 @@ def test_a_draining_node_gets_no_new_shards(
     by_old = [record.shard_id for record in records(tmp_path) if record.worker == old]
     assert len(by_old) <= 4
     assert len(hired) >= 2
+
+
+def test_every_worker_of_a_node_has_a_gpu_of_its_own(
+    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path
+):
+    set_faults(tmp_path / "faults.json", batch_s=0.1, gpus=str(tmp_path / "gpus"))
+    cluster.add_node(num_cpus=2, num_gpus=2)
+    assert start()() == 0
+    ids = [line.split()[1] for line in (tmp_path / "gpus").read_text().splitlines()]
+    assert sorted(ids) == ["0", "1"]
+    assert len({record.worker for record in records(tmp_path)}) == 2
+
+
+def test_a_node_that_ray_drains_gets_no_new_shards_and_charges_nothing(
+    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path
+):
+    first = cluster.add_node(num_cpus=1, num_gpus=1)
+    wait = start()
+    wait_for(tmp_path, 2)
+    (old,) = {record.worker for record in records(tmp_path)}
+    drain = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
+    argv = [*drain.split(), "--address", cluster.address, "--node-id", first.node_id]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *argv]
+    told = subprocess.run(
+        [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    drained_at = len(records(tmp_path))
+    cluster.add_node(num_cpus=1, num_gpus=1)
+    assert wait() == 0
+    by_old = [record.shard_id for record in records(tmp_path) if record.worker == old]
+    assert len(by_old) <= drained_at + 3
+    assert len(by_old) < NUM_SHARDS
+    assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()

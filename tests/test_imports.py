@@ -25,6 +25,8 @@ PIPELINE_ORDER = (
     "samples",
     "writer",
     "loader",
+    "evaluation",
+    "export",
     "shard_check",
     "verify",
     "repair",
@@ -98,6 +100,7 @@ def test_only_the_actor_touches_what_runs_a_model():
             "weights": {"weights_files"},
             "config": {"checkpoint"},
             "actor": {"checkpoint", "sampling"},
+            "evaluation": {"features", "metrics", "inception"},
         }.get(file.stem, set())
         assert parts <= pure | more, file
 

@@ -298,7 +298,7 @@ def test_tokens_get_the_reference_s_scores_by_exact_ranks(model_sides, num_block
     order = np.argsort(ranking_T, kind="stable")[plan.scales[scale].rank_of_slot]
     scores = np.empty(count)
     scores[order] = plan.scales[scale].scores
-    want = reference.scores_of_scale(policy, plan.sides, scale, num_blocks, ranking_T)
+    want, _ = reference.scores_and_depths_of_scale(policy, plan.sides, scale, num_blocks, ranking_T)
     assert scores.tolist() == pytest.approx(want, abs=1e-9)
 
 
@@ -327,3 +327,12 @@ def test_planning_needs_no_torch():
 
     program = "import sys, depthvar.plan, depthvar.cost; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_dither_spends_the_budget_exactly_with_depths_one_block_apart():
+    sides, blocks = (1, 2, 3, 4, 5, 6, 8), 16
+    plan = DepthPlan.build(sides, blocks, make_policy("uniform", reference_scale=2, dither=True))
+    for scale, side in zip(plan.scales[3:], sides[3:], strict=True):
+        wanted = 9 * blocks / side**2
+        assert scale.token_layers == pytest.approx(9 * blocks, abs=0.5)
+        assert set(scale.depths.tolist()) <= {math.floor(wanted), math.floor(wanted) + 1}

@@ -306,7 +306,7 @@ def test_an_image_that_is_not_finite_is_refused():
 def test_calibrated_proxies_without_a_calibration_are_refused():
     model = replace(tiny_model(0), proxy_fit=None)
     with pytest.raises(InputError, match=r"'depthvar' uses calibrated proxies and tiny has no"):
-        Sampler(model, make_policy("depthvar", reference_scale=1), GUIDED)
+        Sampler(model, make_policy("depthvar", reference_scale=1, proxy="calibrated"), GUIDED)
     Sampler(model, make_policy("depthvar-paper", reference_scale=1), GUIDED)
 
 

@@ -147,6 +147,7 @@ POLICY_VALUES: dict[str, tuple[Any, ...]] = {
     "skipped_keys_values": ("none", "proxy"),
     "compensation": (False, True),
     "block_order": ("bit-reversal", "first", "ends"),
+    "dither": (False, True),
     "min_depth": (0, 1),
     "skip_last_scales": (0, 1),
 }

@@ -20,7 +20,7 @@ demo: setup
 	    --policy depthvar --reference-scale 2 --samples-per-shard 250 --out out/digits
 
 test: setup lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

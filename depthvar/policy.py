@@ -83,8 +83,8 @@ class DepthPolicy:
             )
         if self.proxy == "output" and self.schedule != "step":
             raise InputError(
-                f"policy proxy 'output' with schedule {self.schedule!r}: it restores the tokens "
-                "that are pruned, so use schedule 'step' or another proxy"
+                f"policy proxy 'output' with schedule {self.schedule!r}: it restores the "
+                "pruned tokens, so use schedule 'step' or another proxy"
             )
 
 

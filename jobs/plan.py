@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from depthvar.memory import memory_need
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.actor import job_plan
 from pipeline.config import GenerateConfig, load_config, resolve_job
-from pipeline.console import plan_report
+from pipeline.console import human_bytes, plan_report
 from pipeline.manifest import committed_shards
 from pipeline.plan import check_output
 from pipeline.schedule import available_cores
@@ -31,6 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored or plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
     )
     print(report)
+    need = memory_need(
+        job.model,
+        job.depth,
+        batch_size=config.batch_size,
+        streams=job.sampling.streams,
+        precision=config.precision,
+    )
+    print(
+        f"memory    {human_bytes(need.peak)} per worker at batch {config.batch_size}:"
+        f" weights {human_bytes(need.weights)}, cache {human_bytes(need.cache)},"
+        f" sampling {human_bytes(need.sampling)}, decoding {human_bytes(need.decoding)}"
+    )
     return EXIT_DONE
 
 

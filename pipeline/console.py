@@ -118,7 +118,7 @@ def _gflop(flops: float) -> str:
 
 
 def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: str) -> str:
-    """What is committed, in three lines."""
+    """What is committed, a line each: images, bytes, compute, time, where."""
     images = sum(record.num_samples for record in records.values())
     tar_bytes = sum(record.files.tar.size for record in records.values())
     parquet_bytes = sum(record.files.parquet.size for record in records.values())
@@ -131,9 +131,27 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
         f"dataset   {images:,} images of {classes:,} classes in {shards}{odd}",
         f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
         f"compute   {compute_line(plan)}",
+        f"time      {time_line(records)}",
         f"where     {where}",
     ]
     return "\n".join(lines)
+
+
+def time_line(records: Mapping[int, CommitRecord]) -> str:
+    """Milliseconds of one worker per image, by phase; encoding runs beside the others."""
+    batches = [batch for record in records.values() for batch in record.batches]
+    images = sum(batch.stop - batch.start for batch in batches)
+    if not images:
+        return "nothing made yet"
+
+    def per_image(seconds: float) -> str:
+        return f"{1000 * seconds / images:,.3g} ms"
+
+    return (
+        f"per image and worker: transformer {per_image(sum(b.sampling_s for b in batches))},"
+        f" decoder {per_image(sum(b.decoding_s for b in batches))},"
+        f" encoding {per_image(sum(b.encoding_s for b in batches))} beside them"
+    )
 
 
 def run_summary(num_images: int, making_s: float, loading_s: float, workers: Sequence[str]) -> str:

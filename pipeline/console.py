@@ -145,7 +145,8 @@ def time_line(records: Mapping[int, CommitRecord]) -> str:
         return "nothing made yet"
 
     def per_image(seconds: float) -> str:
-        return f"{1000 * seconds / images:,.3g} ms"
+        milliseconds = 1000 * seconds / images
+        return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
     return (
         f"per image and worker: transformer {per_image(sum(b.sampling_s for b in batches))},"

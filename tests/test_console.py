@@ -1,0 +1,20 @@
+from pipeline.console import time_line
+from pipeline.manifest import committed_shards
+from pipeline.storage import Storage
+from tests.fake_shards import make_plan, write_dataset
+
+
+def test_the_time_per_image_is_that_of_the_recorded_batches(tmp_path):
+    plan, storage = make_plan(), Storage.open(str(tmp_path))
+    write_dataset(storage, plan)
+    records = committed_shards(storage, plan)
+    batches = [batch for record in records.values() for batch in record.batches]
+    images = sum(batch.stop - batch.start for batch in batches)
+    per_image_ms = 1000 * sum(batch.sampling_s for batch in batches) / images
+    shown = float(time_line(records).split("transformer ")[1].split(" ms")[0].replace(",", ""))
+    assert images == plan.num_samples
+    assert abs(shown - per_image_ms) <= 0.01 * per_image_ms + 0.5 * (per_image_ms >= 100)
+
+
+def test_nothing_committed_has_no_time():
+    assert time_line({}) == "nothing made yet"

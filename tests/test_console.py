@@ -5,8 +5,9 @@ from tests.fake_shards import make_plan, write_dataset
 
 
 def test_the_time_per_image_is_that_of_the_recorded_batches(tmp_path):
-    plan, storage = make_plan(), Storage.open(str(tmp_path))
-    write_dataset(storage, plan)
+    storage = Storage.open(str(tmp_path / "out"))
+    (tmp_path / "scratch").mkdir()
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
     records = committed_shards(storage, plan)
     batches = [batch for record in records.values() for batch in record.batches]
     images = sum(batch.stop - batch.start for batch in batches)

@@ -1,7 +1,8 @@
 """The training loop that both stages share: data parallel, resumable, with a progress bar.
 
 A step's data and dropout depend on (seed, step, rank) alone, so a run that was stopped and resumed
-takes the same steps as one that was not.
+takes the same steps as one that was not. What a loss function counts besides is its own business:
+the tokenizer's counts of used codes start anew.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def test_repair_sweeps_what_is_old_and_leaves_what_may_be_in_use(out: Path):
 
 
 def test_a_mixture_of_two_environments_is_never_called_done(tmp_path: Path):
-    """Every interleaving of two publications, one of which may die, at the level of files."""
+    """Orders in which two publications, one of which may die, meet at the level of files."""
     plan = make_plan()
     one, two = tmp_path / "one", tmp_path / "two"
     for place, seed in ((one, 0), (two, 1)):

@@ -85,6 +85,26 @@ def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+def _optimiser(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and convolutions, not biases and scales."""
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in parameters if p.dim() > 1],
+            "weight_decay": schedule.weight_decay,
+        },
+        {"params": [p for p in parameters if p.dim() <= 1]},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
+@torch.no_grad()
+def _move_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for key, value in model.state_dict().items():
+        average[key].lerp_(value, 1 - decay)
+
+
 def train(
     name: str,
     model: nn.Module,
@@ -101,19 +121,7 @@ def train(
     Progress goes to `folder/name.jsonl`, the resumable state to `folder/name.pt`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() > 1]
-    others = [p for p in parameters if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": schedule.weight_decay},
-        {"params": others},
-    ]
-    optimiser = torch.optim.AdamW(
-        groups,
-        lr=schedule.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-    )
+    optimiser = _optimiser(parameters, schedule)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
     state_path, start = folder / f"{name}.pt", 0
     if state_path.exists():
@@ -140,10 +148,7 @@ def train(
             optimiser.step()
             if after_step:
                 after_step(step, generator)
-            decay = min(schedule.ema_decay, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for key, value in model.state_dict().items():
-                    average[key].lerp_(value, 1 - decay)
+            _move_average(average, model, min(schedule.ema_decay, (step + 1) / (step + 10)))
             bar.update()
             if log_file and (step % 20 == 19 or step + 1 == schedule.steps):
                 bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()})

@@ -165,13 +165,27 @@ def train_tokenizer(
         after_step=after_step,
     )
     model.load_state_dict(average)
+    _tune_decoder(model, data, recipe, how, process, folder, seed=seed + 1)
+
+
+def _tune_decoder(
+    model: Tokenizer,
+    data: ImageSet,
+    recipe: TokenizerRecipe,
+    how: Augmentation,
+    process: Process,
+    folder: Path,
+    *,
+    seed: int,
+) -> None:
+    """Fit the decoder to the final codes, which stay as they are, on mostly unaltered images."""
+    sharp = replace(how, plain_share=recipe.tuning_plain_share)
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)
 
     def decoder_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         size = recipe.tuning.batch // process.world
-        sharp = replace(how, plain_share=recipe.tuning_plain_share)
         target, _ = random_batch(data, size, sharp, generator, process.device)
         with torch.no_grad(), process.autocast():
             latent = model.encode(target)
@@ -181,5 +195,5 @@ def train_tokenizer(
         loss = _reconstruction_loss(images.float(), target)
         return loss, {"pixel_loss": loss.item()}
 
-    tuned = train("decoder", model, decoder_loss, recipe.tuning, process, folder, seed=seed + 1)
+    tuned = train("decoder", model, decoder_loss, recipe.tuning, process, folder, seed=seed)
     model.load_state_dict(tuned)

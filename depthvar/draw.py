@@ -28,8 +28,21 @@ class Drawn:
 
     def expected_codes(self, codebook_VZ: Tensor) -> Tensor:
         """Mean code vector under the distribution (B, T, Z)."""
-        by_code_BTV = torch.zeros_like(self.probs_BTV).scatter_(2, self.codes_BTV, self.probs_BTV)
-        return by_code_BTV.to(codebook_VZ.dtype) @ codebook_VZ
+        return self._by_code().to(codebook_VZ.dtype) @ codebook_VZ
+
+    def entropy(self) -> Tensor:
+        """Entropy of the distribution in nats (B, T)."""
+        return torch.special.entr(self.probs_BTV).sum(dim=2)
+
+    def spread(self, codebook_VZ: Tensor) -> Tensor:
+        """Variance of the code vector under the distribution, summed over its channels (B, T)."""
+        probs_BTV = self._by_code().to(codebook_VZ.dtype)
+        square_BT = probs_BTV @ codebook_VZ.square().sum(dim=1)
+        return square_BT - (probs_BTV @ codebook_VZ).square().sum(dim=2)
+
+    def _by_code(self) -> Tensor:
+        """The distribution by code (B, T, V)."""
+        return torch.zeros_like(self.probs_BTV).scatter_(2, self.codes_BTV, self.probs_BTV)
 
 
 def draw_tokens(logits_BTV: Tensor, uniforms_BT: Tensor, settings: SamplingSettings) -> Drawn:

@@ -68,6 +68,13 @@ class KeyValueCache:
         self._values[block][:, :, begin:end] = v_GHKD
         self._filled[block] = end
 
+    def take_over(self, other: KeyValueCache) -> None:
+        """Copy what another cache has kept so far."""
+        for block, filled in enumerate(other._filled):
+            self._keys[block][:, :, :filled] = other._keys[block][:, :, :filled]
+            self._values[block][:, :, :filled] = other._values[block][:, :, :filled]
+        self._filled = list(other._filled)
+
     def attend(self, block: int, q_GHKD: Tensor) -> Tensor:
         """Attention of queries over everything the block has kept."""
         end = self._filled[block]
@@ -79,16 +86,17 @@ class KeyValueCache:
 class ScaleTrace:
     """What a scale leaves for the next one.
 
-    hidden_GTC: output of the last block, raster order. change_BT: the ranking signal, raster order:
-    the absolute change summed over blocks and guided streams, averaged over channels.
+    hidden_GTC: output of the last block, raster order. change_GT: the absolute change summed over
+    blocks, averaged over channels, raster order. change_BT: its sum over the guided streams.
     changes: the change at every block in slot order (G, T, C), None where no one will ask.
-    slot_of_raster_BT: where the token at a raster position sits in slot order.
+    slot_of_raster_GT: where the token at a raster position sits in slot order.
     """
 
     hidden_GTC: Tensor
+    change_GT: Tensor
     change_BT: Tensor
     changes: tuple[Tensor | None, ...]
-    slot_of_raster_BT: Tensor
+    slot_of_raster_GT: Tensor
 
 
 def parent_positions(side: int, previous_side: int, device: torch.device) -> Tensor:
@@ -148,9 +156,20 @@ class DepthEngine(Generic[ConditionT]):
                 )
             )
 
+    def upsampled(self, index: int, values_BT: Tensor) -> Tensor:
+        """Values (B, T, ...) of the scale before, each token taking those of the one covering it."""
+        return values_BT[:, self._tensors[index].parents_T]
+
     def scores_raster(self, index: int, trace: ScaleTrace) -> Tensor:
-        """Depth score S of every token of a scale (B, T), raster order, float64."""
-        return self._tensors[index].scores_T[trace.slot_of_raster_BT]
+        """Depth score S of every token of a scale (B, T), raster order, float64.
+
+        Where the streams of a sample are ranked apart, the mean of theirs.
+        """
+        batch, count = trace.change_BT.shape
+        scores_GT = self._tensors[index].scores_T[trace.slot_of_raster_GT]
+        if not self._plan.policy.separate_ranking:
+            return scores_GT[:batch]
+        return scores_GT.view(-1, batch, count).mean(0)
 
     def run_scale(
         self,
@@ -159,44 +178,52 @@ class DepthEngine(Generic[ConditionT]):
         condition: ConditionT,
         cache: KeyValueCache,
         previous: ScaleTrace | None,
-        random_BT: Tensor,
+        given_BT: Tensor,
     ) -> ScaleTrace:
-        """All blocks of one scale; input in raster order. `random_BT` feeds random ranking."""
+        """All blocks of one scale; input in raster order.
+
+        `given_BT` is what the tokens are ranked by where the policy ranks by something that the
+        engine does not see.
+        """
         scale, tensors = self._plan.scales[index], self._tensors[index]
-        streams = x_GTC.shape[0] // random_BT.shape[0]
+        streams = x_GTC.shape[0] // given_BT.shape[0]
         if not scale.adaptive:
-            identity_BT = tensors.identity_T.expand(random_BT.shape)
+            identity_GT = tensors.identity_T.expand(x_GTC.shape[:2])
             x_GTC, total_GT, changes = self._run_blocks(index, x_GTC, condition, cache, None)
-            return ScaleTrace(x_GTC, _sum_of_streams(total_GT, streams), changes, identity_BT)
+            change_BT = _sum_of_streams(total_GT, streams)
+            return ScaleTrace(x_GTC, total_GT, change_BT, changes, identity_GT)
         assert previous is not None
-        ranking_BT = self._ranking(index, x_GTC, previous, random_BT)
-        order_BT = ranking_BT.argsort(dim=1, stable=True)[:, tensors.rank_of_slot_T]
-        slot_of_raster_BT = order_BT.argsort(dim=1)
-        parent_BT = previous.slot_of_raster_BT.gather(1, tensors.parents_T[order_BT])
-        parents = _Parents(previous, parent_BT.repeat(streams, 1)[:, :, None])
-        slots_GTC = x_GTC.take_along_dim(order_BT.repeat(streams, 1)[:, :, None], dim=1)
+        order_GT = self._order(index, x_GTC, previous, given_BT)
+        slot_of_raster_GT = order_GT.argsort(dim=1)
+        parent_GT = previous.slot_of_raster_GT.gather(1, tensors.parents_T[order_GT])
+        parents = _Parents(previous, parent_GT[:, :, None])
+        slots_GTC = x_GTC.take_along_dim(order_GT[:, :, None], dim=1)
         slots_GTC, total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, parents)
         if self._plan.policy.proxy == "output":
-            restored = previous.hidden_GTC[:, tensors.parents_T].take_along_dim(
-                order_BT.repeat(streams, 1)[:, :, None], dim=1
-            )
+            restored = self.upsampled(index, previous.hidden_GTC)
+            restored = restored.take_along_dim(order_GT[:, :, None], dim=1)
             slots_GTC[:, min(scale.prefix) :] = restored[:, min(scale.prefix) :]
-        back_GT1 = slot_of_raster_BT.repeat(streams, 1)[:, :, None]
-        change_BT = _sum_of_streams(total_GT, streams).gather(1, slot_of_raster_BT)
-        hidden_GTC = slots_GTC.take_along_dim(back_GT1, dim=1)
-        return ScaleTrace(hidden_GTC, change_BT, changes, slot_of_raster_BT)
+        change_GT = total_GT.gather(1, slot_of_raster_GT)
+        hidden_GTC = slots_GTC.take_along_dim(slot_of_raster_GT[:, :, None], dim=1)
+        change_BT = _sum_of_streams(change_GT, streams)
+        return ScaleTrace(hidden_GTC, change_GT, change_BT, changes, slot_of_raster_GT)
 
-    def _ranking(
-        self, index: int, x_GTC: Tensor, previous: ScaleTrace, random_BT: Tensor
+    def _order(
+        self, index: int, x_GTC: Tensor, previous: ScaleTrace, given_BT: Tensor
     ) -> Tensor:
-        """What the tokens of a scale are ranked by (B, T), raster order."""
-        if self._plan.policy.ranking == "random":
-            return random_BT
-        if self._plan.policy.ranking == "distance":
-            centred = x_GTC - x_GTC.mean(dim=1, keepdim=True)
-            streams = x_GTC.shape[0] // random_BT.shape[0]
-            return _sum_of_streams(centred.square().sum(dim=2), streams)
-        return previous.change_BT[:, self._tensors[index].parents_T]
+        """Raster position of the token in every slot (G, T)."""
+        policy, tensors = self._plan.policy, self._tensors[index]
+        if policy.ranking == "distance":
+            ranking = (x_GTC - x_GTC.mean(dim=1, keepdim=True)).square().sum(dim=2)
+        elif policy.ranking == "change":
+            ranking = self.upsampled(index, previous.change_GT)
+        else:
+            ranking = given_BT
+        streams = x_GTC.shape[0] // given_BT.shape[0]
+        if policy.ranking in ("change", "distance") and not policy.separate_ranking:
+            ranking = _sum_of_streams(ranking, streams)
+        order = ranking.argsort(dim=1, stable=True)[:, tensors.rank_of_slot_T]
+        return order if policy.separate_ranking else order.repeat(streams, 1)
 
     def _run_blocks(
         self,

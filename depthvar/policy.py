@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from depthvar.errors import InputError
 
 Schedule = Literal["constant", "linear", "power", "cosine", "step"]
-Ranking = Literal["change", "distance", "random"]
+Ranking = Literal["change", "distance", "entropy", "log-probability", "spread", "random"]
 Proxy = Literal["none", "raw", "calibrated", "output"]
 Blending = Literal["none", "score", "mean"]
 SkippedKeysValues = Literal["none", "proxy"]
@@ -33,8 +33,12 @@ class DepthPolicy:
     schedule: family of the scheduling function G (P).
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
     rotation: fraction of a turn by which the percentiles move on from one scale to the next (R).
-    ranking: what orders the tokens: the feature change of the previous scale (P), the distance from
-        the scale's mean feature (FastVAR), or random numbers of the sample's own stream.
+    ranking: what orders the tokens, lowest first: the feature change of the previous scale (P), the
+        distance from the scale's mean feature (FastVAR), or, of the distribution that the previous
+        scale's token at that place was drawn from, its entropy, the surprise -log p of what was
+        drawn or the variance of the code vectors; or random numbers of the sample's own stream.
+    separate_ranking: rank the conditional and the unconditional stream of a sample each by its own
+        change or distance, in place of the sum of both (R).
     proxy: what a skipped token takes at a block: nothing, the previous scale's change (P), that
         change after a least-squares fit, or, at the end, the previous scale's output (FastVAR).
     blending: weight of the drawn code: full, the depth score S (P), or S with the expected code in
@@ -55,6 +59,7 @@ class DepthPolicy:
     steepness: float = 1.0
     rotation: float = 0.0
     ranking: Ranking = "change"
+    separate_ranking: bool = False
     proxy: Proxy = "none"
     blending: Blending = "none"
     skipped_keys_values: SkippedKeysValues = "none"
@@ -80,6 +85,11 @@ class DepthPolicy:
             raise InputError(
                 f"policy min_depth is {self.min_depth} and skip_last_scales "
                 f"{self.skip_last_scales}, wanted both >= 0: correct them"
+            )
+        if self.separate_ranking and self.ranking not in ("change", "distance"):
+            raise InputError(
+                f"policy separate_ranking with ranking {self.ranking!r}, which a sample's streams "
+                "share: use ranking 'change' or 'distance', or leave separate_ranking out"
             )
         if self.proxy == "output" and self.schedule != "step":
             raise InputError(

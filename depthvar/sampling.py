@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,13 @@ from torch import Tensor
 from depthvar.checkpoint import LoadedModel
 from depthvar.config import SamplingSettings
 from depthvar.cost import image_cost
-from depthvar.draw import draw_tokens
+from depthvar.draw import Drawn, draw_tokens
 from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
+from depthvar.transformer import Condition
 
 ScaleHook = Callable[[int, Tensor, ScaleTrace], None]
 """Called after every scale with (scale, guided logits (B, T, V), trace)."""
@@ -56,6 +57,20 @@ class SampledTokens:
     tokens: tuple[Tensor, ...]
     mean_change_BS: Tensor
     mean_log_prob_BS: Tensor
+
+
+@dataclass
+class ScalesBegun:
+    """A batch on its way through the scales: what the scales drawn so far leave for the next."""
+
+    condition: Condition
+    cache: KeyValueCache
+    feature_map_BZHW: Tensor
+    trace: ScaleTrace | None = None
+    drawn: Drawn | None = None
+    tokens: list[Tensor] = field(default_factory=list)
+    changes: list[Tensor] = field(default_factory=list)
+    log_probs: list[Tensor] = field(default_factory=list)
 
 
 class Sampler:
@@ -138,43 +153,110 @@ class Sampler:
         ranking_BN: Tensor,
         *,
         on_scale: ScaleHook | None = None,
+        begun: ScalesBegun | None = None,
     ) -> SampledTokens:
-        """Draw all scales with the given uniform numbers, one per token in scale order."""
-        model, quantizer = self._model.transformer, self._model.tokenizer.quantize
-        condition = model.condition(self._stream_labels(labels_B))
-        cache = self._new_cache(len(labels_B))
-        feature_map_BZHW = self._empty_feature_map(len(labels_B))
-        trace: ScaleTrace | None = None
-        tokens, changes, log_probs, begin = [], [], [], 0
-        for i, scale in enumerate(self.plan.scales):
-            # Every scale after the first starts from the feature map at its own size.
-            codes_BTZ = quantizer.input_of_scale(i, feature_map_BZHW) if i else None
-            x_GTC = model.embed(i, self._for_streams(codes_BTZ), condition)
-            here = slice(begin, begin + scale.count)
-            trace = self._engine.run_scale(i, x_GTC, condition, cache, trace, ranking_BN[:, here])
-            logits_BTV = self._guided(i, model.logits(trace.hidden_GTC, condition))
-            drawn = draw_tokens(logits_BTV, uniforms_BN[:, here], self.settings)
-            if on_scale:
-                on_scale(i, logits_BTV, trace)
-            # The code vectors, weighted by the depth of their tokens, add to the feature map.
-            codes_BTZ = quantizer.embedding(drawn.tokens_BT)
-            if scale.adaptive and self.plan.policy.blending != "none":
-                score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
-                codes_BTZ = codes_BTZ * score_BT1
-                if self.plan.policy.blending == "mean":
-                    expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
-                    codes_BTZ = codes_BTZ + (1 - score_BT1) * expected_BTZ
-            feature_map_BZHW = feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
-            tokens.append(drawn.tokens_BT)
-            changes.append(trace.change_BT.mean(dim=1))
-            log_probs.append(drawn.log_prob_BT.mean(dim=1))
-            begin += scale.count
+        """Draw all scales with the given uniform numbers, one per token in scale order.
+
+        `begun` are the first scales of the same batch as `begin` drew them, which are not drawn
+        again; all of them must be at full depth under this policy too.
+        """
+        state = self._take_over(begun) if begun else self._new_state(labels_B)
+        for i in range(len(state.tokens), len(self.plan.scales)):
+            self._draw_scale(i, state, uniforms_BN, ranking_BN, on_scale)
+        changes = [change_BT.mean(dim=1) for change_BT in state.changes]
+        log_probs = [log_prob_BT.mean(dim=1) for log_prob_BT in state.log_probs]
         skipped = [torch.zeros_like(changes[0])] * (len(self.config.sides) - len(changes))
         return SampledTokens(
-            feature_map_BZHW,
-            tuple(tokens),
+            state.feature_map_BZHW,
+            tuple(state.tokens),
             torch.stack(changes + skipped, dim=1),
             torch.stack(log_probs + skipped, dim=1),
+        )
+
+    @torch.inference_mode()
+    def begin(
+        self, labels_B: Tensor, uniforms_BN: Tensor, ranking_BN: Tensor, *, num_scales: int
+    ) -> ScalesBegun:
+        """Draw the first scales only, for policies that go on from there.
+
+        Policies with one reference scale R share the scales 0..R: comparing many of them on the
+        same noise need not draw those again. A policy with proxies needs a sampler that has
+        `keep_changes`.
+        """
+        state = self._new_state(labels_B)
+        for i in range(num_scales):
+            self._draw_scale(i, state, uniforms_BN, ranking_BN, None)
+        return state
+
+    def _draw_scale(
+        self,
+        i: int,
+        state: ScalesBegun,
+        uniforms_BN: Tensor,
+        ranking_BN: Tensor,
+        on_scale: ScaleHook | None,
+    ) -> None:
+        """One scale: embed, run the blocks, draw, and add the codes to the feature map."""
+        model, quantizer = self._model.transformer, self._model.tokenizer.quantize
+        scale, policy = self.plan.scales[i], self.plan.policy
+        begin = sum(earlier.count for earlier in self.plan.scales[:i])
+        here = slice(begin, begin + scale.count)
+        # Every scale after the first starts from the feature map at its own size.
+        codes_BTZ = quantizer.input_of_scale(i, state.feature_map_BZHW) if i else None
+        x_GTC = model.embed(i, self._for_streams(codes_BTZ), state.condition)
+        given_BT = self._given_ranking(i, state.drawn, ranking_BN[:, here])
+        trace = self._engine.run_scale(
+            i, x_GTC, state.condition, state.cache, state.trace, given_BT
+        )
+        logits_BTV = self._guided(i, model.logits(trace.hidden_GTC, state.condition))
+        drawn = draw_tokens(logits_BTV, uniforms_BN[:, here], self.settings)
+        if on_scale:
+            on_scale(i, logits_BTV, trace)
+        # The code vectors, weighted by the depth of their tokens, add to the feature map.
+        codes_BTZ = quantizer.embedding(drawn.tokens_BT)
+        if scale.adaptive and policy.blending != "none":
+            score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
+            codes_BTZ = codes_BTZ * score_BT1
+            if policy.blending == "mean":
+                expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
+                codes_BTZ = codes_BTZ + (1 - score_BT1) * expected_BTZ
+        state.feature_map_BZHW = state.feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
+        state.trace, state.drawn = trace, drawn
+        state.tokens.append(drawn.tokens_BT)
+        state.changes.append(trace.change_BT)
+        state.log_probs.append(drawn.log_prob_BT)
+
+    def _given_ranking(self, i: int, drawn: Drawn | None, random_BT: Tensor) -> Tensor:
+        """What a scale's tokens are ranked by (B, T) where the engine does not see it."""
+        ranking = self.plan.policy.ranking
+        if drawn is None or ranking not in ("entropy", "log-probability", "spread"):
+            return random_BT
+        if ranking == "entropy":
+            signal_BT = drawn.entropy()
+        elif ranking == "spread":
+            signal_BT = drawn.spread(self._model.tokenizer.quantize.embedding.weight)
+        else:
+            signal_BT = -drawn.log_prob_BT
+        return self._engine.upsampled(i, signal_BT)
+
+    def _new_state(self, labels_B: Tensor) -> ScalesBegun:
+        return ScalesBegun(
+            self._model.transformer.condition(self._stream_labels(labels_B)),
+            self._new_cache(len(labels_B)),
+            self._empty_feature_map(len(labels_B)),
+        )
+
+    def _take_over(self, begun: ScalesBegun) -> ScalesBegun:
+        """The same scales, to be gone on with under this sampler's plan."""
+        assert not any(scale.adaptive for scale in self.plan.scales[: len(begun.tokens)])
+        cache = self._new_cache(begun.feature_map_BZHW.shape[0])
+        cache.take_over(begun.cache)
+        return replace(
+            begun,
+            cache=cache,
+            tokens=list(begun.tokens),
+            changes=list(begun.changes),
+            log_probs=list(begun.log_probs),
         )
 
     @torch.inference_mode()

@@ -129,23 +129,28 @@ class DenseBlocks(Protocol):
         ...
 
     def output(
-        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_M: Tensor
+        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_GM: Tensor
     ) -> Tensor:
-        """The stream of every token after a block that may look where `kept_M` is True."""
+        """The stream of every token after a block that may look where `kept_GM` is True."""
         ...
 
 
 @dataclass
 class ScaleResult:
-    """A scale in raster order: output, change at every block, ranking map, depths, masks."""
+    """A scale in raster order: output, change at every block, depths and masks of every stream."""
 
     side: int
     hidden_GTC: Tensor
     changes: list[Tensor]
-    change_T: Tensor
+    change_GT: Tensor
     scores_T: Tensor
-    depths: list[int]
-    active: list[list[bool]]
+    depths: list[list[int]]
+    active: list[list[list[bool]]]
+
+    @property
+    def change_T(self) -> Tensor:
+        """Summed over the streams."""
+        return self.change_GT.sum(0)
 
 
 @dataclass
@@ -161,72 +166,82 @@ class DenseDepth:
     memory: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     scales: list[ScaleResult] = field(default_factory=list)
 
-    def run_scale(self, x_GTC: Tensor, random_T: list[float]) -> ScaleResult:
-        """The next scale, from its input in raster order."""
+    def run_scale(self, x_GTC: Tensor, given_T: list[float]) -> ScaleResult:
+        """The next scale, from its input in raster order; `given_T` ranks where no stream does."""
         scale, policy = len(self.scales), self.policy
         previous = self.scales[-1] if self.scales else None
         side = self.sides[scale]
         cover = covering_token(side, previous.side) if previous else []
-        scores, depths = scores_and_depths_of_scale(
-            policy, self.sides, scale, self.num_blocks, self.ranking(x_GTC, random_T, cover)
+        scores, depths = zip(
+            *(
+                scores_and_depths_of_scale(policy, self.sides, scale, self.num_blocks, ranking_T)
+                for ranking_T in self.rankings(x_GTC, given_T, cover)
+            ),
+            strict=True,
         )
-        adaptive = min(depths) < self.num_blocks
+        adaptive = min(map(min, depths)) < self.num_blocks
         place = {b: i for i, b in enumerate(order_of_blocks(policy, self.num_blocks))}
-        factor_T1 = torch.ones(side * side, 1, dtype=x_GTC.dtype)
+        factor_GT1 = torch.ones(len(depths), side * side, 1, dtype=x_GTC.dtype)
         if policy.compensation:
-            for t, depth in enumerate(depths):
-                factor_T1[t] = min(4 / 3, math.sqrt(self.num_blocks / max(depth, 1)))
+            for g, depths_T in enumerate(depths):
+                for t, depth in enumerate(depths_T):
+                    factor_GT1[g, t] = min(4 / 3, math.sqrt(self.num_blocks / max(depth, 1)))
         changes, masks = [], []
         for block in range(self.num_blocks):
-            active_T = torch.tensor([place[block] < depth for depth in depths])
-            makes_keys_T = active_T | (policy.skipped_keys_values == "proxy")
-            keys, values, kept_M = self.remember(block, x_GTC, makes_keys_T)
-            computed = self.blocks.output(block, x_GTC, keys, values, kept_M) - x_GTC
-            change = computed * factor_T1
+            active_GT = torch.tensor([[place[block] < d for d in depths_T] for depths_T in depths])
+            makes_keys_GT = active_GT | (policy.skipped_keys_values == "proxy")
+            keys, values, kept_GM = self.remember(block, x_GTC, makes_keys_GT)
+            computed = self.blocks.output(block, x_GTC, keys, values, kept_GM) - x_GTC
+            change = computed * factor_GT1
             proxy = torch.zeros_like(x_GTC)
             if adaptive and policy.proxy in ("raw", "calibrated"):
                 proxy = previous.changes[block][:, cover]
                 if policy.proxy == "calibrated":
                     proxy = proxy * self.slope_SLC[scale, block] + self.offset_SLC[scale, block]
-            change = torch.where(active_T[None, :, None], change, proxy)
+            change = torch.where(active_GT[:, :, None], change, proxy)
             x_GTC = x_GTC + change
             changes.append(change)
-            masks.append(active_T.tolist())
+            masks.append(active_GT.tolist())
         if adaptive and policy.proxy == "output":
-            untouched_T = torch.tensor([depth == 0 for depth in depths])
+            untouched_GT = torch.tensor(depths) == 0
             restored = previous.hidden_GTC[:, cover]
-            x_GTC = torch.where(untouched_T[None, :, None], restored, x_GTC)
-        change_T = sum(change.abs().mean(2).sum(0) for change in changes)
-        scores_T = torch.tensor(scores, dtype=x_GTC.dtype)
-        result = ScaleResult(side, x_GTC, changes, change_T, scores_T, depths, masks)
+            x_GTC = torch.where(untouched_GT[:, :, None], restored, x_GTC)
+        change_GT = sum(change.abs().mean(2) for change in changes)
+        scores_T = torch.tensor(scores, dtype=x_GTC.dtype).mean(0)
+        result = ScaleResult(side, x_GTC, changes, change_GT, scores_T, list(depths), masks)
         self.scales.append(result)
         return result
 
-    def ranking(self, x_GTC: Tensor, random_T: list[float], cover: list[int]) -> list[float]:
-        """What tokens are ranked by; the streams of a sample share it."""
-        if self.policy.ranking == "random":
-            return random_T
+    def rankings(
+        self, x_GTC: Tensor, given_T: list[float], cover: list[int]
+    ) -> list[list[float]]:
+        """What the tokens of every stream are ranked by; they share it unless ranked apart."""
+        streams = x_GTC.shape[0]
         if self.policy.ranking == "distance":
             mean_G1C = x_GTC.sum(1, keepdim=True) / x_GTC.shape[1]
-            return ((x_GTC - mean_G1C) ** 2).sum(2).sum(0).tolist()
-        if not self.scales:
-            return [0.0] * x_GTC.shape[1]
-        return self.scales[-1].change_T[cover].tolist()
+            own_GT = ((x_GTC - mean_G1C) ** 2).sum(2)
+        elif self.policy.ranking == "change":
+            own_GT = self.scales[-1].change_GT[:, cover] if self.scales else x_GTC[:, :, 0] * 0
+        else:
+            return [given_T] * streams
+        if not self.policy.separate_ranking:
+            own_GT = own_GT.sum(0, keepdim=True).expand(streams, -1)
+        return own_GT.tolist()
 
     def remember(
-        self, block: int, x_GTC: Tensor, makes_keys_T: Tensor
+        self, block: int, x_GTC: Tensor, makes_keys_GT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of all tokens so far, and which of them were ever made."""
         entries = self.memory.setdefault(block, [])
-        entries.append((*self.blocks.keys_values(block, x_GTC), makes_keys_T))
+        entries.append((*self.blocks.keys_values(block, x_GTC), makes_keys_GT))
         keys, values, kept = zip(*entries, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(kept)
+        return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(kept, 1)
 
 
-def masked_attention(q_GHTD: Tensor, keys: Tensor, values: Tensor, kept_M: Tensor) -> Tensor:
+def masked_attention(q_GHTD: Tensor, keys: Tensor, values: Tensor, kept_GM: Tensor) -> Tensor:
     """Softmax attention, softmax scale 1, over the tokens that have keys."""
     scores = torch.einsum("ghtd,ghmd->ghtm", q_GHTD, keys)
-    scores = scores.masked_fill(~kept_M, -math.inf)
+    scores = scores.masked_fill(~kept_GM[:, None, None], -math.inf)
     return torch.einsum("ghtm,ghmd->ghtd", torch.softmax(scores, -1), values)
 
 
@@ -293,13 +308,13 @@ class VarBlocks:
         return k, v
 
     def output(
-        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_M: Tensor
+        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_GM: Tensor
     ) -> Tensor:
         """AdaLN attention, then AdaLN feed-forward."""
         name = f"blocks.{block}"
         gamma1, gamma2, _, scale2, _, shift2 = self.modulation(block)
         q, _, _ = self.projections(block, x_GTC)
-        attended = masked_attention(q, keys_GHMD, values_GHMD, kept_M)
+        attended = masked_attention(q, keys_GHMD, values_GHMD, kept_GM)
         attended = attended.permute(0, 2, 1, 3).reshape(x_GTC.shape)
         x_GTC = x_GTC + self.linear(f"{name}.attn.proj", attended) * gamma1
         normed = _normed(x_GTC, self.config.transformer.norm_eps) * (1 + scale2) + shift2
@@ -483,6 +498,17 @@ def encode(state: State, config: TokenizerConfig, images_BCHW: Tensor) -> Tensor
 # Sampling.
 
 
+def uncertainty(ranking: str, drawn: Draw, codebook_VZ: Tensor) -> float:
+    """Entropy of a token's distribution, surprise at what was drawn, or variance of its code."""
+    if ranking == "entropy":
+        return -math.fsum(p * math.log(p) for p in drawn.probs_V if p > 0)
+    if ranking == "log-probability":
+        return -drawn.log_prob
+    probs_V1 = torch.tensor(drawn.probs_V, dtype=codebook_VZ.dtype)[:, None]
+    mean_Z = (probs_V1 * codebook_VZ).sum(0)
+    return float((probs_V1 * (codebook_VZ - mean_Z) ** 2).sum())
+
+
 @dataclass
 class SampledScale:
     """One scale of a batch: hidden (G, T, C) with all conditional rows first, guided logits."""
@@ -530,7 +556,7 @@ def sample(
                     torch.cat([getattr(part, name) for part in parts])
                     for name in ("logits_BTV", "tokens_BT", "log_prob_BT", "change_BT")
                 ),
-                [part.depths[0] for part in parts],
+                [depths for part in parts for depths in part.depths],
             )
         )
     return Sampled(scales, torch.stack([feature_map for _, feature_map in each]))
@@ -553,11 +579,15 @@ def _sample_one(
     codebook_VZ = tokenizer["quantize.embedding.weight"]
     last = config.sides[-1]
     f_hat_ZHW = codebook_VZ.new_zeros(codebook_VZ.shape[1], last, last)
-    scales, begin = [], 0
+    scales, begin, draws = [], 0, []
     for i, side in enumerate(config.sides[: len(config.sides) - policy.skip_last_scales]):
         end = begin + side**2
         x_GTC = blocks.embed(i, at_side(f_hat_ZHW, side) if i else None)
-        result = dense.run_scale(x_GTC, random_N[begin:end])
+        given_T = random_N[begin:end]
+        if i and policy.ranking in ("entropy", "log-probability", "spread"):
+            signal = [uncertainty(policy.ranking, drawn, codebook_VZ) for drawn in draws]
+            given_T = [signal[cover] for cover in covering_token(side, config.sides[i - 1])]
+        result = dense.run_scale(x_GTC, given_T)
         logits_GTV = blocks.logits(result.hidden_GTC)
         logits_TV = logits_GTV[0]
         if settings.cfg > 0:
@@ -582,7 +612,7 @@ def _sample_one(
                 torch.tensor([[d.code for d in draws]]),
                 torch.tensor([[d.log_prob for d in draws]], dtype=logits_TV.dtype),
                 result.change_T[None],
-                [result.depths],
+                result.depths,
             )
         )
         begin = end

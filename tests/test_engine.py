@@ -102,10 +102,10 @@ class DenseRotaryText:
         return self.blocks.keys_values(block, x_GTC, self.text_GMC)
 
     def output(
-        self, block: int, x_GTC: Tensor, keys: Tensor, values: Tensor, kept_M: Tensor
+        self, block: int, x_GTC: Tensor, keys: Tensor, values: Tensor, kept_GM: Tensor
     ) -> Tensor:
         def attend(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
-            return reference.masked_attention(q, keys, values, kept_M)
+            return reference.masked_attention(q, keys, values, kept_GM)
 
         return self.blocks.run_block(block, x_GTC, self.text_GMC, attend)
 
@@ -159,9 +159,9 @@ def test_active_tokens_are_those_of_the_boolean_mask_of_every_block(shape):
         random_BT = torch.zeros(1, scale.count)
         trace = engine.run_scale(i, x_GTC, condition, cache, trace, random_BT)
         want = dense.run_scale(x_GTC, random_BT[0].tolist())
-        slots_T = trace.slot_of_raster_BT[0]
+        slots_T = trace.slot_of_raster_GT[0]
         masks = [(slots_T < scale.prefix[block]).tolist() for block in range(plan.num_blocks)]
-        assert masks == want.active
+        assert [[mask_T] * 2 for mask_T in masks] == want.active
         assert sorted(slots_T.tolist()) == list(range(scale.count))
 
 
@@ -191,8 +191,8 @@ def test_permuting_with_every_token_active_changes_nothing(ranking):
         engine = DepthEngine(backbone, plan, device=CPU, dtype=torch.float64)
         cache = KeyValueCache(plan, rows=6, heads=1, head_dim=12, like=text_GMC)
         outputs.append(run_scales(engine, plan, cache, text_GMC, batch=3))
-    moved = outputs[1][-1].slot_of_raster_BT
-    assert not torch.equal(moved, outputs[0][-1].slot_of_raster_BT)
+    moved = outputs[1][-1].slot_of_raster_GT
+    assert not torch.equal(moved, outputs[0][-1].slot_of_raster_GT)
     for full, permuted in zip(*outputs, strict=True):
         close = {"rtol": 0, "atol": 1e-12}
         torch.testing.assert_close(permuted.hidden_GTC, full.hidden_GTC, **close)

@@ -68,7 +68,11 @@ def test_a_policy_cannot_be_changed():
     ("options", "message"),
     [
         ({"schedule": "cubic"}, "policy schedule is 'cubic', wanted one of constant, linear"),
-        ({"ranking": "entropy"}, "policy ranking is 'entropy', wanted one of change, distance"),
+        ({"ranking": "luck"}, "policy ranking is 'luck', wanted one of change, distance, entropy"),
+        (
+            {"ranking": "entropy", "separate_ranking": True},
+            "policy separate_ranking with ranking 'entropy', which a sample's streams share",
+        ),
         ({"proxy": None}, "policy proxy is None, wanted one of none, raw, calibrated, output"),
         ({"blending": "max"}, "policy blending is 'max', wanted one of none, score, mean"),
         ({"skipped_keys_values": "all"}, "policy skipped_keys_values is 'all', wanted one of none"),

@@ -141,7 +141,8 @@ POLICY_VALUES: dict[str, tuple[Any, ...]] = {
     "schedule": ("constant", "linear", "power", "cosine", "step"),
     "steepness": (0.3, 1.0),
     "rotation": (0.0, 0.381966, 0.9),
-    "ranking": ("change", "distance", "random"),
+    "ranking": ("change", "distance", "entropy", "log-probability", "spread", "random"),
+    "separate_ranking": (False, True),
     "proxy": ("none", "raw", "calibrated", "output"),
     "blending": ("none", "score", "mean"),
     "skipped_keys_values": ("none", "proxy"),
@@ -174,6 +175,8 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
     def candidate() -> dict[str, Any]:
         while True:
             values = {name: chance.choice(POLICY_VALUES[name]) for name in names}
+            if values["separate_ranking"] and values["ranking"] not in ("change", "distance"):
+                values["separate_ranking"] = False
             if values["proxy"] == "output":
                 values |= {"schedule": "step", "min_depth": 0}
             if _policy(values):
@@ -193,5 +196,6 @@ def label_of(policy: DepthPolicy) -> str:
     """A short test id."""
     return (
         f"{policy.preset}-R{policy.reference_scale}-{policy.schedule}-{policy.ranking}-"
+        f"{'apart-' if policy.separate_ranking else ''}"
         f"{policy.proxy}-{policy.blending}-kv_{policy.skipped_keys_values}-{policy.block_order}"
     )

@@ -32,7 +32,8 @@ class Drawn:
 
     def entropy(self) -> Tensor:
         """Entropy of the distribution in nats (B, T)."""
-        return torch.special.entr(self.probs_BTV).sum(dim=2)
+        entropy_BT: Tensor = torch.special.entr(self.probs_BTV).sum(dim=2)
+        return entropy_BT
 
     def spread(self, codebook_VZ: Tensor) -> Tensor:
         """Variance of the code vector under the distribution, summed over its channels (B, T)."""

@@ -157,7 +157,7 @@ class DepthEngine(Generic[ConditionT]):
             )
 
     def upsampled(self, index: int, values_BT: Tensor) -> Tensor:
-        """Values (B, T, ...) of the scale before, each token taking those of the one covering it."""
+        """Values (B, T, ...) of the scale before at the tokens of this one that they cover."""
         return values_BT[:, self._tensors[index].parents_T]
 
     def scores_raster(self, index: int, trace: ScaleTrace) -> Tensor:
@@ -208,9 +208,7 @@ class DepthEngine(Generic[ConditionT]):
         change_BT = _sum_of_streams(change_GT, streams)
         return ScaleTrace(hidden_GTC, change_GT, change_BT, changes, slot_of_raster_GT)
 
-    def _order(
-        self, index: int, x_GTC: Tensor, previous: ScaleTrace, given_BT: Tensor
-    ) -> Tensor:
+    def _order(self, index: int, x_GTC: Tensor, previous: ScaleTrace, given_BT: Tensor) -> Tensor:
         """Raster position of the token in every slot (G, T)."""
         policy, tensors = self._plan.policy, self._tensors[index]
         if policy.ranking == "distance":

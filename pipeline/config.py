@@ -188,7 +188,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
     """
     local = local_weights(config.model, config.weights)
     model = model_config(config.model, local)
-    options = _checked_options(config.policy_options)
+    options = checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
     sampling = _sampling(config, model.sampling)
     depth = DepthPlan.build(model.sides, model.num_blocks, policy)
@@ -219,7 +219,7 @@ def identify_weights(model: str, weights: str | None) -> WeightsIdentity:
     return weights_identity(model, weights)
 
 
-def _checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
     """Policy options of the right type; unknown names are left for `make_policy` to refuse."""
     hints = typing.get_type_hints(DepthPolicy)
     checked: dict[str, Any] = dict(options)

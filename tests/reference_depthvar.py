@@ -148,7 +148,7 @@ class ScaleResult:
     active: list[list[list[bool]]]
 
     @property
-    def change_T(self) -> Tensor:
+    def change_T(self) -> Tensor:  # noqa: N802 - the suffix is the shape
         """Summed over the streams."""
         return self.change_GT.sum(0)
 
@@ -212,9 +212,7 @@ class DenseDepth:
         self.scales.append(result)
         return result
 
-    def rankings(
-        self, x_GTC: Tensor, given_T: list[float], cover: list[int]
-    ) -> list[list[float]]:
+    def rankings(self, x_GTC: Tensor, given_T: list[float], cover: list[int]) -> list[list[float]]:
         """What the tokens of every stream are ranked by; they share it unless ranked apart."""
         streams = x_GTC.shape[0]
         if self.policy.ranking == "distance":

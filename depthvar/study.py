@@ -1,0 +1,211 @@
+"""Comparing depth policies: many of them on the same noise, each measured against real digits.
+
+Shape legend: N images of a set, B of a batch, S scales, H W sides, C channels, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from depthvar.checkpoint import LoadedModel
+from depthvar.features import Readings, accuracy, digit_arrays, digit_features, train_classifier
+from depthvar.metrics import frechet_distance, precision_recall
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from depthvar.randomness import ranking_uniforms, token_uniforms
+from depthvar.sampling import Sampler
+
+MAX_CAS_SAMPLES = 5_000
+POOR_SHARE = 0.05
+"""A sample is poor when the probability of its label is among this share of lowest ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class PolicySamples:
+    """What one policy made of one seed.
+
+    images_NHWC: uint8. labels_N: int64. mean_change_NS, mean_log_prob_NS: as in `SampleBatch`.
+    """
+
+    images_NHWC: np.ndarray
+    labels_N: np.ndarray
+    mean_change_NS: np.ndarray
+    mean_log_prob_NS: np.ndarray
+
+
+def full_scales(plan: DepthPlan) -> int:
+    """Scales at the beginning of a plan that every token runs in full depth."""
+    return len(list(takewhile(lambda scale: not scale.adaptive, plan.scales)))
+
+
+def sample_policies(
+    model: LoadedModel,
+    policies: Mapping[str, DepthPolicy],
+    *,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    after_batch: Callable[[int], object] | None = None,
+) -> dict[str, PolicySamples]:
+    """Images of every policy from the same noise, the classes in turn.
+
+    Sample i of every policy is the one that the product makes for (seed, global index i, class i
+    mod classes); scales that all policies run in full depth are drawn once for all of them.
+    `after_batch` hears how many images were made.
+    """
+    config = model.config
+    samplers = {name: Sampler(model, policy, config.sampling) for name, policy in policies.items()}
+    shared = min(full_scales(sampler.plan) for sampler in samplers.values())
+    beginner = Sampler(model, make_policy("full"), config.sampling, keep_changes=True)
+    made: dict[str, list[PolicySamples]] = {name: [] for name in policies}
+    for start in range(0, num_samples, batch_size):
+        indices = range(start, min(start + batch_size, num_samples))
+        labels_B = np.array([i % config.num_classes for i in indices])
+        noise = [
+            torch.from_numpy(uniforms(seed, indices, config.transformer.num_tokens)).to(
+                model.device
+            )
+            for uniforms in (token_uniforms, ranking_uniforms)
+        ]
+        on_device_B = torch.from_numpy(labels_B).to(model.device)
+        begun = beginner.begin(on_device_B, *noise, num_scales=shared)
+        for name, sampler in samplers.items():
+            sampled = sampler.tokens_from_uniforms(on_device_B, *noise, begun=begun)
+            made[name].append(
+                PolicySamples(
+                    sampler.decode(sampled.feature_map_BZHW).cpu().numpy(),
+                    labels_B,
+                    sampled.mean_change_BS.float().cpu().numpy(),
+                    sampled.mean_log_prob_BS.float().cpu().numpy(),
+                )
+            )
+            if after_batch:
+                after_batch(len(indices))
+    return {name: _joined(parts) for name, parts in made.items()}
+
+
+def _joined(parts: list[PolicySamples]) -> PolicySamples:
+    return PolicySamples(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("images_NHWC", "labels_N", "mean_change_NS", "mean_log_prob_NS")
+        )
+    )
+
+
+class DigitJudge:
+    """The shipped digit features and the real training digits, read once."""
+
+    def __init__(self) -> None:
+        images_NHWC, labels_N = digit_arrays("train")
+        self._network = digit_features()
+        self._real_NF = self._network.read(images_NHWC).features_NF
+        self._real_spread = spread_within_classes(self._real_NF, labels_N)
+
+    def read(self, samples: PolicySamples) -> Readings:
+        """Features and probabilities of the images."""
+        return self._network.read(samples.images_NHWC)
+
+    def frechet(self, features_NF: np.ndarray) -> float:
+        """Frechet distance to the real training digits."""
+        return frechet_distance(self._real_NF, features_NF)
+
+    def measure(self, samples: PolicySamples, *, cas_runs: int) -> dict[str, float]:
+        """Quality by name.
+
+        label_accuracy: share read as their label. frechet_distance, precision, recall: against the
+        real training digits. diversity: variance of the features within a class, in that of the
+        real digits. cas: accuracy on the held-out digits of classifiers trained on these images
+        alone, the mean of `cas_runs`; left out for 0 runs.
+        """
+        readings = self.read(samples)
+        precision, recall = precision_recall(self._real_NF, readings.features_NF)
+        spread = spread_within_classes(readings.features_NF, samples.labels_N)
+        measured = {
+            "label_accuracy": float((readings.labels == samples.labels_N).mean()),
+            "frechet_distance": self.frechet(readings.features_NF),
+            "precision": precision,
+            "recall": recall,
+            "diversity": spread / self._real_spread,
+        }
+        if cas_runs:
+            measured["cas"] = cas(samples.images_NHWC, samples.labels_N, runs=cas_runs)
+        return measured
+
+    def signals(self, samples: PolicySamples) -> dict[str, dict[str, float]]:
+        """How well the recorded signals point out bad samples: AUROC by signal and verdict.
+
+        Signals: -log-probability and change, of every scale and of all together. Verdicts: the
+        image is read as another digit (`wrong`), or its label's probability is among the lowest
+        (`poor`). 0.5 is chance. A verdict that no sample or every sample gets is left out.
+        """
+        readings = self.read(samples)
+        confidence_N = readings.probabilities_NK[np.arange(len(samples.labels_N)), samples.labels_N]
+        verdicts = {
+            "wrong": readings.labels != samples.labels_N,
+            "poor": confidence_N <= np.quantile(confidence_N, POOR_SHARE),
+        }
+        return {
+            signal: {
+                verdict: float(roc_auc_score(bad_N, values_N))
+                for verdict, bad_N in verdicts.items()
+                if 0 < bad_N.sum() < len(bad_N)
+            }
+            for signal, values_N in badness(samples).items()
+        }
+
+
+def badness(samples: PolicySamples) -> dict[str, np.ndarray]:
+    """Recorded signals by name, each (N,): large is suspect."""
+    signals: dict[str, np.ndarray] = {}
+    recorded = {"surprise": -samples.mean_log_prob_NS, "change": samples.mean_change_NS}
+    for name, values_NS in recorded.items():
+        used = [i for i in range(values_NS.shape[1]) if values_NS[:, i].any()]
+        signals[name] = values_NS[:, used].mean(axis=1)
+        signals |= {f"{name} of scale {i}": values_NS[:, i] for i in used}
+    return signals
+
+
+def best_of_each_class(samples: PolicySamples, values_N: np.ndarray, drop: float) -> PolicySamples:
+    """The samples without the share `drop` of each class that has the highest values."""
+    kept: list[np.ndarray] = []
+    for label in np.unique(samples.labels_N):
+        of_class = np.flatnonzero(samples.labels_N == label)
+        order = of_class[np.argsort(values_N[of_class], kind="stable")]
+        kept.append(order[: round(len(order) * (1 - drop))])
+    rows = np.sort(np.concatenate(kept))
+    return PolicySamples(
+        samples.images_NHWC[rows],
+        samples.labels_N[rows],
+        samples.mean_change_NS[rows],
+        samples.mean_log_prob_NS[rows],
+    )
+
+
+def cas(images_NHWC: np.ndarray, labels_N: np.ndarray, *, runs: int) -> float:
+    """Classification accuracy score of digits, the mean over runs (arXiv 1905.10887)."""
+    images_NHWC, labels_N = images_NHWC[:MAX_CAS_SAMPLES], labels_N[:MAX_CAS_SAMPLES]
+    held_out = digit_arrays("held-out")
+    return float(
+        np.mean(
+            [
+                accuracy(
+                    train_classifier(images_NHWC, labels_N, num_classes=10, seed=run), *held_out
+                )
+                for run in range(runs)
+            ]
+        )
+    )
+
+
+def spread_within_classes(features_NF: np.ndarray, labels_N: np.ndarray) -> float:
+    """Variance of the features around their class mean, summed over features, mean of classes."""
+    return float(
+        np.mean([features_NF[labels_N == c].var(axis=0, ddof=1).sum() for c in np.unique(labels_N)])
+    )

@@ -1,0 +1,411 @@
+"""The study of depth policies: every policy on the same noise, several seeds, measured alike.
+
+A study's folder holds one file per finished piece of work, named after what went into it, so that
+the same command goes on where it stopped and a changed configuration never meets old numbers:
+
+    samples/{cell}-{seed}-{digest}.npz    images and signals of one policy and seed
+    measures/{cell}-{seed}-{digest}.json  its quality
+    signals/{cell}-{seed}-{digest}.json   what its recorded signals say of it
+    times/{digest}.json                   seconds per image of all policies, taken in turn
+
+`pipeline.study_report` makes table, Parquet and plots from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from depthvar.config import ModelConfig, model_config
+from depthvar.cost import Cost, image_cost
+from depthvar.errors import InputError
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from pipeline.config import JobConfig, Scalar, checked_options, identify_weights
+from pipeline.storage import Storage
+from pipeline.weights import local_weights
+
+if TYPE_CHECKING:
+    from depthvar.checkpoint import LoadedModel
+    from depthvar.study import PolicySamples
+
+FORMAT = "depthvar-study/1"
+FULL = "full"
+_MAX_SHARING = 6  # policies that one process samples side by side
+_FILTER_SHARES = (0.05, 0.10)
+
+Section = Literal["methods", "ablations"]
+
+
+class StudyMethod(JobConfig):
+    """A policy at some budgets: budget name -> reference scale (none where it has no such)."""
+
+    policy: str
+    budgets: dict[str, int | None]
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    signals: bool = Field(False, description="also ask what the recorded signals say")
+
+
+class StudyConfig(JobConfig):
+    """What `jobs.study` can be told; methods and ablations come from its YAML file."""
+
+    out: Path = Field(description="folder of the study; the same command goes on in it")
+    model: str = Field("digits", description="model of the digits, by name or folder")
+    weights: str | None = Field(None, description="its weights (default: those bundled with it)")
+    methods: dict[str, StudyMethod] = Field(description="methods by name, with their budgets")
+    ablations: dict[str, StudyMethod] = Field(
+        default_factory=dict, description="variants of the default by name (default: none)"
+    )
+    seeds: list[int] = Field(default=[1, 2, 3], min_length=2, description="job seeds")
+    samples: int = Field(5000, ge=500, description="images per method, budget and seed")
+    ablation_samples: int = Field(2000, ge=500, description="images per ablation and seed")
+    cas_runs: int = Field(2, ge=0, description="classifiers trained per method, budget and seed")
+    batch_size: int = Field(50, gt=0, description="images sampled at once")
+    timing_rounds: int = Field(5, gt=0, description="batches timed per method and budget")
+    processes: int = Field(2, gt=0, description="processes, each of one CPU thread")
+
+    @model_validator(mode="after")
+    def _has_full_depth(self) -> StudyConfig:
+        """Every comparison needs full depth."""
+        if FULL not in self.methods:
+            raise ValueError(f"methods lacks {FULL!r}, to which the others are compared: add it")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}, wanted different ones: drop the repeats")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy at one budget."""
+
+    section: Section
+    method: str
+    budget: str
+    policy: DepthPolicy
+    depth: DepthPlan
+    cost: Cost
+    num_samples: int
+    cas_runs: int
+    signals: bool
+
+    @property
+    def name(self) -> str:
+        """Readable and fit for a file name."""
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self.section} {self.method} {self.budget}".lower())
+
+
+@dataclass(frozen=True)
+class Study:
+    """A configuration checked against its model."""
+
+    config: StudyConfig
+    model: ModelConfig
+    weights: str | None
+    weights_sha256: str
+    cells: tuple[Cell, ...]
+    storage: Storage
+
+    def file(self, kind: str, cell: Cell, seed: int) -> str:
+        """Name of the file that holds a piece of work; the digest covers all it depends on."""
+        inputs: dict[str, Any] = {
+            "format": FORMAT,
+            "weights": self.weights_sha256,
+            "policy": asdict(cell.policy),
+            "samples": cell.num_samples,
+            "batch_size": self.config.batch_size,
+        }
+        if kind == "measures":
+            inputs["cas_runs"] = cell.cas_runs
+        suffix = "npz" if kind == "samples" else "json"
+        return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}.{suffix}"
+
+    @property
+    def times_file(self) -> str:
+        """Name of the file of the timings."""
+        inputs = {
+            "format": FORMAT,
+            "weights": self.weights_sha256,
+            "policies": [asdict(cell.policy) for cell in self.timed],
+            "batch_size": self.config.batch_size,
+            "rounds": self.config.timing_rounds,
+        }
+        return f"times/{_digest(inputs)}.json"
+
+    @property
+    def timed(self) -> list[Cell]:
+        """The cells that are timed: the methods."""
+        return [cell for cell in self.cells if cell.section == "methods"]
+
+
+def _digest(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def resolve_study(config: StudyConfig) -> Study:
+    """Check a study before any of its work: model, policies, budgets.
+
+    Raises `InputError` for what cannot be run, with the method's name.
+    """
+    local = local_weights(config.model, config.weights)
+    model = model_config(config.model, local)
+    if (model.num_classes, model.image_channels) != (10, 1) or model.image_side != 32:
+        raise InputError(
+            f"got the model {model.name!r}, wanted one of the digits (10 classes, 32x32, grey): "
+            "the study measures against real digits"
+        )
+    sections: tuple[tuple[Section, dict[str, StudyMethod]], ...] = (
+        ("methods", config.methods),
+        ("ablations", config.ablations),
+    )
+    cells = [
+        _cell(config, model, section, name, method, budget)
+        for section, methods in sections
+        for name, method in methods.items()
+        for budget in method.budgets
+    ]
+    weights = identify_weights(config.model, local)
+    if weights.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
+        raise InputError(
+            f"a policy uses calibrated proxies and {model.name} has no calibration: run "
+            "python -m jobs.calibrate, or leave it out"
+        )
+    return Study(config, model, local, weights.sha256, tuple(cells), Storage.open(config.out))
+
+
+def _cell(
+    config: StudyConfig,
+    model: ModelConfig,
+    section: Section,
+    name: str,
+    method: StudyMethod,
+    budget: str,
+) -> Cell:
+    is_method = section == "methods"
+    try:
+        policy = make_policy(
+            method.policy,
+            reference_scale=method.budgets[budget],
+            **checked_options(method.options),
+        )
+        depth = DepthPlan.build(model.sides, model.num_blocks, policy)
+    except InputError as error:
+        raise InputError(f"{section}: {name} at {budget}: {error}") from None
+    return Cell(
+        section=section,
+        method=name,
+        budget=budget,
+        policy=policy,
+        depth=depth,
+        cost=image_cost(model, depth, streams=model.sampling.streams),
+        num_samples=config.samples if is_method else config.ablation_samples,
+        cas_runs=config.cas_runs if is_method else 0,
+        signals=method.signals,
+    )
+
+
+def run_study(study: Study) -> None:
+    """Do what is not done yet: sample, measure, ask the signals, take the times."""
+    config = study.config
+    pairs = [(cell, seed) for cell in study.cells for seed in config.seeds]
+    missing = [pair for pair in pairs if _is_missing(study, "samples", *pair)]
+    images = sum(cell.num_samples for cell, _ in missing)
+    _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
+    for kind, task in (("measures", _measure), ("signals", _ask_signals)):
+        todo = [
+            pair
+            for pair in pairs
+            if (kind == "measures" or pair[0].signals) and _is_missing(study, kind, *pair)
+        ]
+        _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
+    if study.storage.size(study.times_file) is None:
+        rounds = [study.timed] * config.timing_rounds
+        _in_processes(study, _take_times, [rounds], "times", "batch", sum(map(len, rounds)))
+
+
+def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
+    return study.storage.size(study.file(kind, cell, seed)) is None
+
+
+Pairs = list[tuple[Cell, int]]
+
+
+def _groups(pairs: Pairs) -> list[Pairs]:
+    """Cells of one seed, size and reference scale go together: they share their first scales."""
+
+    def key(pair: tuple[Cell, int]) -> tuple[int, int, int]:
+        cell, seed = pair
+        reference = cell.policy.reference_scale
+        return seed, cell.num_samples, -1 if reference is None else reference
+
+    groups = [list(group) for _, group in groupby(sorted(pairs, key=key), key=key)]
+    return [
+        group[i : i + _MAX_SHARING] for group in groups for i in range(0, len(group), _MAX_SHARING)
+    ]
+
+
+Task = Callable[[Study, "Any", Callable[[int], object]], None]
+
+
+def _in_processes(
+    study: Study, task: Task, arguments: Sequence[Any], what: str, unit: str, total: int
+) -> None:
+    """Run a task on every argument in the study's processes, under one progress bar."""
+    if not arguments:
+        return
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(study.config.processes, mp_context=context) as pool,
+        tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar,
+    ):
+        counts = manager.Queue()
+        waiting: set[Future[None]] = {
+            pool.submit(_run_task, task, study, argument, counts.put) for argument in arguments
+        }
+        try:
+            while waiting:
+                done, waiting = wait_for(waiting, timeout=0.5)
+                _drain(counts, bar)
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        _drain(counts, bar)
+
+
+def _drain(counts: Any, bar: Any) -> None:
+    while True:
+        try:
+            bar.update(counts.get_nowait())
+        except Empty:
+            return
+
+
+def _run_task(task: Task, study: Study, argument: object, advance: Callable[[int], object]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    task(study, argument, advance)
+
+
+def _model(study: Study) -> LoadedModel:
+    from depthvar.checkpoint import load_model
+
+    return load_model(study.config.model, study.weights)
+
+
+def _sample_group(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+    from depthvar.study import sample_policies
+
+    cells = {cell.name: cell for cell, _ in pairs}
+    num_samples, seed = pairs[0][0].num_samples, pairs[0][1]
+    made = sample_policies(
+        _model(study),
+        {name: cell.policy for name, cell in cells.items()},
+        num_samples=num_samples,
+        seed=seed,
+        batch_size=study.config.batch_size,
+        after_batch=advance,
+    )
+    for name, samples in made.items():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **vars(samples))
+        study.storage.publish_bytes(buffer.getvalue(), study.file("samples", cells[name], seed))
+
+
+def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
+    """What a finished cell made."""
+    from depthvar.study import PolicySamples
+
+    with np.load(io.BytesIO(study.storage.read(study.file("samples", cell, seed)))) as arrays:
+        return PolicySamples(**arrays)
+
+
+def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+    from depthvar.study import DigitJudge
+
+    judge = DigitJudge()
+    for cell, seed in pairs:
+        samples = load_samples(study, cell, seed)
+        measured = judge.measure(samples, cas_runs=cell.cas_runs)
+        _publish_json(study, study.file("measures", cell, seed), measured)
+        advance(1)
+
+
+def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+    """AUROC of every signal, and the quality when the worst by a signal are left out.
+
+    The comparison drops as many at random (by global index, which knows nothing of the image).
+    """
+    from depthvar.study import DigitJudge, badness, best_of_each_class, cas
+
+    judge = DigitJudge()
+    for cell, seed in pairs:
+        samples = load_samples(study, cell, seed)
+        suspects = {name: badness(samples)[name] for name in ("surprise", "change")}
+        suspects["at random"] = np.arange(len(samples.labels_N))
+        filtered: dict[str, dict[str, float]] = {}
+        for name, values_N in suspects.items():
+            for share in _FILTER_SHARES:
+                rest = best_of_each_class(samples, values_N, share)
+                filtered[f"{name} {share:.0%}"] = {
+                    "frechet_distance": judge.frechet(judge.read(rest).features_NF),
+                    "cas": cas(rest.images_NHWC, rest.labels_N, runs=max(1, cell.cas_runs)),
+                }
+        content = {"auroc": judge.signals(samples), "without_worst": filtered}
+        _publish_json(study, study.file("signals", cell, seed), content)
+        advance(1)
+
+
+def _take_times(study: Study, rounds: list[list[Cell]], advance: Callable[[int], object]) -> None:
+    """Seconds per image of every cell, the cells in turn, so that all meet the same machine."""
+    from depthvar.sampling import Sampler
+
+    model, size = _model(study), study.config.batch_size
+    samplers = {cell.name: Sampler(model, cell.policy, model.config.sampling) for cell in rounds[0]}
+    labels = [i % model.config.num_classes for i in range(size)]
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    for round_number in range(len(rounds)):
+        for name, sampler in samplers.items():
+            begun = time.perf_counter()
+            sampler(labels, seed=round_number, indices=range(size))
+            seconds[name].append((time.perf_counter() - begun) / size)
+            advance(1)
+    _publish_json(study, study.times_file, seconds)
+
+
+def _publish_json(study: Study, name: str, content: object) -> None:
+    study.storage.publish_bytes(json.dumps(content, indent=1).encode(), name)
+
+
+def read_json_file(study: Study, name: str) -> Any:
+    """A finished file of the study."""
+    return json.loads(study.storage.read(name))
+
+
+def finished(study: Study, kind: str, cells: Iterable[Cell]) -> list[tuple[Cell, int]]:
+    """The (cell, seed) of a kind that are done."""
+    return [
+        (cell, seed)
+        for cell in cells
+        for seed in study.config.seeds
+        if not _is_missing(study, kind, cell, seed)
+    ]

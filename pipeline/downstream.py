@@ -198,7 +198,7 @@ class ShardStream:
 
     def __init__(self, training_set: TrainingSet, dataset: Dataset, seed: int) -> None:
         workers = training_set.num_workers
-        self._loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             training_pipeline(dataset, seed=seed, num_samples=training_set.num_samples),
             batch_size=_LOADED_BATCH,
             num_workers=workers,
@@ -207,7 +207,7 @@ class ShardStream:
             multiprocessing_context="spawn" if workers and not dataset.storage.is_local else None,
             generator=torch.Generator(),  # or it would draw from the global random stream
         )
-        self._loaded = self._epochs()
+        self._loaded = _epochs(loader)
         self._images_BHWC = torch.empty(0)
         self._labels_B = torch.empty(0, dtype=torch.int64)
 
@@ -224,10 +224,11 @@ class ShardStream:
         self._images_BHWC, self._labels_B = images_BHWC[number:], labels_B[number:]
         return images_BHWC[:number].permute(0, 3, 1, 2), labels_B[:number]
 
-    def _epochs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            with _plain_errors(self._loader.num_workers):
-                yield from self._loader
+
+def _epochs(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        with _plain_errors(loader.num_workers):
+            yield from loader
 
 
 def _batches(

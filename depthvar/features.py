@@ -10,7 +10,7 @@ Shape legend: N images of a set, B of a batch, F features, K classes, C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -98,6 +98,26 @@ class Classifier(nn.Module):
         return Readings(np.concatenate(features), np.concatenate(probabilities))
 
 
+class ShuffledArrays:
+    """Epochs of shuffled images in memory, cut into batches; a batch may span two epochs."""
+
+    def __init__(
+        self, images_NHWC: np.ndarray, labels_N: np.ndarray, generator: torch.Generator
+    ) -> None:
+        self._images_NCHW = _channels_first(images_NHWC)
+        self._labels_N = torch.from_numpy(np.ascontiguousarray(labels_N, dtype=np.int64))
+        self._generator = generator
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` images, uint8 (B, C, H, W), and their labels (B,)."""
+        while len(self._left) < count:
+            epoch = torch.randperm(len(self._labels_N), generator=self._generator)
+            self._left = torch.cat([self._left, epoch])
+        taken_B, self._left = self._left[:count], self._left[count:]
+        return self._images_NCHW[taken_B], self._labels_N[taken_B]
+
+
 def train_classifier(
     images_NHWC: np.ndarray,
     labels_N: np.ndarray,
@@ -113,32 +133,56 @@ def train_classifier(
     `InputError` where there are fewer images than a batch holds.
     """
     recipe = recipe or ClassifierRecipe()
-    if len(images_NHWC) < recipe.batch:
+    check_enough_images(len(images_NHWC), recipe)
+    generator = torch.Generator().manual_seed(seed)
+    source = ShuffledArrays(images_NHWC, labels_N, generator)
+    return fit_classifier(
+        new_classifier(num_classes, images_NHWC.shape[3], seed),
+        (source.take(recipe.batch) for _ in range(recipe.steps)),
+        recipe,
+        generator,
+        after_step,
+    )
+
+
+def check_enough_images(num_images: int, recipe: ClassifierRecipe) -> None:
+    """`InputError` where there are fewer images than a batch holds."""
+    if num_images < recipe.batch:
         raise InputError(
-            f"got {len(images_NHWC)} images to train a classifier on, wanted at least "
+            f"got {num_images} images to train a classifier on, wanted at least "
             f"{recipe.batch}: generate more"
         )
-    generator = torch.Generator().manual_seed(seed)
+
+
+def new_classifier(num_classes: int, channels: int, seed: int) -> Classifier:
+    """A classifier with the random weights of `seed`; the global random stream stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(num_classes, images_NHWC.shape[3])
+        return Classifier(num_classes, channels)
+
+
+def fit_classifier(
+    model: Classifier,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    recipe: ClassifierRecipe,
+    generator: torch.Generator,
+    after_step: Callable[[], object] | None = None,
+) -> Classifier:
+    """Train `model` in place, a step for each of the `recipe.steps` batches, and return it.
+
+    A batch is uint8 images (B, C, H, W) and int64 labels (B,); `generator` moves the images.
+    """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
-    images_NCHW = _channels_first(images_NHWC)
-    targets_N = torch.from_numpy(np.ascontiguousarray(labels_N, dtype=np.int64))
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.2
     )
-    order = _Order(len(images_NCHW), generator)
     model.train()
-    for _ in range(recipe.steps):
-        chosen_B = order.take(recipe.batch)
-        images_BCHW = augment(to_float(images_NCHW[chosen_B]), recipe.augmentation, generator)
-        loss = F.cross_entropy(
-            model(images_BCHW), targets_N[chosen_B], label_smoothing=recipe.label_smoothing
-        )
+    for pixels_BCHW, labels_B in batches:
+        images_BCHW = augment(to_float(pixels_BCHW), recipe.augmentation, generator)
+        loss = F.cross_entropy(model(images_BCHW), labels_B, label_smoothing=recipe.label_smoothing)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -182,21 +226,6 @@ def digit_features() -> Classifier:
 def to_safetensors(model: Classifier) -> bytes:
     """The weights of a classifier as a safetensors file."""
     return save({name: value.contiguous() for name, value in model.state_dict().items()})
-
-
-class _Order:
-    """Epochs of a shuffled data set, cut into batches; a batch may span two epochs."""
-
-    def __init__(self, size: int, generator: torch.Generator) -> None:
-        self._size, self._generator = size, generator
-        self._left = torch.empty(0, dtype=torch.int64)
-
-    def take(self, count: int) -> Tensor:
-        while len(self._left) < count:
-            epoch = torch.randperm(self._size, generator=self._generator)
-            self._left = torch.cat([self._left, epoch])
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
 
 
 def _convolution(inside: int, outside: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:

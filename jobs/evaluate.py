@@ -6,10 +6,7 @@ images: FID, Inception Score, precision and recall, with --inception-weights and
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,8 @@ from tqdm import tqdm
 
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, Positional, load_config
+from jobs._report import ReportConfig, check_report, write_report
+from pipeline.config import Positional, load_config
 from pipeline.evaluation import Evaluation, EvaluationRequest, evaluate
 from pipeline.loader import open_dataset
 from pipeline.samples import ShardError
@@ -36,31 +34,24 @@ _SHOWN = {
 }
 
 
-with warnings.catch_warnings():
-    # pydantic's BaseModel has a deprecated method of the name `json`, which is our flag.
-    warnings.filterwarnings("ignore", message='Field name "json"', category=UserWarning)
+class EvaluateConfig(ReportConfig):
+    """What `jobs.evaluate` can be told."""
 
-    class EvaluateConfig(JobConfig):
-        """What `jobs.evaluate` can be told."""
-
-        out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to measure")
-        json: Path | None = Field(
-            None, description="write the numbers to this file (default: none)"
-        )
-        samples: int | None = Field(
-            None, gt=0, description="use the first images only (default: all that are committed)"
-        )
-        cas_samples: int | None = Field(
-            None, gt=0, description="images to train on for CAS (default: all, at most 5,000)"
-        )
-        cas_runs: int = Field(3, ge=0, description="trainings for CAS, 0 for none")
-        reference: Path | None = Field(
-            None, description=".npz with mu, sigma or arr_0 for FID (default: none)"
-        )
-        inception_weights: Path | None = Field(
-            None, description="torch-fidelity's Inception weights for FID (default: none)"
-        )
-        device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where Inception runs")
+    out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to measure")
+    samples: int | None = Field(
+        None, gt=0, description="use the first images only (default: all that are committed)"
+    )
+    cas_samples: int | None = Field(
+        None, gt=0, description="images to train on for CAS (default: all, at most 5,000)"
+    )
+    cas_runs: int = Field(3, ge=0, description="trainings for CAS, 0 for none")
+    reference: Path | None = Field(
+        None, description=".npz with mu, sigma or arr_0 for FID (default: none)"
+    )
+    inception_weights: Path | None = Field(
+        None, description="torch-fidelity's Inception weights for FID (default: none)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where Inception runs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(
         EvaluateConfig, argv, prog="python -m jobs.evaluate", description=__doc__ or ""
     )
-    if config.json is not None and not config.json.absolute().parent.is_dir():
-        raise InputError(f"--json: got {config.json}, whose folder does not exist: make it")
+    check_report(config)
     dataset = open_dataset(config.out)
     request = EvaluationRequest(
         samples=config.samples,
@@ -83,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = evaluate(dataset, request, _bar)
     except ShardError as error:
         raise InputError(str(error)) from error
-    if config.json is not None:
-        _write(config.json, evaluation)
+    write_report(config, evaluation.to_json())
     print(evaluation_text(evaluation, str(dataset.storage)))
     return EXIT_DONE
 
@@ -110,12 +99,6 @@ def evaluation_text(evaluation: Evaluation, where: str) -> str:
 def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
     with tqdm(total=total, unit=what, desc="evaluate", file=sys.stderr) as bar:
         yield bar.update
-
-
-def _write(path: Path, evaluation: Evaluation) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,7 +29,7 @@ from depthvar.metrics import (
     moments,
     precision_recall,
 )
-from pipeline.loader import Dataset, Sample, iterate_samples
+from pipeline.loader import Dataset, iterate_samples, requested_samples, stacked
 
 MIN_SAMPLES = 10
 """Below this nothing is computed; a Frechet distance wants thousands."""
@@ -106,13 +106,7 @@ def evaluate(
     Errors: `InputError` for too few images and for missing or unfit references and weights;
     `ShardError` for a shard that does not hold what its record says.
     """
-    available = dataset.num_samples
-    if request.samples is not None and request.samples > available:
-        raise InputError(
-            f"got --samples {request.samples}, wanted at most {available}, which are committed in "
-            f"{dataset.storage}: generate more, or ask for fewer"
-        )
-    count = available if request.samples is None else request.samples
+    count = requested_samples(dataset, request.samples)
     if count < MIN_SAMPLES:
         raise InputError(
             f"got {count} images, wanted at least {MIN_SAMPLES} to compare: generate more"
@@ -399,13 +393,8 @@ def _batches(
     samples = islice(iterate_samples(dataset), count)
     with progress("image", count) as advance:
         while batch := list(islice(samples, size)):
-            yield _stacked(batch)
+            yield stacked(batch)
             advance(len(batch))
-
-
-def _stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    images_BHWC = np.stack([sample.image for sample in samples])
-    return images_BHWC, np.array([sample.label for sample in samples], dtype=np.int64)
 
 
 def _notes(dataset: Dataset, count: int, labels_N: np.ndarray) -> tuple[str, ...]:

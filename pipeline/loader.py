@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -72,37 +73,80 @@ def open_dataset(uri: str) -> Dataset:
     return Dataset(storage, plan, records)
 
 
+def requested_samples(dataset: Dataset, samples: int | None) -> int:
+    """How many samples are asked for with `--samples`: all that are committed for None.
+
+    Errors: `InputError` where there are fewer.
+    """
+    available = dataset.num_samples
+    if samples is not None and samples > available:
+        raise InputError(
+            f"got --samples {samples}, wanted at most {available}, which are committed in "
+            f"{dataset.storage}: generate more, or ask for fewer"
+        )
+    return available if samples is None else samples
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """What is read of a shard: its first `num_taken` samples of `num_samples`."""
+
+    shard_id: int
+    num_samples: int
+    num_taken: int
+
+
+def shard_parts(dataset: Dataset, num_samples: int | None = None) -> list[ShardPart]:
+    """The shards that hold the first `num_samples` committed samples, in order; None for all."""
+    left = dataset.num_samples if num_samples is None else num_samples
+    parts = []
+    for shard_id, record in sorted(dataset.records.items()):
+        if left > 0:
+            parts.append(ShardPart(shard_id, record.num_samples, min(left, record.num_samples)))
+            left -= record.num_samples
+    return parts
+
+
+def check_enough_shards(num_shards: int, *, num_ranks: int = 1, num_workers: int) -> None:
+    """`InputError` where some loader worker would have no shard to read."""
+    if num_shards < num_ranks * num_workers:
+        raise InputError(
+            f"got {num_shards} shards for {num_ranks} ranks x {num_workers} loader workers, wanted "
+            "a shard for each: use fewer workers, or generate with a smaller --samples-per-shard"
+        )
+
+
 def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
     """Every sample of the shards that are done, in key order.
 
     Errors: `ShardError` where a shard does not hold what its record says.
     """
     settings = dataset.plan.settings
-    for shard_id, record in sorted(dataset.records.items()):
-        num_read = 0
-        try:
-            with dataset.storage.open_input(tar_name(shard_id)) as stream:
-                for stored in read_tar(stream, settings.image_format):
-                    yield _decoded(stored, settings.image_channels)
-                    num_read += 1
-            if num_read != record.num_samples:
-                raise ShardError(f"got {num_read} samples, wanted {record.num_samples}")
-        except ShardError as error:
-            raise ShardError(
-                f"{tar_name(shard_id)}: {error}; run verify --deep, then generate again"
-            ) from error
+    for part in shard_parts(dataset):
+        for stored in _read_shard(dataset.storage, part, settings.image_format):
+            with _named(stored.key):
+                sample = _decoded(stored, settings.image_channels)
+            yield sample
+
+
+def stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Images of one size as uint8 (N, height, width, channels), and their int64 labels (N,)."""
+    images_NHWC = np.stack([sample.image for sample in samples])
+    return images_NHWC, np.array([sample.label for sample in samples], dtype=np.int64)
 
 
 def training_pipeline(
     dataset: Dataset,
     *,
     seed: int = 0,
+    num_samples: int | None = None,
     shuffle_buffer: int = 1000,
     equal_share: bool = False,
     transform: Callable[[np.ndarray], Any] | None = None,
 ) -> TrainingPipeline:
     """Pairs (image, label) for training, shuffled, split over ranks and loader workers by shard.
 
+    `num_samples` takes the first samples of the shards that are done, None all of them.
     `shuffle_buffer` samples wait in each worker to be mixed; 0 keeps the order. With `equal_share`
     every worker gives the same number of samples (total // workers, repeating its shards where
     they hold fewer), so that no rank waits for another at the end of an epoch; without it every
@@ -111,7 +155,8 @@ def training_pipeline(
     Errors, at the start of iteration: `InputError` for fewer shards than ranks x workers.
     """
     settings = dataset.plan.settings
-    shards = ShardOrder(dataset, seed, shuffle=shuffle_buffer > 0, repeat=equal_share)
+    parts = shard_parts(dataset, num_samples)
+    shards = ShardOrder(parts, seed, shuffle=shuffle_buffer > 0, repeat=equal_share)
     stages: list[Any] = [
         shards,
         partial(_read_shards, uri=dataset.storage.uri, image_format=settings.image_format),
@@ -120,7 +165,8 @@ def training_pipeline(
         stages.append(SampleShuffle(shards, shuffle_buffer))
     stages.append(partial(_training_pairs, channels=settings.image_channels, transform=transform))
     if equal_share:
-        stages.append(partial(_first_share, num_samples=dataset.num_samples))
+        total = sum(part.num_taken for part in parts)
+        stages.append(partial(_first_share, num_samples=total))
     return TrainingPipeline(shards, stages)
 
 
@@ -141,35 +187,29 @@ class TrainingPipeline(wds.DataPipeline):  # type: ignore[misc]
 
 
 class ShardOrder(PipelineStage):  # type: ignore[misc]
-    """The first stage: the ids and sample counts of the shards this worker reads, in order."""
+    """The first stage: what this worker reads of which shards, in order."""
 
-    def __init__(self, dataset: Dataset, seed: int, *, shuffle: bool, repeat: bool) -> None:
-        self.shards = [(i, record.num_samples) for i, record in sorted(dataset.records.items())]
+    def __init__(self, parts: list[ShardPart], seed: int, *, shuffle: bool, repeat: bool) -> None:
+        self.parts = parts
         self.seed, self.shuffle, self.repeat = seed, shuffle, repeat
         self.epoch = 0
 
-    def run(self) -> Iterator[tuple[int, int]]:
+    def run(self) -> Iterator[ShardPart]:
         """One epoch, or with `repeat` one epoch after the other without an end."""
         rank, num_ranks, worker, num_workers = pytorch_worker_info()
-        readers = num_ranks * num_workers
-        if len(self.shards) < readers:
-            raise InputError(
-                f"got {len(self.shards)} shards for {num_ranks} ranks x {num_workers} loader "
-                "workers, wanted a shard for each: use fewer workers, or generate with a smaller "
-                "--samples-per-shard"
-            )
+        check_enough_shards(len(self.parts), num_ranks=num_ranks, num_workers=num_workers)
         first_epoch, self.epoch = self.epoch, self.epoch + 1
-        mine = list(self.shards)
+        mine = list(self.parts)
         self._mix(mine, f"{first_epoch}")
-        mine = mine[rank * num_workers + worker :: readers]
+        mine = mine[rank * num_workers + worker :: num_ranks * num_workers]
         yield from mine
         for lap in count(1) if self.repeat else ():
             self._mix(mine, f"{first_epoch} {lap}")
             yield from mine
 
-    def _mix(self, shards: list[tuple[int, int]], when: str) -> None:
+    def _mix(self, parts: list[ShardPart], when: str) -> None:
         if self.shuffle:
-            random.Random(f"{self.seed} {when}").shuffle(shards)
+            random.Random(f"{self.seed} {when}").shuffle(parts)
 
 
 class SampleShuffle(PipelineStage):  # type: ignore[misc]
@@ -193,22 +233,32 @@ class SampleShuffle(PipelineStage):  # type: ignore[misc]
         yield from buffer
 
 
-def _read_shards(
-    shards: Iterable[tuple[int, int]], *, uri: str, image_format: str
-) -> Iterator[TarSample]:
+def _read_shards(parts: Iterable[ShardPart], *, uri: str, image_format: str) -> Iterator[TarSample]:
     """The samples of the shards; the storage is opened here, in the loader worker's process."""
     storage = Storage.open(uri)
-    for shard_id, num_samples in shards:
-        num_read = 0
-        with storage.open_input(tar_name(shard_id)) as stream:
-            for sample in read_tar(stream, image_format):
-                yield sample
-                num_read += 1
-        if num_read != num_samples:
-            raise ShardError(
-                f"{tar_name(shard_id)}: got {num_read} samples, wanted {num_samples}: "
-                "run verify --deep, then generate again"
-            )
+    for part in parts:
+        yield from _read_shard(storage, part, image_format)
+
+
+def _read_shard(storage: Storage, part: ShardPart, image_format: str) -> Iterator[TarSample]:
+    num_read = 0
+    with _named(tar_name(part.shard_id)), storage.open_input(tar_name(part.shard_id)) as stream:
+        for sample in read_tar(stream, image_format):
+            yield sample
+            num_read += 1
+            if num_read == part.num_taken < part.num_samples:
+                return
+        if num_read != part.num_samples:
+            raise ShardError(f"got {num_read} samples, wanted {part.num_samples}")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say which shard or sample is damaged, and what to do."""
+    try:
+        yield
+    except ShardError as error:
+        raise ShardError(f"{what}: {error}; run verify --deep, then generate again") from error
 
 
 def _training_pairs(
@@ -218,7 +268,8 @@ def _training_pairs(
     transform: Callable[[np.ndarray], Any] | None,
 ) -> Iterator[tuple[Any, int]]:
     for sample in samples:
-        image = decode_image(sample.image, channels)
+        with _named(sample.key):
+            image = decode_image(sample.image, channels)
         yield (image if transform is None else transform(image)), sample.label
 
 

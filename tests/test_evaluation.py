@@ -21,11 +21,9 @@ from pipeline.evaluation import (
     inception_evaluation,
 )
 from pipeline.loader import Dataset, iterate_samples, open_dataset
-from pipeline.manifest import publish_shard
-from pipeline.plan import JobPlan, open_plan
+from pipeline.plan import JobPlan
 from pipeline.storage import Storage
-from pipeline.writer import ShardWriter
-from tests.fake_shards import NUM_SCALES, FakeBatch, make_plan, record_of, write_dataset
+from tests.fake_shards import make_plan, write_dataset, write_images
 
 NO_CAS = EvaluationRequest(cas_runs=0)
 DIGITS = model_config("digits")
@@ -39,21 +37,6 @@ def digit_plan(counts: dict[int, int] | None = None) -> JobPlan:
         samples_per_shard=60,
         batch_size=25,
     )
-
-
-def write_images(folder: Path, plan: JobPlan, images_NHWC: np.ndarray) -> Dataset:
-    """A dataset that holds these images, one for each index."""
-    storage = Storage.open(folder)
-    plan = open_plan(storage, plan)
-    for shard_id in range(plan.num_shards):
-        shard = plan.shard(shard_id)
-        with ShardWriter(plan, shard, folder.parent / "scratch") as writer:
-            for start, stop in shard.micro_batches:
-                zeros = np.zeros((stop - start, NUM_SCALES), dtype=np.float32)
-                writer.add(FakeBatch(images_NHWC[start:stop], zeros, zeros), start)
-            built = writer.finish()
-            publish_shard(storage, plan, built, record_of(plan, built))
-    return open_dataset(str(folder))
 
 
 def planned_labels(plan: JobPlan) -> np.ndarray:

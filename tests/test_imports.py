@@ -26,6 +26,7 @@ PIPELINE_ORDER = (
     "writer",
     "loader",
     "evaluation",
+    "downstream",
     "export",
     "shard_check",
     "verify",
@@ -101,10 +102,11 @@ def test_only_the_actor_touches_what_runs_a_model():
             "config": {"checkpoint"},
             "actor": {"checkpoint", "sampling"},
             "evaluation": {"features", "metrics", "inception"},
+            "downstream": {"features", "training"},
         }.get(file.stem, set())
         assert parts <= pure | more, file
 
 
-def test_torch_is_imported_by_the_pipeline_only_where_a_worker_needs_it():
+def test_torch_is_imported_by_the_pipeline_only_where_a_model_runs_or_trains():
     users = [f.stem for f in modules("pipeline") if "torch" in packages(f)]
-    assert users == ["actor"]
+    assert users == ["actor", "downstream"]

@@ -129,6 +129,42 @@ def test_with_equal_share_every_worker_gives_the_same_number(dataset, monkeypatc
     assert counts == [13, 13, 13, 13]
 
 
+@pytest.mark.parametrize("count", [1, 9, 25, 54])
+def test_the_first_samples_can_be_asked_for(dataset, count):
+    made = [_fingerprint(image) for image in fake_batch(dataset.plan, range(count)).images_BHWC]
+    in_order = training_pipeline(
+        dataset, num_samples=count, shuffle_buffer=0, transform=_fingerprint
+    )
+    assert [image for image, _ in in_order] == made
+    shuffled = training_pipeline(dataset, num_samples=count, transform=_fingerprint)
+    assert Counter(image for image, _ in shuffled) == Counter(made)
+
+
+def test_an_equal_share_of_the_first_samples(dataset, monkeypatch):
+    first = Counter(training_pipeline(dataset, num_samples=25, transform=_fingerprint))
+    for rank in range(2):
+        _pretend(monkeypatch, rank, 2, 0, 1)
+        pipeline = training_pipeline(
+            dataset, num_samples=25, equal_share=True, transform=_fingerprint
+        )
+        share = list(pipeline)
+        assert len(share) == 12
+        assert set(share) <= set(first)
+
+
+def test_a_damaged_image_is_named_in_training_too(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
+    tar = storage.read("train/00001.tar")
+    start = tar.index(b"\x89PNG")
+    storage.publish_bytes(tar[:start] + bytes(8) + tar[start + 8 :], "train/00001.tar")
+    dataset = open_dataset(str(tmp_path / "out"))
+    for samples in (training_pipeline(dataset, shuffle_buffer=0), iterate_samples(dataset)):
+        with pytest.raises(ShardError, match=rf"^{key_of(9)}: .*run verify --deep"):
+            list(samples)
+    assert plan.shard_range(1)[0] == 9
+
+
 def test_too_few_shards_is_an_error_and_not_a_hang(dataset, monkeypatch):
     _pretend(monkeypatch, 0, 4, 0, 2)
     with pytest.raises(InputError, match="6 shards for 4 ranks x 2 loader workers"):

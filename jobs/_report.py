@@ -1,0 +1,40 @@
+"""The `--json FILE` of jobs that measure something."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from depthvar.errors import InputError
+from pipeline.config import JobConfig
+
+with warnings.catch_warnings():
+    # pydantic's BaseModel has a deprecated method of the name `json`, which is our flag.
+    warnings.filterwarnings("ignore", message='Field name "json"', category=UserWarning)
+
+    class ReportConfig(JobConfig):
+        """Base of the configurations that have `--json`."""
+
+        json: Path | None = Field(
+            None, description="write the numbers to this file (default: none)"
+        )
+
+
+def check_report(config: ReportConfig) -> None:
+    """`InputError` where the JSON file cannot be written because its folder is missing."""
+    if config.json is not None and not config.json.absolute().parent.is_dir():
+        raise InputError(f"--json: got {config.json}, whose folder does not exist: make it")
+
+
+def write_report(config: ReportConfig, numbers: Mapping[str, object]) -> None:
+    """Write the JSON file, if one is asked for: whole, or not at all."""
+    if config.json is None:
+        return
+    temporary = config.json.with_name(f".tmp-{os.getpid()}-{config.json.name}")
+    temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, config.json)

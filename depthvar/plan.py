@@ -9,6 +9,7 @@ Pure numbers: no model, no torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthvar.errors import InputError
-from depthvar.policy import MAX_COMPENSATION, BlockOrder, DepthPolicy
+from depthvar.policy import MAX_COMPENSATION, Allocation, BlockOrder, DepthPolicy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
     """Depth scores G at the percentiles of `count` tokens, ascending, with the given mean.
 
     The percentiles are the midpoints (r + 1/2) / n. Every family is monotone, within [0, 1], and
-    has mean `mean` over the tokens; the step family to within half a token.
+    has mean `mean` over the tokens; the step and octaves families to within half a token.
     """
     percentiles = (np.arange(count) + 0.5) / count
     reach = policy.steepness * min(mean, 1 - mean)
@@ -53,6 +54,10 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
         return mean - reach * np.cos(np.pi * percentiles)
     if policy.schedule == "step":
         return (np.arange(count) >= count - round(mean * count)).astype(np.float64)
+    if policy.schedule == "octaves":
+        shallow = 0.5 ** math.ceil(math.log2(1 / mean))
+        num_deep = round((mean / shallow - 1) * count)
+        return np.where(np.arange(count) >= count - num_deep, 2 * shallow, shallow)
     if policy.schedule == "power":
         return _power_with_mean(percentiles, mean)
     return np.full(count, mean)
@@ -159,6 +164,17 @@ class DepthPlan:
         )
 
 
+def mean_depth(
+    sides: tuple[int, ...], reference: int, index: int, allocation: Allocation
+) -> float:
+    """Mean depth of a scale after the reference scale, as a share of the blocks, in (0, 1]."""
+    spent = sides[reference] ** 2
+    if allocation == "reference":
+        return min(1.0, spent / sides[index] ** 2)
+    later = sides[reference + 1 :]
+    return min(1.0, len(later) * spent / sum(side * side for side in later))
+
+
 def _plan_scale(
     index: int, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy
 ) -> ScalePlan:
@@ -167,7 +183,7 @@ def _plan_scale(
     scores, percentiles, shift = np.ones(count), np.zeros(count), 0
     if adaptive:
         assert reference is not None
-        mean = min(1.0, sides[reference] ** 2 / count)
+        mean = mean_depth(sides, reference, index, policy.allocation)
         scores = schedule_scores(policy, mean, count)[::-1]
         scores = np.maximum(scores, policy.min_depth / num_blocks)
         if policy.dither:

@@ -13,12 +13,13 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from depthvar.errors import InputError
 
-Schedule = Literal["constant", "linear", "power", "cosine", "step"]
+Schedule = Literal["constant", "linear", "power", "cosine", "octaves", "step"]
 Ranking = Literal["change", "distance", "entropy", "log-probability", "spread", "random"]
 Proxy = Literal["none", "raw", "calibrated", "output"]
 Blending = Literal["none", "score", "mean"]
 SkippedKeysValues = Literal["none", "proxy"]
 BlockOrder = Literal["bit-reversal", "first", "ends"]
+Allocation = Literal["reference", "equal"]
 
 MAX_COMPENSATION = 4 / 3
 
@@ -30,7 +31,10 @@ class DepthPolicy:
     preset: name this value was made from; a label only.
     reference_scale: R, the last scale at full depth, 0-based; later scales may spend what scale R
         spent (P). None: every scale runs at full depth.
-    schedule: family of the scheduling function G (P).
+    allocation: how the later scales share what they may spend in sum: each what scale R spends, so
+        that the mean depth falls as scales grow (P), or all at the same mean depth.
+    schedule: family of the scheduling function G (P). `octaves` gives every token one of two
+        neighbouring depths of L, L/2, L/4 ..., whose bit-reversed blocks are evenly spaced.
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
     rotation: fraction of a turn by which the percentiles move on from one scale to the next (R).
     ranking: what orders the tokens, lowest first: the feature change of the previous scale (P), the
@@ -55,6 +59,7 @@ class DepthPolicy:
 
     preset: str = "full"
     reference_scale: int | None = None
+    allocation: Allocation = "reference"
     schedule: Schedule = "constant"
     steepness: float = 1.0
     rotation: float = 0.0

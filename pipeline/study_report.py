@@ -233,18 +233,18 @@ def signal_tables(study: Study, cell: Cell) -> str:
     lines = [f"Signals of {cell.method} at {cell.budget}, AUROC:\n"]
     lines += [_row(["signal", "read as another digit", "poorest 5%"]), _row(["---"] * 3)]
     for signal in read[0]["auroc"]:
-        verdicts = [
-            Interval.of([content["auroc"][signal][verdict] for content in read]).text(2)
-            for verdict in ("wrong", "poor")
-            if all(verdict in content["auroc"][signal] for content in read)
-        ]
+        verdicts = []
+        for verdict in ("wrong", "poor"):
+            values = [content["auroc"][signal].get(verdict) for content in read]
+            found = [value for value in values if value is not None]
+            verdicts.append(Interval.of(found).text(2) if len(found) == len(read) else "")
         lines.append(_row([signal, *verdicts]))
-    lines += ["", _row(["left out", "Frechet distance", "CAS, %"]), _row(["---"] * 3)]
+    lines += ["", _row(["left out: the worst by", "Frechet distance", "CAS, %"]), _row(["---"] * 3)]
     for name in read[0]["without_worst"]:
         values = [content["without_worst"][name] for content in read]
         frechet = Interval.of([value["frechet_distance"] for value in values])
         accuracy = Interval.of([value["cas"] for value in values])
-        lines.append(_row([f"worst by {name}", frechet.text(3), accuracy.text(2, percent=True)]))
+        lines.append(_row([name, frechet.text(3), accuracy.text(2, percent=True)]))
     return "\n".join(lines) + "\n"
 
 

@@ -72,7 +72,10 @@ def scores_and_depths_of_scale(
     count, reference = sides[scale] ** 2, policy.reference_scale
     if reference is None or scale <= reference:
         return [1.0] * count, [num_blocks] * count
-    mean = min(1.0, sides[reference] ** 2 / count)
+    spends = [min(sides[reference] ** 2, side**2) for side in sides[reference + 1 :]]
+    mean = spends[scale - reference - 1] / count
+    if policy.allocation == "equal":
+        mean = sum(spends) / sum(side**2 for side in sides[reference + 1 :])
     if mean == 1.0:
         return [1.0] * count, [num_blocks] * count
     turn = policy.rotation * (scale - reference - 1)
@@ -81,6 +84,9 @@ def scores_and_depths_of_scale(
     reach = policy.steepness * min(mean, 1 - mean)
     power = power_with_mean(all_percentiles, mean) if policy.schedule == "power" else 0.0
     num_deep = round(mean * count)
+    shallow = 1.0
+    while shallow > mean:
+        shallow /= 2
     scores, depths = [], []
     for rank in ranks(ranking_T):
         rotated = (rank + offset) % count
@@ -90,6 +96,7 @@ def scores_and_depths_of_scale(
             "linear": mean + reach * (2 * percentile - 1),
             "cosine": mean - reach * math.cos(math.pi * percentile),
             "power": percentile**power,
+            "octaves": shallow * (2 if rotated >= count - round((mean - shallow) / shallow * count) else 1),
             "step": 1.0 if rotated >= count - num_deep else 0.0,
         }[policy.schedule]
         score = max(score, policy.min_depth / num_blocks)
@@ -573,12 +580,13 @@ def _sample_one(
     transformer, tokenizer = states
     labels = [label, config.num_classes] if settings.cfg > 0 else [label]
     blocks = VarBlocks(transformer, config, transformer["class_emb.weight"][labels])
-    dense = DenseDepth(blocks, config.sides, config.num_blocks, policy, *(fit or (None, None)))
+    sides = config.sides[: len(config.sides) - policy.skip_last_scales]
+    dense = DenseDepth(blocks, sides, config.num_blocks, policy, *(fit or (None, None)))
     codebook_VZ = tokenizer["quantize.embedding.weight"]
     last = config.sides[-1]
     f_hat_ZHW = codebook_VZ.new_zeros(codebook_VZ.shape[1], last, last)
     scales, begin, draws = [], 0, []
-    for i, side in enumerate(config.sides[: len(config.sides) - policy.skip_last_scales]):
+    for i, side in enumerate(sides):
         end = begin + side**2
         x_GTC = blocks.embed(i, at_side(f_hat_ZHW, side) if i else None)
         given_T = random_N[begin:end]

@@ -129,7 +129,8 @@ def test_a_backbone_with_rotary_positions_and_text_equals_the_dense_reference(nu
         rows = [sample, sample + 3]
         blocks = DenseRotaryText(backbone, text_GMC[rows])
         fits = (fit.slope_SLC, fit.offset_SLC)
-        dense = reference.DenseDepth(blocks, sides, num_blocks, policy, *fits)
+        sampled = sides[: len(plan.scales)]
+        dense = reference.DenseDepth(blocks, sampled, num_blocks, policy, *fits)
         for i, (x_GTC, random_BT) in enumerate(inputs_of(plan, 3)):
             want = dense.run_scale(x_GTC[rows], random_BT[sample].tolist())
             close = {"rtol": 0, "atol": 1e-9}

@@ -34,10 +34,7 @@ from tests.fault_hook import FAULTS_VARIABLE
 #   gpus: file that gains a line `node GPU-ids` per load of the model
 #   segfault, memory, gpu_memory, nan: index whose batch ends its process, asks for more memory than
 #     there is, is refused memory by torch, has a signal that is no number
-#   grow: index whose batch takes ever more memory, up to GROWS_TO
 #   environment: number added to every pixel, as another environment's last bits would
-
-GROWS_TO = 3 * 2**30
 
 
 def set_faults(path: Path, **faults: object) -> None:
@@ -113,15 +110,6 @@ class FakeSampler:
         )
 
 
-def _grow() -> None:
-    """Take memory until the process is ended; if it is not, give up at a limit."""
-    taken: list[np.ndarray] = []
-    while sum(block.nbytes for block in taken) < GROWS_TO:
-        taken.append(np.ones(2**27, np.uint8))
-        time.sleep(0.05)
-    raise AssertionError("nothing ended the process")
-
-
 def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
     faults = faults_in_force()
     if "loads" in faults:
@@ -152,8 +140,6 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
         bytearray(2**60)
     if faults.get("gpu_memory") in indices:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    if faults.get("grow") in indices:
-        _grow()
     once = faults.get("crash_once")
     if once is not None:
         with contextlib.suppress(FileNotFoundError):

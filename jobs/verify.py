@@ -24,6 +24,7 @@ from pipeline.storage import Storage
 from pipeline.verify import Report, verify
 
 _SHOWN = 10  # images that differ, one line each
+_SHALLOW = "records and sizes only, add --deep to read every byte"
 
 
 def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = None) -> int:
@@ -81,7 +82,7 @@ def report_text(report: Report, where: str) -> str:
         f"{'-' if p.shard is None else shard_name(p.shard)}  {p.kind}: {p.message}"
         for p in report.problems
     ]
-    depth = "hashes, contents and labels" if report.is_deep else "records and sizes"
+    depth = "hashes, contents and labels" if report.is_deep else _SHALLOW
     lines.append(
         f"{where}: {report.num_sound:,} of {report.num_shards:,} shards sound"
         f" ({report.num_samples:,} images), {len(report.problems)} problems; checked {depth}"

@@ -369,7 +369,7 @@ class RayCrew:
             alive = _alive_nodes()
             for charge in self._charges:
                 if charge.node_id not in alive:
-                    run.queue.refund(charge.shard_id)
+                    run.refund(charge.shard_id, "its worker had died with its node")
             self._charges = [c for c in self._charges if c.node_id in alive and c.until_s > now_s]
 
     def _staff(self, run: ShardRun) -> None:

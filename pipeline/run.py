@@ -77,7 +77,8 @@ class StopSignals:
 class ShardRun:
     """Bookkeeping of one run: what is heard of a shard goes to the queue, the bar and the ledger.
 
-    The ledger is `meta/failures.jsonl`, one line per charged failure with its traceback.
+    The ledger is `meta/failures.jsonl`, one line per charged failure with its traceback, and one
+    per charge that was taken back.
     """
 
     def __init__(
@@ -144,18 +145,13 @@ class ShardRun:
         set_aside = self.queue.failed(shard_id)
         self._bar.take_back(shard_id)
         self._write_ledger(
-            {
-                "shard_id": shard_id,
-                "fingerprint": self._plan.shard_fingerprint(shard_id),
-                "attempt": assignment.attempt,
-                "failures": self.queue.failures(shard_id),
-                "set_aside": set_aside,
-                "cause": _STORAGE if is_storage else "shard",
-                "error": error,
-                "traceback": trace,
-                "worker": worker,
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
+            shard_id,
+            attempt=assignment.attempt,
+            set_aside=set_aside,
+            cause=_STORAGE if is_storage else "shard",
+            error=error,
+            traceback=trace,
+            worker=worker,
         )
         what = f"set aside, see {LEDGER_NAME}" if set_aside else "will be tried again"
         say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
@@ -177,6 +173,12 @@ class ShardRun:
         if reason:
             say(f"shard {shard_name(assignment.shard_id)} goes to another worker: {reason}")
 
+    def refund(self, shard_id: int, reason: str) -> None:
+        """Take back the charge for a failure that was none of the shard's."""
+        self.queue.refund(shard_id)
+        self._write_ledger(shard_id, set_aside=False, cause="node", error=reason)
+        say(f"shard {shard_name(shard_id)} gets its attempt back: {reason}")
+
     def _done(self, shard_id: int) -> None:
         start, stop = self._plan.shard_range(shard_id)
         self.queue.done(shard_id)
@@ -190,7 +192,14 @@ class ShardRun:
         except OSError:
             return False
 
-    def _write_ledger(self, entry: dict[str, object]) -> None:
+    def _write_ledger(self, shard_id: int, **what: object) -> None:
+        entry = {
+            "shard_id": shard_id,
+            "fingerprint": self._plan.shard_fingerprint(shard_id),
+            "failures": self.queue.failures(shard_id),
+            **what,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         try:
             try:
                 earlier = self._storage.read(LEDGER_NAME)

@@ -1,11 +1,12 @@
-"""`python -m tests.chaos [--kills 200] [--seed 0]`: kill the job everywhere, and lose nothing.
+"""`python -m tests.chaos [--kills 220] [--ray 44] [--seed 0]`: kill the job and lose nothing.
 
-Kills (SIGKILL) workers, drivers and nodes at every fault point and at random times. After each the
-job is run once more; then the dataset must be sound (`verify --deep`) and its tars and Parquet the
-bytes of an undisturbed run. Prints one row per fault and exits with code 1 if anything is amiss.
+Kills (SIGKILL) processes, workers, drivers and nodes at every fault point and at random times.
+After each the same job is run once more; then the dataset must be sound (`verify --deep`) and its
+tars and Parquet the bytes of an undisturbed run. Prints one row per kind of fault and exits with
+code 1 if anything is amiss. Ends only processes that it started.
 
-Most kills hit a process without Ray, forked from this one, where driver and worker are the same;
-the last part runs on Ray. Ends only processes that it started.
+Without Ray, driver and worker are one process, forked from this one. On Ray (`tests.chaos_ray`)
+one small cluster serves all jobs, and one job may lose several workers or nodes before it ends.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -36,20 +36,17 @@ from jobs import verify
 from pipeline.config import GenerateConfig
 from pipeline.driver import generate
 from pipeline.faults import POINTS
+from tests.chaos_ray import RayNodes, kills_on_ray
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import set_faults
-from tests.fault_hook import FAULTS_VARIABLE, arm, armed
+from tests.fault_hook import FAULTS_VARIABLE, arm, disarm
 
 tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
-ROOT = Path(__file__).parent.parent
 MEMORY = Path("/dev/shm")  # a kill loses nothing of it, and it is fast
 NUM_SHARDS = 6
 SETTINGS = {"per_class": 5, "samples_per_shard": 9, "batch_size": 4, "contact_sheet": 0}
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-WORKER_POINTS = tuple(p for p in POINTS if not p.startswith(("plan", "indexes")))
-ONCE_POINTS = tuple(p for p in POINTS if p not in WORKER_POINTS)
+ONCE_POINTS = tuple(p for p in POINTS if p.startswith(("plan", "indexes")))
 PASSES = {"batch-sampled": 15, "file-staged": 20, "file-replaced": 20}  # else one per shard
-JOB_LIMIT_S = 180.0
 
 
 @dataclass
@@ -57,6 +54,7 @@ class Row:
     """What one kind of fault did."""
 
     kills: int = 0
+    points: set[str] = field(default_factory=set)
     lost: int = 0
     doubled: int = 0
     unsound: int = 0
@@ -64,7 +62,7 @@ class Row:
 
 @dataclass
 class Chaos:
-    """Counts per fault, and the folder where everything happens."""
+    """Counts per kind of fault, and the folder where everything happens."""
 
     folder: Path
     rng: random.Random
@@ -73,35 +71,46 @@ class Chaos:
     reference: dict[str, bytes] = field(default_factory=dict)
     run_s: float = 0.0
 
-    def trial(self, name: str, attack: Callable[[Path], int]) -> None:
-        """Attack a fresh job, run it once more, and judge what is there."""
+    @property
+    def num_kills(self) -> int:
+        return sum(row.kills for row in self.rows.values())
+
+    def trial(
+        self,
+        name: str,
+        attack: Callable[[Path], tuple[int, set[str]]],
+        rerun: Callable[[Path], int],
+    ) -> None:
+        """Attack a fresh job, run it once more, and judge what is there.
+
+        An attack gives the number of kills that hit, and the fault points where they did.
+        """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         set_faults(folder / "faults.json")
-        kills = attack(folder)
-        for leftover in [*folder.glob("kill-*"), *folder.glob("pass-*")]:
-            leftover.unlink()
-        set_faults(folder / "faults.json")
-        code = ended(forked_job(folder))
+        kills, points = attack(folder)
+        code = rerun(folder)
         row = self.rows.setdefault(name, Row())
         row.kills += kills
-        lost, doubled = self.damage(folder)
+        row.points |= points
+        lost, doubled = damage(folder)
         row.lost, row.doubled = row.lost + lost, row.doubled + doubled
         is_same = data_files(folder / "out") == self.reference
         if code != 0 or not is_same or ended(forked_verify(folder)) != 0:
             row.unsound += 1
-            self.bar.write(f"{name}: code {code}, same bytes {is_same}: see {folder}")
+            self.bar.write(f"{name} {points}: code {code}, same bytes {is_same}: see {folder}")
         else:
             shutil.rmtree(folder)
         self.bar.update(kills)
 
-    def damage(self, folder: Path) -> tuple[int, int]:
-        """Samples of the undisturbed run that are not there, and those that are there twice."""
-        keys: Counter[str] = Counter()
-        for file in (folder / "out" / "train").glob("*.tar"):
-            with tarfile.open(file) as tar:
-                keys.update(n.partition(".")[0] for n in tar.getnames() if n.endswith(".cls"))
-        wanted = 10 * SETTINGS["per_class"]
-        return wanted - len(keys), sum(keys.values()) - len(keys)
+
+def damage(folder: Path) -> tuple[int, int]:
+    """Samples of the undisturbed run that are not there, and those that are there twice."""
+    keys: Counter[str] = Counter()
+    for file in (folder / "out" / "train").glob("*.tar"):
+        with tarfile.open(file) as tar:
+            keys.update(n.partition(".")[0] for n in tar.getnames() if n.endswith(".cls"))
+    wanted = 10 * SETTINGS["per_class"]
+    return wanted - len(keys), sum(keys.values()) - len(keys)
 
 
 def data_files(out: Path) -> dict[str, bytes]:
@@ -144,24 +153,30 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def at_point(point: str, passes: int) -> Callable[[Path], int]:
+def rerun_without_ray(folder: Path) -> int:
+    disarm(folder)
+    return ended(forked_job(folder))
+
+
+def at_point(point: str, passes: int) -> Callable[[Path], tuple[int, set[str]]]:
     """Kill a job without Ray at a fault point."""
 
-    def attack(folder: Path) -> int:
+    def attack(folder: Path) -> tuple[int, set[str]]:
         arm(folder, point, passes)
-        return int(ended(forked_job(folder)) == -signal.SIGKILL)
+        is_hit = ended(forked_job(folder)) == -signal.SIGKILL
+        return int(is_hit), {point} if is_hit else set()
 
     return attack
 
 
-def after(seconds: float) -> Callable[[Path], int]:
+def after(seconds: float) -> Callable[[Path], tuple[int, set[str]]]:
     """Kill a job without Ray after some time."""
 
-    def attack(folder: Path) -> int:
+    def attack(folder: Path) -> tuple[int, set[str]]:
         pid = forked_job(folder)
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
-        return int(ended(pid) == -signal.SIGKILL)
+        return int(ended(pid) == -signal.SIGKILL), set()
 
     return attack
 
@@ -169,114 +184,33 @@ def after(seconds: float) -> Callable[[Path], int]:
 def without_ray(chaos: Chaos, kills: int) -> None:
     """Six of ten kills at fault points in turn, the others at random times."""
     count = num_points = 0
-    while (done := sum(row.kills for row in chaos.rows.values())) < kills:
+    while chaos.num_kills < kills:
         if count % 10 < 6:
             point = POINTS[num_points % len(POINTS)]
             num_points += 1
             most = 1 if point in ONCE_POINTS else PASSES.get(point, NUM_SHARDS)
             attack = at_point(point, chaos.rng.randrange(most))
-            chaos.trial(f"process, {point}", attack)
+            chaos.trial("job without Ray, at fault points", attack, rerun_without_ray)
         else:
             attack = after(chaos.rng.uniform(0.0, chaos.run_s))
-            chaos.trial("process, at a random time", attack)
+            chaos.trial("job without Ray, at random times", attack, rerun_without_ray)
         count += 1
-        assert count < 3 * kills + 50, f"only {done} of {count} kills hit"
+        assert count < 3 * kills + 50, f"only {chaos.num_kills} of {count} kills hit"
 
 
-def ray_job(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    """A job on Ray in a process group of its own."""
-    argv = [f"--out={folder / 'out'}", f"--scratch={folder / 'scratch'}", "--max-attempts=50"]
-    with open(folder / "log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_job", *argv, *FLAGS, *more],
-            cwd=ROOT,
-            env={**os.environ, FAULTS_VARIABLE: str(folder / "faults.json")},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def finish(job: subprocess.Popen[bytes]) -> None:
-    """Wait for a job; end the process group of one that hangs."""
-    try:
-        job.wait(timeout=JOB_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-
-
-def kill_workers(points: list[str]) -> Callable[[Path], int]:
-    """Kill one worker after the other at these points of one job on Ray, which goes on."""
-
-    def attack(folder: Path) -> int:
-        for point in points:
-            arm(folder, point)
-        finish(ray_job(folder, "--workers=2", "--device=cpu"))
-        return len(points) - len(armed(folder))
-
-    return attack
-
-
-def kill_driver(point: str) -> Callable[[Path], int]:
-    """Kill the driver of a job on Ray while a worker is at this point."""
-
-    def attack(folder: Path) -> int:
-        job = ray_job(folder, "--workers=2", "--device=cpu")
-        arm(folder, point, passes=1, victim=job.pid)
-        finish(job)
-        return int(job.returncode == -signal.SIGKILL)
-
-    return attack
-
-
-def kill_nodes(count: int) -> Callable[[Path], int]:
-    """Kill nodes of a small cluster in the middle of a job, each replaced by another."""
-
-    def attack(folder: Path) -> int:
-        from ray.cluster_utils import Cluster
-
-        os.environ[FAULTS_VARIABLE] = str(folder / "faults.json")
-        set_faults(folder / "faults.json", batch_s=0.3)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
-        killed = 0
-        try:
-            nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
-            job = ray_job(folder, f"--address={cluster.address}", "--workers=2")
-            for number in range(count):
-                if not has_shards(folder, number + 1, job):
-                    break
-                cluster.remove_node(nodes.pop(0), allow_graceful=False)
-                killed += 1
-                nodes.append(cluster.add_node(num_cpus=1, num_gpus=1))
-            finish(job)
-        finally:
-            cluster.shutdown()
-        return killed
-
-    return attack
-
-
-def has_shards(folder: Path, count: int, job: subprocess.Popen[bytes]) -> bool:
-    """Wait until so many shards are committed; False if the job ends before."""
-    while len(list(folder.glob("out/meta/0*.json"))) < count:
-        if job.poll() is not None:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def on_ray(kills: int) -> Iterator[tuple[str, Callable[[Path], int]]]:
-    """Trials on Ray, for about so many kills."""
-    half = len(WORKER_POINTS) // 2
-    driver_points = ("batch-sampled", "shard-built", "tar-published", "parquet-published")
-    for number in range(max(1, kills // 9)):
-        points = WORKER_POINTS[:half] if number % 2 else WORKER_POINTS[half:]
-        yield "worker on Ray, at fault points", kill_workers(list(points))
-        if number < 4:
-            yield "driver on Ray, at fault points", kill_driver(driver_points[number])
-        if number % 2 == 0:
-            yield "node (all its processes)", kill_nodes(2)
+def on_ray(chaos: Chaos, kills: int) -> None:
+    """So many kills more, on one cluster."""
+    wanted = chaos.num_kills + kills
+    control = chaos.folder / "ray"
+    control.mkdir()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    with RayNodes.started(control, flags) as nodes:
+        for count, (name, attack) in enumerate(kills_on_ray(nodes, chaos.rng)):
+            left = wanted - chaos.num_kills
+            if not left:
+                return
+            assert count < 3 * kills + 50, f"only {kills - left} of {count} attacks hit"
+            chaos.trial(name, lambda folder, a=attack, n=left: a(folder, n), nodes.run)
 
 
 def prepare(chaos: Chaos) -> None:
@@ -291,41 +225,51 @@ def prepare(chaos: Chaos) -> None:
     assert code == 0, (folder / "log").read_text()
     assert len(chaos.reference) == 2 * NUM_SHARDS
     assert ended(forked_verify(folder)) == 0, (folder / "verify").read_text()
-    assert chaos.damage(folder) == (0, 0)
+    assert damage(folder) == (0, 0)
 
 
 def table(rows: dict[str, Row]) -> str:
-    """Markdown, one row per fault."""
-    lines = ["| fault | kills | lost | doubled | unsound |", "|---|---|---|---|---|"]
+    """Markdown, one row per kind of fault."""
+    lines = ["| fault | points | kills | lost | doubled | unsound |", "|---|---|---|---|---|---|"]
     total = Row()
     for name, row in sorted(rows.items()):
-        lines.append(f"| {name} | {row.kills} | {row.lost} | {row.doubled} | {row.unsound} |")
+        lines.append(
+            f"| {name} | {len(row.points)} | {row.kills} | {row.lost} | {row.doubled}"
+            f" | {row.unsound} |"
+        )
+        total.points |= row.points
         for part in ("kills", "lost", "doubled", "unsound"):
             setattr(total, part, getattr(total, part) + getattr(row, part))
-    lines.append(f"| all | {total.kills} | {total.lost} | {total.doubled} | {total.unsound} |")
+    lines.append(
+        f"| all | {len(total.points)} | {total.kills} | {total.lost} | {total.doubled}"
+        f" | {total.unsound} |"
+    )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=220)
     parser.add_argument("--ray", type=int, default=None, help="of them on Ray (default: a fifth)")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    place = MEMORY if os.access(MEMORY, os.W_OK) else None
     ray_kills = options.kills // 5 if options.ray is None else options.ray
+    place = MEMORY if os.access(MEMORY, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=place))
     with (
-        tempfile.TemporaryDirectory(prefix="chaos-", dir=place) as folder,
         mock.patch("pipeline.config.identify_weights", fake_weights),
         tqdm(total=options.kills, unit="kill", file=sys.stderr) as bar,
     ):
-        chaos = Chaos(Path(folder), random.Random(options.seed), bar)
+        chaos = Chaos(folder, random.Random(options.seed), bar)
         prepare(chaos)
         without_ray(chaos, options.kills - ray_kills)
-        for name, attack in on_ray(ray_kills) if ray_kills else ():
-            chaos.trial(name, attack)
+        if ray_kills:
+            on_ray(chaos, ray_kills)
     print(table(chaos.rows))
-    return int(any(row.lost or row.doubled or row.unsound for row in chaos.rows.values()))
+    if any(row.lost or row.doubled or row.unsound for row in chaos.rows.values()):
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,8 +18,8 @@ def fake_weights(model: str, weights: str | None) -> SimpleNamespace:
     return SimpleNamespace(sha256="ab" * 32, calibration=Path("none"))
 
 
-def main() -> int:
-    config = load_config(GenerateConfig, None, prog="fake_job", description="")
+def main(argv: Sequence[str] | None = None) -> int:
+    config = load_config(GenerateConfig, argv, prog="fake_job", description="")
     with mock.patch("pipeline.config.identify_weights", fake_weights):
         return generate(config, sampler_factory=FAKE_SAMPLER)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import tarfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.labels import LabelCounts
@@ -18,7 +24,10 @@ from pipeline.manifest import (
     BuiltShard,
     CommitRecord,
     committed_shards,
+    parquet_name,
     publish_shard,
+    record_name,
+    tar_name,
     write_indexes,
 )
 from pipeline.plan import ImageCompute, JobPlan, JobSettings, Segment, ShardPlan, open_plan
@@ -129,6 +138,45 @@ def fake_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(per_class)
     images = rng.integers(0, 256, (10 * per_class, 32, 32, 1), dtype=np.uint8)
     return images, np.repeat(np.arange(10), per_class)
+
+
+def committed_anew(storage: Storage, shard_id: int) -> None:
+    """Make the record fit the files again, as an intruder or a bug would."""
+    record = CommitRecord.from_json(storage.read(record_name(shard_id)))
+    assert record is not None
+    entries = {}
+    for kind, name in (("tar", tar_name(shard_id)), ("parquet", parquet_name(shard_id))):
+        data = storage.read(name)
+        entry = getattr(record.files, kind)
+        entries[kind] = dataclasses.replace(
+            entry, size=len(data), sha256=hashlib.sha256(data).hexdigest()
+        )
+    files = dataclasses.replace(record.files, **entries)
+    storage.publish_bytes(dataclasses.replace(record, files=files).to_json(), record_name(shard_id))
+
+
+def rewrite_tar(
+    storage: Storage, shard_id: int, change: Callable[[list[tuple[str, bytes]]], None]
+) -> None:
+    with tarfile.open(fileobj=io.BytesIO(storage.read(tar_name(shard_id)))) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    change(members)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    storage.publish_bytes(buffer.getvalue(), tar_name(shard_id))
+
+
+def rewrite_rows(storage: Storage, shard_id: int, change: Callable[[list[dict]], None]) -> None:
+    table = pq.read_table(io.BytesIO(storage.read(parquet_name(shard_id))))
+    rows = table.to_pylist()
+    change(rows)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), buffer)
+    storage.publish_bytes(buffer.getvalue(), parquet_name(shard_id))
 
 
 def object_store() -> Storage:

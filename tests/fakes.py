@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, image_cost
@@ -23,13 +24,16 @@ from pipeline.plan import JobPlan
 from tests.fault_hook import FAULTS_VARIABLE
 
 # The variable names a JSON file, read at every batch: Ray's workers and children see it too:
-#   batch_s: seconds a batch takes        poison: global index whose batch always raises
+#   batch_s: seconds that a batch takes   slow_from: global index that this begins with, default 0
+#   gate: folder; batches from the index gate_from on wait there, see `wait_at_gate` and `open_gate`
+#   poison: global index whose batch always raises
 #   crash: index whose batch always kills its process
 #   crash_once: file; whoever finds it first removes it and kills its own process
 #   load_error: loading the model fails with this text
 #   loads: file that gains one line per load of the model
 #   gpus: file that gains a line `node GPU-ids` per load of the model
-#   segfault, memory, nan: index whose batch ends its process, allocates without end, has no number
+#   segfault, memory, gpu_memory, nan: index whose batch ends its process, asks for more memory than
+#     there is, is refused memory by torch, has a signal that is no number
 #   environment: number added to every pixel, as another environment's last bits would
 
 
@@ -38,6 +42,26 @@ def set_faults(path: Path, **faults: object) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(faults))
     temporary.replace(path)
+
+
+def wait_at_gate(gate: Path, num_workers: int) -> list[str]:
+    """Wait until so many processes wait at a gate; their process ids."""
+    deadline_s = time.monotonic() + 120
+    while len(waiting := sorted(f.name for f in gate.glob("[0-9]*"))) < num_workers:
+        assert time.monotonic() < deadline_s, f"{waiting} wait at the gate"
+        time.sleep(0.02)
+    return waiting
+
+
+def open_gate(gate: Path) -> None:
+    (gate / "open").touch()
+
+
+def _pass_gate(gate: Path) -> None:
+    gate.mkdir(exist_ok=True)
+    (gate / str(os.getpid())).touch()
+    while not (gate / "open").exists():
+        time.sleep(0.02)
 
 
 def faults_in_force() -> dict[str, Any]:
@@ -102,7 +126,10 @@ def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
 
 
 def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
-    time.sleep(faults.get("batch_s", 0))
+    if indices[0] >= faults.get("slow_from", 0):
+        time.sleep(faults.get("batch_s", 0))
+    if "gate" in faults and indices[0] >= faults.get("gate_from", 0):
+        _pass_gate(Path(faults["gate"]))
     if faults.get("poison") in indices:
         raise ValueError(f"poison at {faults['poison']}")
     if faults.get("crash") in indices:
@@ -111,6 +138,8 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     if faults.get("memory") in indices:
         bytearray(2**60)
+    if faults.get("gpu_memory") in indices:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     once = faults.get("crash_once")
     if once is not None:
         with contextlib.suppress(FileNotFoundError):

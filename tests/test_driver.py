@@ -12,7 +12,7 @@ import ray
 from depthvar.errors import InputError
 from pipeline import driver
 from pipeline.config import GenerateConfig
-from pipeline.driver import generate, reason_of
+from pipeline.driver import cause_of, generate, reason_of
 from pipeline.manifest import CommitRecord
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import FAULTS_VARIABLE, set_faults
@@ -236,3 +236,9 @@ def test_the_reason_of_a_failure_is_its_last_line_without_colours():
     trace = "\x1b[36mf()\x1b[39m\n  x\nValueError: no"
     error = ray.exceptions.RayTaskError("f", trace, None, ip="")
     assert reason_of(error) == "ValueError: no"
+
+
+def test_the_error_of_the_memory_monitor_is_told_and_charged():
+    error = ray.exceptions.OutOfMemoryError("Task was killed: the node runs low on memory.\nMore")
+    assert cause_of(error) == "memory"
+    assert reason_of(error) == "OutOfMemoryError: Task was killed: the node runs low on memory."

@@ -20,18 +20,24 @@ from pipeline.config import GenerateConfig
 from pipeline.driver import generate
 from pipeline.manifest import CommitRecord
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fakes import FAULTS_VARIABLE, set_faults
+from tests.fakes import open_gate, set_faults, wait_at_gate
+from tests.fault_hook import FAULTS_VARIABLE
 
 NUM_SHARDS = 10
+HEAD = {
+    "num_cpus": 0,
+    "include_dashboard": False,
+    "_system_config": {"worker_niceness": 0},  # no slower than the test itself
+}
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A head without resources; slow batches, so that there is time for things to happen."""
+    """A head without resources. Tests hold batches at a gate while they change the cluster."""
     faults = tmp_path / "faults.json"
-    set_faults(faults, batch_s=0.2)
+    set_faults(faults)
     os.environ[FAULTS_VARIABLE] = str(faults)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
+    nodes = Cluster(initialize_head=True, head_node_args=HEAD)
     yield nodes
     ray.shutdown()
     nodes.shutdown()
@@ -77,29 +83,52 @@ def records(tmp_path: Path) -> list[CommitRecord]:
     return [record for record in found if record is not None]
 
 
-def wait_for(tmp_path: Path, num_shards: int) -> None:
-    deadline_s = time.monotonic() + 60
-    while len(records(tmp_path)) < num_shards:
+def worker_names(tmp_path: Path) -> dict[int, str]:
+    return {record.shard_id: record.worker for record in records(tmp_path)}
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 120
+    while not condition():
         assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def drains_seen(monkeypatch: pytest.MonkeyPatch, told: Callable[[], frozenset[str]]) -> list[int]:
+    """Let the driver hear of draining nodes from `told`; gains an element whenever it heard of one.
+
+    It asks twice each time it looks at the nodes, the second time for the workers it has.
+    """
+    seen: list[int] = []
+
+    def asked() -> frozenset[str]:
+        nodes = told()
+        seen.extend([1] if nodes else [])
+        return nodes
+
+    monkeypatch.setattr(driver, "_draining_nodes", asked)
+    return seen
 
 
 def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
     cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
 ):
+    gate = tmp_path / "gate"
+    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=24)  # the last four shards
     first = cluster.add_node(num_cpus=1, num_gpus=1)
     cluster.add_node(num_cpus=1, num_gpus=1)
     wait = start(workers=3)  # one more than there is room for: it must not hold up the others
-    wait_for(tmp_path, 2)
-    before = {record.worker for record in records(tmp_path)}
+    before = wait_at_gate(gate, 2)
+    assert len(records(tmp_path)) == 6
     cluster.remove_node(first, allow_graceful=False)
     cluster.add_node(num_cpus=1, num_gpus=1)
+    (joined,) = set(wait_at_gate(gate, 3)) - set(before)
+    open_gate(gate)
     assert wait() == 0, "with one attempt per shard a charge would have set the shard aside"
     assert len(records(tmp_path)) == NUM_SHARDS
     assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()
-    assert {record.worker for record in records(tmp_path)} - before
-    said = capsys.readouterr().err
-    assert "room for 2 now" in said
+    assert joined in {name.rpartition(":")[2] for name in worker_names(tmp_path).values()}
+    assert "room for 2 now" in capsys.readouterr().err
 
 
 def test_a_draining_node_gets_no_new_shards(
@@ -108,43 +137,49 @@ def test_a_draining_node_gets_no_new_shards(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    gate = tmp_path / "gate"
+    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=12)
     draining: set[str] = set()
-    monkeypatch.setattr(driver, "_draining_nodes", lambda: frozenset(draining))
-    hired: list[tuple[str, str]] = []
-    welcome = driver.RayCrew._welcome
-    monkeypatch.setattr(
-        driver.RayCrew, "_welcome", lambda self, *a: (hired.append(a[0].name), welcome(self, *a))
-    )
+    seen = drains_seen(monkeypatch, lambda: frozenset(draining))
     first = cluster.add_node(num_cpus=1, num_gpus=1)
     wait = start()
-    wait_for(tmp_path, 2)
-    (old,) = {record.worker for record in records(tmp_path)}
+    (old,) = wait_at_gate(gate, 1)
     draining.add(first.node_id)
     cluster.add_node(num_cpus=1, num_gpus=1)
+    wait_for(lambda: len(seen) >= 2)
+    open_gate(gate)
     assert wait() == 0
-    by_old = [record.shard_id for record in records(tmp_path) if record.worker == old]
-    assert len(by_old) <= 4
-    assert len(hired) >= 2
+    by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
+    assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
 
 
 def test_every_worker_of_a_node_has_a_gpu_of_its_own(
     cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path
 ):
-    set_faults(tmp_path / "faults.json", batch_s=0.1, gpus=str(tmp_path / "gpus"))
+    gate = tmp_path / "gate"
+    set_faults(tmp_path / "faults.json", gate=str(gate), gpus=str(tmp_path / "gpus"))
     cluster.add_node(num_cpus=2, num_gpus=2)
-    assert start()() == 0
+    wait = start()
+    wait_at_gate(gate, 2)
+    open_gate(gate)
+    assert wait() == 0
     ids = [line.split()[1] for line in (tmp_path / "gpus").read_text().splitlines()]
     assert sorted(ids) == ["0", "1"]
-    assert len({record.worker for record in records(tmp_path)}) == 2
+    assert len(set(worker_names(tmp_path).values())) == 2
 
 
 def test_a_node_that_ray_drains_gets_no_new_shards_and_charges_nothing(
-    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path
+    cluster: Cluster,
+    start: Callable[..., Callable[[], int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    gate = tmp_path / "gate"
+    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=12)
+    seen = drains_seen(monkeypatch, driver._draining_nodes)
     first = cluster.add_node(num_cpus=1, num_gpus=1)
     wait = start()
-    wait_for(tmp_path, 2)
-    (old,) = {record.worker for record in records(tmp_path)}
+    (old,) = wait_at_gate(gate, 1)
     drain = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
     argv = [*drain.split(), "--address", cluster.address, "--node-id", first.node_id]
     command = [sys.executable, "-m", "ray.scripts.scripts", *argv]
@@ -152,10 +187,10 @@ def test_a_node_that_ray_drains_gets_no_new_shards_and_charges_nothing(
         [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True
     )
     assert told.returncode == 0, told.stderr
-    drained_at = len(records(tmp_path))
     cluster.add_node(num_cpus=1, num_gpus=1)
+    wait_for(lambda: len(seen) >= 2)
+    open_gate(gate)
     assert wait() == 0
-    by_old = [record.shard_id for record in records(tmp_path) if record.worker == old]
-    assert len(by_old) <= drained_at + 3
-    assert len(by_old) < NUM_SHARDS
+    by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
+    assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
     assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,8 +25,10 @@ from tests.fakes import FAULTS_VARIABLE, set_faults
 from tests.random_weights import write_random_weights
 
 ROOT = Path(__file__).parent.parent
-SLOW_BATCH_S = 0.1
 NUM_SHARDS = 6  # of 10 images, 6 of each class
+# The first shards come at once and the others take 5 s each: whoever waits for the first is in
+# time to disturb the others, also on a busy machine.
+SLOW_BATCH_S = 1.0
 FLAGS = "--per-class 6 --samples-per-shard 10 --batch-size 2 --device cpu"
 FAKE_FLAGS = tuple(FLAGS.split())
 
@@ -80,6 +83,30 @@ class Job:
             assert time.monotonic() < deadline_s, self.text
             time.sleep(0.02)
 
+    def wait_for_text(self, text: str) -> None:
+        deadline_s = time.monotonic() + 60
+        while text not in self.text:
+            assert time.monotonic() < deadline_s, self.text
+            time.sleep(0.01)
+
+    def wait_for_no_process(self) -> None:
+        """Wait until nothing of the job's session is left: Ray's processes, workers."""
+        deadline_s = time.monotonic() + 60
+        while left := self.session():
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.05)
+
+    def session(self) -> list[str]:
+        """The names of the living processes of the job's session."""
+        found = []
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                name, _, rest = file.read_text().partition("(")[2].rpartition(")")
+                state, _, _, session = rest.split()[:4]
+                if int(session) == self.process.pid and state != "Z":
+                    found.append(name)
+        return found
+
     @property
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -124,7 +151,7 @@ def test_killing_the_job_then_running_it_again_gives_the_same_bytes(
     out = tmp_path / "out"
     argv = ["--out", str(out), *FAKE_FLAGS, "--workers", workers]
     argv += ["--scratch", str(tmp_path / "scratch")]
-    set_faults(faults, batch_s=SLOW_BATCH_S)
+    set_faults(faults, batch_s=SLOW_BATCH_S, slow_from=20)
     jobs.append(Job("tests.fake_job", argv, tmp_path / "log-1", faults))
     jobs[0].wait_for_shards(out, 2)
     os.kill(jobs[0].process.pid, signal.SIGKILL)
@@ -165,7 +192,7 @@ def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     out = tmp_path / "out"
     argv = ["--out", str(out), *FAKE_FLAGS, "--workers", workers]
     argv += ["--scratch", str(tmp_path / "scratch")]
-    set_faults(faults, batch_s=SLOW_BATCH_S)
+    set_faults(faults, batch_s=SLOW_BATCH_S, slow_from=10)
     jobs.append(Job("tests.fake_job", argv, tmp_path / "log-1", faults))
     jobs[0].wait_for_shards(out, 1)
     asked_s = time.monotonic()
@@ -189,6 +216,29 @@ def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     assert jobs[1].wait() == 0, jobs[1].text
     assert data_files(out) == undisturbed
     assert shard_files(out, done) == before
+
+
+def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
+    undisturbed: Files, tmp_path: Path, faults: Path, jobs: list[Job]
+):
+    out = tmp_path / "out"
+    argv = ["--out", str(out), *FAKE_FLAGS, "--scratch", str(tmp_path / "scratch")]
+    set_faults(faults, batch_s=60, slow_from=10)
+    jobs.append(Job("tests.fake_job", [*argv, "--workers", "2"], tmp_path / "log-1", faults))
+    job = jobs[0]
+    job.wait_for_shards(out, 1)
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.wait_for_text("once more to end at once")
+    os.killpg(job.process.pid, signal.SIGINT)
+    asked_s = time.monotonic()
+    assert job.wait() == 128 + signal.SIGINT, job.text
+    assert time.monotonic() - asked_s < 5, "the workers are not waited for"
+    job.wait_for_no_process()
+
+    set_faults(faults)
+    jobs.append(Job("tests.fake_job", [*argv, "--workers", "0"], tmp_path / "log-2", faults))
+    assert jobs[1].wait() == 0, jobs[1].text
+    assert data_files(out) == undisturbed
 
 
 @pytest.fixture(scope="module")

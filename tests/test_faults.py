@@ -25,11 +25,13 @@ from depthvar.errors import InputError
 from jobs import verify as verify_job
 from pipeline.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
 from pipeline.config import GenerateConfig, load_config
+from pipeline.console import ProgressBar
 from pipeline.driver import generate
 from pipeline.labels import read_labels_file
 from pipeline.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.plan import JobPlan, read_plan
-from pipeline.run import set_aside_earlier
+from pipeline.run import ShardRun, set_aside_earlier
+from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import fill, make_plan, record_of, write_dataset
@@ -76,7 +78,15 @@ def out(tmp_path: Path) -> Path:
 # Poison
 
 
-@pytest.mark.parametrize(("kind", "word"), [("memory", "MemoryError"), ("nan", "mean_change")])
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("poison", "ValueError: poison"),
+        ("memory", "MemoryError"),
+        ("gpu_memory", "OutOfMemoryError: CUDA out of memory"),
+        ("nan", "mean_change"),
+    ],
+)
 def test_a_poison_shard_is_set_aside_until_it_is_asked_for(
     kind: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -93,6 +103,20 @@ def test_a_poison_shard_is_set_aside_until_it_is_asked_for(
     assert run(out) == 1
     assert len(ledger(out)) == 2, "it was not tried"
     assert run(out, retry_failed=True) == 0
+
+
+def test_a_charge_that_is_taken_back_is_forgotten_by_the_ledger(tmp_path: Path):
+    storage, plan = Storage.open(tmp_path), make_plan()
+    queue = ShardQueue([2], max_attempts=1)
+    with ProgressBar(plan, num_done=0, shards_done=0) as bar:
+        shard_run = ShardRun(storage, plan, queue, bar)
+        assignment = queue.take()
+        assert assignment is not None
+        assert shard_run.failed(assignment, "its process died", "trace", "host:1")
+        assert set_aside_earlier(storage, plan) == {2}
+        shard_run.refund(2, "its node is gone")
+    assert set_aside_earlier(storage, plan) == frozenset(), "a run that ends now gives up nothing"
+    assert queue.take() == Assignment(2, 2)
 
 
 def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
@@ -194,6 +218,30 @@ def test_damage_is_named_by_verify_unmarked_by_repair_and_made_again(
     assert run(out) == 0
     assert data_files(out) == before
     assert verify_job.main([str(out), "--deep"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no parquet", "empty record", "half a record"])
+def test_damage_that_changes_a_size_or_a_record_is_seen_and_made_again_by_generate_alone(
+    out: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    before = data_files(out)
+    damage(out, kind)
+    assert verify_job.main([str(out)]) == 1
+    assert "00001  " in capsys.readouterr().out
+    assert run(out) == 0
+    assert data_files(out) == before
+
+
+def test_only_a_deep_check_sees_a_flipped_byte_and_the_other_says_what_it_compared(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
+    damage(out, "flipped")
+    assert verify_job.main([str(out)]) == 0
+    assert "checked records and sizes only, add --deep" in capsys.readouterr().out
+    assert verify_job.main([str(out), "--deep"]) == 1
+    said = capsys.readouterr().out
+    assert "00001  hash: train/00001.tar" in said
+    assert "checked hashes, contents and labels" in said
 
 
 def test_repair_sweeps_what_is_old_and_leaves_what_may_be_in_use(out: Path):

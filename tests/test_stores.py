@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import os
+import subprocess
+import sys
 import threading
 import urllib.request
 import uuid
@@ -22,6 +25,8 @@ from pipeline.manifest import committed_shards
 from pipeline.plan import read_plan
 from pipeline.storage import Storage, is_transient
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fakes import open_gate, set_faults, wait_at_gate
+from tests.fault_hook import FAULTS_VARIABLE
 
 SECRET = "a-secret-of-the-test"
 
@@ -192,6 +197,45 @@ def test_a_store_that_fails_one_request_in_five_loses_nothing(
     assert storage.size("meta/failures.jsonl") is None, "the store's failures charge no shard"
 
 
+def test_two_drivers_at_once_leave_no_shard_half_from_each(uri: str, tmp_path: Path):
+    """Their pixels differ by one grey level, as those of two environments may."""
+    gate, jobs = tmp_path / "gate", []
+    for number in range(2):
+        faults = tmp_path / f"faults-{number}.json"
+        set_faults(faults, environment=number, gate=str(gate))
+        argv = [f"--out={uri}", f"--scratch={tmp_path / 'scratch'}", "--workers=0", "--device=cpu"]
+        argv += ["--per-class=2", "--samples-per-shard=8", "--batch-size=4", "--contact-sheet=0"]
+        with open(tmp_path / f"log-{number}", "wb") as log:
+            command = [sys.executable, "-m", "tests.fake_job", *argv]
+            environment = {**os.environ, FAULTS_VARIABLE: str(faults)}
+            jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        wait_at_gate(gate, 2)  # both hold the first shard: from here on they are side by side
+        open_gate(gate)
+        codes = [job.wait(timeout=120) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    assert codes == [0, 0], (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
+    assert verify_job.main([uri, "--deep"]) == 0
+    storage = Storage.open(uri)
+    plan = read_plan(storage)
+    assert plan is not None
+    records = committed_shards(storage, plan)
+    assert sorted(records) == [0, 1, 2]
+    assert sum(record.num_samples for record in records.values()) == 20
+
+
+def test_nothing_secret_reaches_the_store(uri: str, tmp_path: Path):
+    assert run(uri, tmp_path) == 0
+    storage = Storage.open(uri)
+    names = [f"{folder}/{name}" for folder in ("train", "meta") for name in storage.list(folder)]
+    for name in [*names, *storage.list("")]:
+        assert SECRET.encode() not in storage.read(name), name
+    assert {"README.md", "plan.json", "meta/00000.json"} <= {*names, *storage.list("")}
+
+
 def test_a_folder_of_more_than_a_thousand_objects_is_listed_whole(uri: str, server: int):
     storage = Storage.open(uri)
     names = [f"train/{i:05d}.tar" for i in range(1003)]
@@ -210,9 +254,11 @@ def test_a_folder_of_more_than_a_thousand_objects_is_listed_whole(uri: str, serv
 def test_a_bucket_that_is_not_there_is_named_without_credentials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(Exception, match=r"NO_SUCH_BUCKET|does not exist") as caught:
-        run("s3://none-such/data", tmp_path)
-    assert SECRET not in str(caught.value)
+    for uri in ("s3://none-such/data", f"s3://key:{SECRET}@none-such/data"):
+        with pytest.raises(Exception, match=r"NO_SUCH_BUCKET|does not exist") as caught:
+            run(uri, tmp_path)
+        captured = capsys.readouterr()
+        assert SECRET not in str(caught.value) + captured.out + captured.err
 
 
 def test_a_large_object_is_read_in_ranges_and_uploaded_whole(uri: str, tmp_path: Path):

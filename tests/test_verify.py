@@ -1,29 +1,24 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipeline.manifest import (
-    CommitRecord,
-    committed_shards,
-    parquet_name,
-    record_name,
-    tar_name,
-    write_indexes,
-)
+from pipeline.manifest import committed_shards, parquet_name, record_name, tar_name, write_indexes
 from pipeline.plan import JobPlan, open_plan
 from pipeline.storage import Storage
 from pipeline.verify import Report, verify
-from tests.fake_shards import make_plan, object_store, publish_one, write_dataset
+from tests.fake_shards import (
+    committed_anew,
+    make_plan,
+    object_store,
+    publish_one,
+    rewrite_rows,
+    rewrite_tar,
+    write_dataset,
+)
 
 
 @pytest.fixture
@@ -34,45 +29,6 @@ def out(tmp_path) -> tuple[Storage, JobPlan]:
 
 def found(report: Report) -> list[tuple[int | None, str]]:
     return sorted({(p.shard, p.kind) for p in report.problems}, key=str)
-
-
-def committed_anew(storage: Storage, shard_id: int) -> None:
-    """Make the record fit the files again, as an intruder or a bug would."""
-    record = CommitRecord.from_json(storage.read(record_name(shard_id)))
-    assert record is not None
-    entries = {}
-    for kind, name in (("tar", tar_name(shard_id)), ("parquet", parquet_name(shard_id))):
-        data = storage.read(name)
-        entry = getattr(record.files, kind)
-        entries[kind] = dataclasses.replace(
-            entry, size=len(data), sha256=hashlib.sha256(data).hexdigest()
-        )
-    files = dataclasses.replace(record.files, **entries)
-    storage.publish_bytes(dataclasses.replace(record, files=files).to_json(), record_name(shard_id))
-
-
-def rewrite_tar(
-    storage: Storage, shard_id: int, change: Callable[[list[tuple[str, bytes]]], None]
-) -> None:
-    with tarfile.open(fileobj=io.BytesIO(storage.read(tar_name(shard_id)))) as tar:
-        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
-    change(members)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    storage.publish_bytes(buffer.getvalue(), tar_name(shard_id))
-
-
-def rewrite_rows(storage: Storage, shard_id: int, change: Callable[[list[dict]], None]) -> None:
-    table = pq.read_table(io.BytesIO(storage.read(parquet_name(shard_id))))
-    rows = table.to_pylist()
-    change(rows)
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), buffer)
-    storage.publish_bytes(buffer.getvalue(), parquet_name(shard_id))
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -91,7 +91,7 @@ class Sampler:
             model.transformer,
             self.plan,
             device=model.device,
-            dtype=model.dtype,
+            dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
             keep_changes=keep_changes,
         )
@@ -120,14 +120,19 @@ class Sampler:
         seed: int,
         indices: Sequence[int],
         on_scale: ScaleHook | None = None,
+        forced: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
-        """Draw the tokens of one image per label, without decoding them."""
+        """Draw the tokens of one image per label, without decoding them.
+
+        `forced` as in `tokens_from_uniforms`.
+        """
         num_tokens = self.config.transformer.num_tokens
         return self.tokens_from_uniforms(
             torch.tensor(labels, device=self._model.device),
             self._on_device(token_uniforms(seed, indices, num_tokens)),
             self._on_device(ranking_uniforms(seed, indices, num_tokens)),
             on_scale=on_scale,
+            forced=forced,
         )
 
     @torch.inference_mode()
@@ -138,8 +143,13 @@ class Sampler:
         ranking_BN: Tensor,
         *,
         on_scale: ScaleHook | None = None,
+        forced: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
-        """Draw all scales with the given uniform numbers, one per token in scale order."""
+        """Draw all scales with the given uniform numbers, one per token in scale order.
+
+        `forced` are the tokens of every scale that later scales see in place of the drawn ones
+        (teacher forcing); what is returned are the drawn tokens.
+        """
         model, quantizer = self._model.transformer, self._model.tokenizer.quantize
         condition = model.condition(self._stream_labels(labels_B))
         cache = self._new_cache(len(labels_B))
@@ -157,7 +167,7 @@ class Sampler:
             if on_scale:
                 on_scale(i, logits_BTV, trace)
             # The code vectors, weighted by the depth of their tokens, add to the feature map.
-            codes_BTZ = quantizer.embedding(drawn.tokens_BT)
+            codes_BTZ = quantizer.embedding(forced[i] if forced else drawn.tokens_BT)
             if scale.adaptive and self.plan.policy.blending != "none":
                 score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
                 codes_BTZ = codes_BTZ * score_BT1

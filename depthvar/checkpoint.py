@@ -6,13 +6,17 @@ What stays in float32 when a model runs in bfloat16 or float16, and where:
   area resizing between the scales, because every scale adds to what the earlier ones left;
 - the attention's learned log scales (`scale_mul_1H11`, here): half precision would move the
   temperature of the attention by up to 1.6%;
+- the residual stream, with the AdaLN vectors that norm and gate it and the changes that the engine
+  adds to it (`Transformer.embed`, `Transformer.condition`, `Block`): rounded after every branch it
+  would lose what they add;
 - the logits, guidance, truncation and draws (`Transformer.logits`, `draw`);
 - the statistics of every norm: L2 norms of queries and keys (`Attention`), layer norms and group
   norms (torch computes these inside the operation);
 - the sums that rank tokens (`engine`).
 
-Everything else, the residual stream, keys and values and the decoder included, is in the model's
-precision. Under float32 and float64 all of a model is in that precision.
+Everything else is in the model's precision: weights, what goes into the matrix products and comes
+out of them, keys and values, and the decoder. Under float32 and float64 all of a model is in that
+precision.
 """
 
 from __future__ import annotations
@@ -106,6 +110,11 @@ class LoadedModel:
         """Precision of the transformer and the decoder."""
         return self.transformer.pos_start.dtype
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Precision of the residual stream."""
+        return stream_precision(self.dtype)
+
 
 def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
     """Find a model's files, compare their names and shapes with the model, and hash them.
@@ -185,6 +194,11 @@ def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stays_wide and dtype not in _WIDE else dtype
 
 
+def stream_precision(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the residual stream of a model that runs in `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def assemble(
     config: ModelConfig,
     transformer: Transformer,
@@ -206,7 +220,8 @@ def assemble(
     fit = None
     if identity.calibration is not None:
         tensors = read_tensors(identity.calibration)
-        slope, offset = (tensors[n].to(device=device, dtype=dtype) for n in ("slope", "offset"))
+        wide = stream_precision(dtype)
+        slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
         fit = ProxyFit(slope, offset)
     return LoadedModel(config, transformer, tokenizer, fit, identity)
 

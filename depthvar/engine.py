@@ -125,7 +125,10 @@ class _Parents:
 
 
 class DepthEngine(Generic[ConditionT]):
-    """Runs the scales of a batch under a plan; made once per (backbone, plan, device, dtype)."""
+    """Runs the scales of a batch under a plan; made once per (backbone, plan, device, dtype).
+
+    `dtype` is the precision of the residual stream; the cache may have another.
+    """
 
     def __init__(
         self,

@@ -15,11 +15,13 @@ from depthvar.plan import DepthPlan
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDE = 4
 
-# Alive at once, in units of one residual stream: of all tokens the embedded input, the slots and
-# what passes them on; of the active ones the stream after attention with its parts, and of the
-# feed-forward the norm and two hidden layers of 4.
+# Alive at once, in units of one value per token and channel. In the stream's precision: of all
+# tokens the embedded input, the slots and what passes them on, of the active ones the stream after
+# attention and what adds to it. In the model's: attention's output, and of the feed-forward the
+# norm and two hidden layers of 4.
 _STREAMS_OF_ALL = 4
-_STREAMS_OF_ACTIVE = 3 + 1 + 2 * 4
+_STREAMS_OF_ACTIVE = 2
+_BRANCHES_OF_ACTIVE = 1 + 1 + 2 * 4
 # Bytes alive per token and code while drawing: guided and sorted logits, the cut ones,
 # probabilities, their sums, and three copies that are masked or divided, in float32; the codes in
 # int64; one mask.
@@ -115,13 +117,15 @@ def _sampling_bytes(
 ) -> int:
     """The widest moment over the scales: their blocks, or the draw of their tokens."""
     shape, rows = config.transformer, batch_size * streams
-    stream = rows * shape.width * size
+    branch = rows * shape.width * size
+    stream = rows * shape.width * max(size, _WIDE)
     kept = _kept_changes(plan)
     moments = []
     for i, scale in enumerate(plan.scales):
         earlier = kept[i - 1] if i else 0
-        tokens = _STREAMS_OF_ALL * scale.count + _STREAMS_OF_ACTIVE * max(scale.prefix)
-        block = (tokens + earlier + kept[i]) * stream
+        active = max(scale.prefix)
+        tokens = _STREAMS_OF_ALL * scale.count + _STREAMS_OF_ACTIVE * active
+        block = (tokens + earlier + kept[i]) * stream + _BRANCHES_OF_ACTIVE * active * branch
         draw = _DRAW_BYTES * batch_size * scale.count * shape.codebook_size
         moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
     modulation = 6 * shape.num_blocks * stream

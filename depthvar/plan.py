@@ -164,9 +164,7 @@ class DepthPlan:
         )
 
 
-def mean_depth(
-    sides: tuple[int, ...], reference: int, index: int, allocation: Allocation
-) -> float:
+def mean_depth(sides: tuple[int, ...], reference: int, index: int, allocation: Allocation) -> float:
     """Mean depth of a scale after the reference scale, as a share of the blocks, in (0, 1]."""
     spent = sides[reference] ** 2
     if allocation == "reference":

@@ -106,7 +106,7 @@ class Sampler:
             model.transformer,
             self.plan,
             device=model.device,
-            dtype=model.dtype,
+            dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
             keep_changes=keep_changes,
         )
@@ -135,14 +135,19 @@ class Sampler:
         seed: int,
         indices: Sequence[int],
         on_scale: ScaleHook | None = None,
+        forced: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
-        """Draw the tokens of one image per label, without decoding them."""
+        """Draw the tokens of one image per label, without decoding them.
+
+        `forced` as in `tokens_from_uniforms`.
+        """
         num_tokens = self.config.transformer.num_tokens
         return self.tokens_from_uniforms(
             torch.tensor(labels, device=self._model.device),
             self._on_device(token_uniforms(seed, indices, num_tokens)),
             self._on_device(ranking_uniforms(seed, indices, num_tokens)),
             on_scale=on_scale,
+            forced=forced,
         )
 
     @torch.inference_mode()
@@ -153,16 +158,20 @@ class Sampler:
         ranking_BN: Tensor,
         *,
         on_scale: ScaleHook | None = None,
+        forced: Sequence[Tensor] | None = None,
         begun: ScalesBegun | None = None,
     ) -> SampledTokens:
         """Draw all scales with the given uniform numbers, one per token in scale order.
 
+        `forced` are the tokens of every scale that later scales see in place of the drawn ones
+        (teacher forcing); what is returned are the drawn tokens.
         `begun` are the first scales of the same batch as `begin` drew them, which are not drawn
         again; all of them must be at full depth under this policy too.
         """
         state = self._take_over(begun) if begun else self._new_state(labels_B)
         for i in range(len(state.tokens), len(self.plan.scales)):
-            self._draw_scale(i, state, uniforms_BN, ranking_BN, on_scale)
+            tokens_BT = forced[i] if forced else None
+            self._draw_scale(i, state, uniforms_BN, ranking_BN, on_scale, tokens_BT)
         changes = [change_BT.mean(dim=1) for change_BT in state.changes]
         log_probs = [log_prob_BT.mean(dim=1) for log_prob_BT in state.log_probs]
         skipped = [torch.zeros_like(changes[0])] * (len(self.config.sides) - len(changes))
@@ -185,7 +194,7 @@ class Sampler:
         """
         state = self._new_state(labels_B)
         for i in range(num_scales):
-            self._draw_scale(i, state, uniforms_BN, ranking_BN, None)
+            self._draw_scale(i, state, uniforms_BN, ranking_BN)
         return state
 
     def _draw_scale(
@@ -194,7 +203,8 @@ class Sampler:
         state: ScalesBegun,
         uniforms_BN: Tensor,
         ranking_BN: Tensor,
-        on_scale: ScaleHook | None,
+        on_scale: ScaleHook | None = None,
+        forced_BT: Tensor | None = None,
     ) -> None:
         """One scale: embed, run the blocks, draw, and add the codes to the feature map."""
         model, quantizer = self._model.transformer, self._model.tokenizer.quantize
@@ -213,7 +223,7 @@ class Sampler:
         if on_scale:
             on_scale(i, logits_BTV, trace)
         # The code vectors, weighted by the depth of their tokens, add to the feature map.
-        codes_BTZ = quantizer.embedding(drawn.tokens_BT)
+        codes_BTZ = quantizer.embedding(drawn.tokens_BT if forced_BT is None else forced_BT)
         if scale.adaptive and policy.blending != "none":
             score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
             codes_BTZ = codes_BTZ * score_BT1

@@ -31,7 +31,7 @@ class Condition:
 
     `start_G1C` is the class embedding that begins scale 0, `blocks` the six AdaLN vectors of every
     block as (gamma1, gamma2, scale1, scale2, shift1, shift2), each (G, 1, C), and `head` the
-    (scale, shift) before the output layer.
+    (scale, shift) before the output layer. The vectors are at least float32.
     """
 
     start_G1C: Tensor
@@ -57,6 +57,14 @@ def _unrounded(layer: nn.Linear, x_GTC: Tensor) -> Tensor:
         flat_NV = torch.mm(x_GTC.flatten(0, 1), layer.weight.t(), out_dtype=torch.float32)
         return flat_NV.view(*x_GTC.shape[:2], -1) + bias_V
     return F.linear(x_GTC.float(), layer.weight.float(), bias_V)
+
+
+def _modulated(
+    x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor, *, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Layer norm with class-dependent scale and shift (AdaLN), rounded once, to `dtype`."""
+    normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
+    return torch.addcmul(shift_G1C, normed, scale_G1C + 1).to(dtype)
 
 
 class Attention(nn.Module):
@@ -124,15 +132,15 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
-        normed = F.layer_norm(x_GKC, x_GKC.shape[-1:], eps=self.norm_eps)
-        return torch.addcmul(shift_G1C, normed, scale_G1C + 1)
+        dtype = self.ffn.fc1.weight.dtype
+        return _modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
     def keys_values(self, x_GKC: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
         return self.attn.keys_values(self._normed(x_GKC, modulation[2], modulation[4]))
 
     def forward(self, x_GKC: Tensor, modulation: tuple[Tensor, ...], attend: Attend) -> Tensor:
-        """Residual stream before the block to the stream after it."""
+        """Residual stream before the block to the stream after it, at least float32."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         attended_GKC: Tensor = self.attn(self._normed(x_GKC, scale1, shift1), attend)
         x_GKC = x_GKC + attended_GKC * gamma1
@@ -150,8 +158,8 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
         """(G, T, C) to the same shape."""
-        normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=self.norm_eps)
-        return torch.addcmul(shift_G1C, normed, scale_G1C + 1)
+        dtype = next(self.parameters()).dtype
+        return _modulated(x_GTC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
 
 class Transformer(nn.Module):
@@ -181,7 +189,7 @@ class Transformer(nn.Module):
         embedded_GC = self.class_emb(labels_G)
 
         def vectors(linear: nn.Module, count: int) -> Tensor:
-            out_GC: Tensor = linear(embedded_GC)
+            out_GC = _at_least_float32(linear(embedded_GC))
             return out_GC.view(len(out_GC), 1, count, -1)
 
         shared = vectors(self.shared_ada_lin, 6) if self.config.shared_adaln else None
@@ -198,14 +206,17 @@ class Transformer(nn.Module):
         """Position and level embedding of a scale (1, T, C)."""
         sides = self.config.sides
         begin = sum(side * side for side in sides[:scale])
-        return self.lvl_embed.weight[scale] + self.pos_1LC[:, begin : begin + sides[scale] ** 2]
+        positions_1TC = self.pos_1LC[:, begin : begin + sides[scale] ** 2]
+        return self.lvl_embed.weight[scale] + _at_least_float32(positions_1TC)
 
     def embed(self, scale: int, codes_GTZ: Tensor | None, condition: Condition) -> Tensor:
-        """Input of a scale (G, T, C); `codes_GTZ` is the feature map at its side, None at 0."""
+        """Input of a scale (G, T, C), at least float32: where the residual stream begins.
+
+        `codes_GTZ` is the feature map at the side of the scale, None at scale 0.
+        """
         if codes_GTZ is None:
             return condition.start_G1C + self.pos_start + self._positions(scale)
-        embedded: Tensor = self.word_embed(codes_GTZ) + self._positions(scale)
-        return embedded
+        return _at_least_float32(self.word_embed(codes_GTZ)) + self._positions(scale)
 
     def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Tensor:
         """Residual stream of some tokens after one block."""

@@ -96,7 +96,8 @@ def scores_and_depths_of_scale(
             "linear": mean + reach * (2 * percentile - 1),
             "cosine": mean - reach * math.cos(math.pi * percentile),
             "power": percentile**power,
-            "octaves": shallow * (2 if rotated >= count - round((mean - shallow) / shallow * count) else 1),
+            "octaves": shallow
+            * (2 if rotated >= count - round((mean - shallow) / shallow * count) else 1),
             "step": 1.0 if rotated >= count - num_deep else 0.0,
         }[policy.schedule]
         score = max(score, policy.min_depth / num_blocks)

@@ -22,7 +22,7 @@ from depthvar.checkpoint import (
     weights_identity,
 )
 from depthvar.config import SamplingSettings, model_config
-from depthvar.engine import ProxyFit
+from depthvar.engine import ProxyFit, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
@@ -217,16 +217,19 @@ def test_in_half_precision_codebook_phis_and_temperatures_stay_float32(digits: P
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_in_half_precision_feature_map_and_logits_are_float32_and_not_rounded(digits: Path, dtype):
+def test_in_half_precision_stream_map_and_logits_are_float32_and_not_rounded(digits: Path, dtype):
     model = load_model("digits", str(digits), dtype=dtype)
     seen: list[Tensor] = []
+    hidden: list[Tensor] = []
+
+    def keep(scale: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
+        seen.append(logits_BTV)
+        hidden.append(trace.hidden_GTC)
+
     sampled = Sampler(model, make_policy("full"), SamplingSettings(1.0, 0, 1.0)).tokens(
-        [3, 4],
-        seed=0,
-        indices=[0, 1],
-        on_scale=lambda i, logits_BTV, trace: seen.append(logits_BTV),
+        [3, 4], seed=0, indices=[0, 1], on_scale=keep
     )
-    for values in (sampled.feature_map_BZHW, *seen):
+    for values in (sampled.feature_map_BZHW, *seen, *hidden):
         assert values.dtype == torch.float32
         assert (values.to(dtype).float() != values).float().mean() > 0.9
     assert len(seen) == len(model.config.sides)

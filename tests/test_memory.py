@@ -37,7 +37,9 @@ def test_counted_parameters_are_those_of_the_modules(name: str):
     assert decoder_parameters(config.tokenizer) == wanted
 
 
-def _sampler(policy: DepthPolicy, width: int, codes: int, base_width: int) -> Sampler:
+def _sampler(
+    policy: DepthPolicy, width: int, codes: int, base_width: int, precision: str = "float32"
+) -> Sampler:
     config = ModelConfig(
         name="memory",
         transformer=TransformerConfig(
@@ -63,20 +65,22 @@ def _sampler(policy: DepthPolicy, width: int, codes: int, base_width: int) -> Sa
     )
     transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     initialise(transformer, torch.Generator().manual_seed(0))
+    dtype = getattr(torch, precision)
     identity = WeightsIdentity(Path("a"), Path("b"), None, "")
-    model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=torch.float32)
+    model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=dtype)
     return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
 @pytest.mark.parametrize(("width", "codes"), [(256, 256), (64, 2048)])
-def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes):
-    sampler = _sampler(policy, width, codes, base_width=16)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes, precision):
+    sampler = _sampler(policy, width, codes, base_width=16, precision=precision)
     with LiveBytes() as sampling:
         sampled = sampler.tokens([0, 1, 1, 0], seed=0, indices=range(4))
     with LiveBytes() as decoding:
         sampler.decode(sampled.feature_map_BZHW)
-    need = memory_need(sampler.config, sampler.plan, batch_size=4, streams=2, precision="float32")
+    need = memory_need(sampler.config, sampler.plan, batch_size=4, streams=2, precision=precision)
     assert need.cache + need.sampling == pytest.approx(sampling.peak, rel=0.1)
     assert need.decoding == pytest.approx(decoding.peak, rel=0.1)
 

@@ -225,6 +225,29 @@ def test_tokens_are_drawn_with_the_sample_s_own_numbers():
         assert got_BT.tolist() == want_BT.tolist()
 
 
+def test_forced_tokens_are_what_later_scales_see_and_the_drawn_ones_are_returned():
+    model = tiny_model(1)
+    sampler = Sampler(model, make_policy("full"), GUIDED)
+    labels, (uniforms, ranking) = torch.tensor(LABELS), uniforms_for(model, 3)
+
+    def run_with(numbers: Tensor, forced: tuple[Tensor, ...] | None) -> Ours:
+        logits: list[Tensor] = []
+        sampled = sampler.tokens_from_uniforms(
+            labels, numbers, ranking, forced=forced, on_scale=lambda i, x, _: logits.append(x)
+        )
+        return Ours(sampled, logits, [])
+
+    free = run_with(uniforms, None)
+    others = run_with(1 - uniforms, free.sampled.tokens)
+    for forced_BTV, free_BTV in zip(others.logits, free.logits, strict=True):
+        assert torch.equal(forced_BTV, free_BTV)
+    assert torch.equal(others.sampled.feature_map_BZHW, free.sampled.feature_map_BZHW)
+    assert not torch.equal(others.sampled.tokens[-1], free.sampled.tokens[-1])
+    again = run_with(uniforms, others.sampled.tokens)
+    assert torch.equal(again.logits[0], free.logits[0])
+    assert not torch.equal(again.logits[1], free.logits[1])
+
+
 def test_without_guidance_only_the_conditional_stream_runs():
     unguided = run(tiny_model(0), make_policy("full"), UNGUIDED)
     assert [len(trace.hidden_GTC) for trace in unguided.traces] == [3] * 4

@@ -113,10 +113,10 @@ _PRESETS: dict[str, DepthPolicy] = {
         DepthPolicy(
             "depthvar",
             reference_scale=4,
-            rotation=GOLDEN_ROTATION,
-            blending="mean",
+            allocation="equal",
+            schedule="octaves",
+            ranking="spread",
             compensation=True,
-            dither=True,
         ),
         DepthPolicy(
             "depthvar-paper",
@@ -145,10 +145,9 @@ _PRESETS: dict[str, DepthPolicy] = {
             reference_scale=4,
             schedule="linear",
             ranking="random",
-            blending="mean",
             compensation=True,
         ),
-        DepthPolicy("uniform", reference_scale=4, blending="mean", compensation=True),
+        DepthPolicy("uniform", reference_scale=4, allocation="equal", compensation=True),
         DepthPolicy("skip-scales", skip_last_scales=1),
     )
 }

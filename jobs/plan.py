@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"memory    {human_bytes(need.peak)} per worker at batch {config.batch_size}:"
         f" weights {human_bytes(need.weights)}, cache {human_bytes(need.cache)},"
-        f" sampling {human_bytes(need.sampling)}, decoding {human_bytes(need.decoding)}"
+        f" sampling {human_bytes(need.sampling)}, decoding {human_bytes(need.decoding)};"
+        f" a CPU worker's process {human_bytes(need.process_peak)}"
     )
     return EXIT_DONE
 

@@ -44,6 +44,13 @@ def test_the_command_in_its_comment_is_one_that_the_job_takes():
     assert (config.device, config.workers, config.address) == ("cuda", 8, "auto")
 
 
+def test_every_node_asks_for_the_clusters_token(cluster: dict[str, Any]):
+    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    for node in ("head", "worker"):
+        (start,) = [c for c in cluster[f"{node}_start_ray_commands"] if "ray start" in c]
+        assert re.search(r"RAY_AUTH_MODE=token \S*ray start", start)
+
+
 def test_ray_listens_where_the_workers_look_for_it(cluster: dict[str, Any]):
     head, worker = (" ".join(cluster[f"{node}_start_ray_commands"]) for node in ("head", "worker"))
     assert "--port=6379" in head

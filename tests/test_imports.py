@@ -27,6 +27,8 @@ PIPELINE_ORDER = (
     "loader",
     "evaluation",
     "downstream",
+    "study",
+    "study_report",
     "export",
     "shard_check",
     "verify",
@@ -103,6 +105,7 @@ def test_only_the_actor_touches_what_runs_a_model():
             "actor": {"checkpoint", "sampling"},
             "evaluation": {"features", "metrics", "inception"},
             "downstream": {"features", "training"},
+            "study": {"checkpoint", "study"},
         }.get(file.stem, set())
         assert parts <= pure | more, file
 

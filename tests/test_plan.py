@@ -18,7 +18,7 @@ VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 INFINITY_1M = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 
-SCHEDULES = ("constant", "linear", "power", "cosine", "step")
+SCHEDULES = ("constant", "linear", "power", "cosine", "octaves", "step")
 
 policies = st.builds(
     DepthPolicy,
@@ -96,8 +96,25 @@ def test_scores_ascend_within_the_unit_interval_and_have_the_mean(schedule, stee
     assert (np.diff(scores) >= -1e-12).all()
     assert scores.min() >= -1e-12
     assert scores.max() <= 1 + 1e-12
-    within = 0.5 / count if schedule == "step" else 1e-6
+    within = 0.5 / count if schedule in ("step", "octaves") else 1e-6
     assert abs(scores.mean() - mean) <= within + 1e-12
+
+
+def test_octaves_give_two_neighbouring_depths_whose_blocks_are_evenly_spaced():
+    policy = DepthPolicy(reference_scale=0, schedule="octaves")
+    assert schedule_scores(policy, 0.375, 4).tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert schedule_scores(policy, 0.25, 4).tolist() == [0.25] * 4
+    assert schedule_scores(policy, 0.9, 5).tolist() == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_equal_allocation_spends_as_much_in_sum_with_one_mean_depth():
+    sides, blocks = (1, 2, 3, 4, 5, 6, 8), 16
+    mean = 4 * 9 / (16 + 25 + 36 + 64)
+    policy = DepthPolicy(reference_scale=2, allocation="equal")
+    plan = DepthPlan.build(sides, blocks, policy)
+    for scale in plan.scales[3:]:
+        assert scale.scores.tolist() == pytest.approx([mean] * scale.count)
+    assert plan.mean_depth_per_scale == (16, 16, 16, 4, 4, 4, 4)
 
 
 def test_schedules_at_four_tokens_and_a_mean_of_a_quarter():
@@ -333,7 +350,8 @@ def test_planning_needs_no_torch():
 
 def test_dither_spends_the_budget_exactly_with_depths_one_block_apart():
     sides, blocks = (1, 2, 3, 4, 5, 6, 8), 16
-    plan = DepthPlan.build(sides, blocks, make_policy("uniform", reference_scale=2, dither=True))
+    policy = make_policy("uniform", reference_scale=2, dither=True, allocation="reference")
+    plan = DepthPlan.build(sides, blocks, policy)
     for scale, side in zip(plan.scales[3:], sides[3:], strict=True):
         wanted = 9 * blocks / side**2
         assert scale.token_layers == pytest.approx(9 * blocks, abs=0.5)

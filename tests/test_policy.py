@@ -84,8 +84,11 @@ def test_a_policy_cannot_be_changed():
         ({"rotation": -0.5}, "policy rotation is -0.5"),
         ({"min_depth": -1}, "policy min_depth is -1"),
         ({"skip_last_scales": -2}, "skip_last_scales -2, wanted both >= 0"),
-        ({"proxy": "output"}, "proxy 'output' with schedule 'constant'.*use schedule 'step'"),
-        ({"depth": 3}, "unknown policy option 'depth', wanted some of blending, block_order"),
+        ({"proxy": "output"}, "proxy 'output' with schedule 'octaves'.*use schedule 'step'"),
+        (
+            {"depth": 3},
+            "unknown policy option 'depth', wanted some of allocation, blending, block_order",
+        ),
     ],
 )
 def test_what_no_model_could_run_is_refused(options, message):

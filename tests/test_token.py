@@ -1,0 +1,100 @@
+"""Ray's token authentication: a job gets into a cluster with its token, and not without."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RAY = Path(sys.executable).parent / "ray"
+TOKEN, OTHER_TOKEN = "a" * 64, "b" * 64
+
+
+def environment(token: str | None) -> dict[str, str]:
+    """Without a token the mode is still `token`: there is no other way in."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ours |= {"RAY_AUTH_MODE": "token", "HOME": "/nonexistent"}
+    return ours | ({} if token is None else {"RAY_AUTH_TOKEN": token})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard of a head that asks for the token; only its own processes are ended."""
+    port, dashboard = free_port(), free_port()
+    folder = tmp_path_factory.mktemp("ray")
+    command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(
+            [str(part) for part in (*command, f"--temp-dir={folder}")],
+            env=environment(TOKEN),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            wait_until_open(dashboard, head)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            head.send_signal(signal.SIGTERM)
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def wait_until_open(port: int, head: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert head.poll() is None, "ray start ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the dashboard did not open")
+
+
+def submit(address: str, token: str | None) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", "submit", "--address", address, "--", sys.executable, "-c", "print(6*7)"]
+    return subprocess.run(
+        [str(part) for part in command],
+        env=environment(token),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_a_job_with_the_clusters_token_runs(address: str):
+    done = submit(address, TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout
+
+
+@pytest.mark.parametrize("token", [None, OTHER_TOKEN], ids=["no token", "another token"])
+def test_a_job_without_the_clusters_token_is_refused(address: str, token: str | None):
+    done = submit(address, token)
+    assert done.returncode != 0
+    assert "42" not in done.stdout
+    assert "authentication" in (done.stdout + done.stderr).lower()
+
+
+def test_nothing_here_turns_the_token_off():
+    for folder in ("depthvar", "pipeline", "jobs"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert "RAY_AUTH_MODE" not in file.read_text(), file
+    assert "RAY_AUTH_MODE=disabled" not in (ROOT / "cluster.yaml").read_text()

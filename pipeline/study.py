@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -235,8 +234,8 @@ def run_study(study: Study) -> None:
         ]
         _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
     if study.storage.size(study.times_file) is None:
-        rounds = [study.timed] * config.timing_rounds
-        _in_processes(study, _take_times, [rounds], "times", "batch", sum(map(len, rounds)))
+        rounds = config.timing_rounds
+        _in_processes(study, _take_times, [rounds], "times", "batch", rounds * len(study.timed))
 
 
 def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
@@ -300,9 +299,9 @@ def _drain(counts: Any, bar: Any) -> None:
 
 
 def _run_task(task: Task, study: Study, argument: object, advance: Callable[[int], object]) -> None:
-    import torch
+    from depthvar.study import use_one_thread
 
-    torch.set_num_threads(1)
+    use_one_thread()
     task(study, argument, advance)
 
 
@@ -375,21 +374,17 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
         advance(1)
 
 
-def _take_times(study: Study, rounds: list[list[Cell]], advance: Callable[[int], object]) -> None:
-    """Seconds per image of every cell, the cells in turn, so that all meet the same machine."""
-    from depthvar.sampling import Sampler
+def _take_times(study: Study, rounds: int, advance: Callable[[int], object]) -> None:
+    from depthvar.study import seconds_per_image
 
-    model, size = _model(study), study.config.batch_size
-    samplers = {cell.name: Sampler(model, cell.policy, model.config.sampling) for cell in rounds[0]}
-    labels = [i % model.config.num_classes for i in range(size)]
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
-    for round_number in range(len(rounds)):
-        for name, sampler in samplers.items():
-            begun = time.perf_counter()
-            sampler(labels, seed=round_number, indices=range(size))
-            seconds[name].append((time.perf_counter() - begun) / size)
-            advance(1)
-    _publish_json(study, study.times_file, seconds)
+    times = seconds_per_image(
+        _model(study),
+        {cell.name: cell.policy for cell in study.timed},
+        rounds=rounds,
+        batch_size=study.config.batch_size,
+        after_batch=advance,
+    )
+    _publish_json(study, study.times_file, times)
 
 
 def _publish_json(study: Study, name: str, content: object) -> None:

@@ -73,8 +73,8 @@ class StudyConfig(JobConfig):
         default_factory=dict, description="variants of the default by name (default: none)"
     )
     seeds: list[int] = Field(default=[1, 2, 3], min_length=2, description="job seeds")
-    samples: int = Field(5000, ge=500, description="images per method, budget and seed")
-    ablation_samples: int = Field(2000, ge=500, description="images per ablation and seed")
+    samples: int = Field(5000, ge=100, description="images per method, budget and seed")
+    ablation_samples: int = Field(2000, ge=100, description="images per ablation and seed")
     cas_runs: int = Field(2, ge=0, description="classifiers trained per method, budget and seed")
     batch_size: int = Field(50, gt=0, description="images sampled at once")
     timing_rounds: int = Field(5, gt=0, description="batches timed per method and budget")
@@ -271,7 +271,9 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(study.config.processes, mp_context=context) as pool,
+        ProcessPoolExecutor(
+            min(study.config.processes, len(arguments)), mp_context=context
+        ) as pool,
         tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar,
     ):
         counts = manager.Queue()

@@ -1,0 +1,169 @@
+"""The study of policies: what depthvar.study samples and measures, and how a study goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from depthvar.errors import InputError
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from depthvar.sampling import Sampler
+from depthvar.study import (
+    PolicySamples,
+    badness,
+    best_of_each_class,
+    full_scales,
+    sample_policies,
+    spread_within_classes,
+)
+from jobs.study import main
+from pipeline.config import load_config
+from pipeline.study import StudyConfig, resolve_study
+from tests.tiny_models import tiny_model
+
+FULL = {"policy": "full", "budgets": {"1x": None}}
+
+
+def test_shared_scales_change_no_image_and_no_signal():
+    """Every policy's samples are those that it makes alone, whatever it shares scales with."""
+    model = tiny_model(0)
+    policies = {
+        "full": make_policy("full"),
+        "raw": DepthPolicy(reference_scale=1, schedule="linear", proxy="raw", blending="mean"),
+        "entropy": DepthPolicy(reference_scale=1, schedule="octaves", ranking="entropy"),
+        "deeper": DepthPolicy(reference_scale=2, ranking="change"),
+    }
+    shared = sample_policies(model, policies, num_samples=5, seed=3, batch_size=2)
+    for name, policy in policies.items():
+        sampler = Sampler(model, policy, model.config.sampling)
+        for start, stop in ((0, 2), (2, 4), (4, 5)):
+            indices = range(start, stop)
+            labels = [i % model.config.num_classes for i in indices]
+            alone = sampler(labels, seed=3, indices=indices)
+            ours = shared[name]
+            assert np.array_equal(ours.images_NHWC[start:stop], alone.images_BHWC)
+            assert ours.labels_N[start:stop].tolist() == labels
+            assert np.array_equal(ours.mean_change_NS[start:stop], alone.mean_change_BS)
+            assert np.array_equal(ours.mean_log_prob_NS[start:stop], alone.mean_log_prob_BS)
+
+
+def test_scales_before_the_first_shallow_token_are_counted():
+    sides = (1, 2, 3, 4)
+    for policy, count in (
+        (make_policy("full"), 4),
+        (make_policy("skip-scales"), 3),
+        (make_policy("uniform", reference_scale=1), 2),
+    ):
+        assert full_scales(DepthPlan.build(sides, 4, policy)) == count
+
+
+def samples(labels: list[int], log_probs: list[list[float]]) -> PolicySamples:
+    count = len(labels)
+    images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    values = np.array(log_probs, dtype=np.float32)
+    return PolicySamples(images, np.array(labels), np.ones_like(values), values)
+
+
+def test_what_is_left_out_is_the_worst_of_each_class():
+    made = samples([0, 1, 0, 1, 0, 1, 0, 1], [[-1.0]] * 8)
+    rest = best_of_each_class(made, np.array([9, 0, 1, 5, 2, 3, 3, 4]), 0.5)
+    assert rest.images_NHWC[:, 0, 0, 0].tolist() == [1, 2, 4, 5]
+    assert rest.labels_N.tolist() == [1, 0, 0, 1]
+
+
+def test_surprise_is_large_for_improbable_tokens_and_knows_no_skipped_scale():
+    signals = badness(samples([0, 1], [[-1.0, -3.0, 0.0], [-2.0, -5.0, 0.0]]))
+    assert signals["surprise"].tolist() == [2.0, 3.5]
+    assert signals["surprise of scale 1"].tolist() == [3.0, 5.0]
+    assert "surprise of scale 2" not in signals
+
+
+def test_spread_is_the_variance_around_the_class_mean():
+    features = np.array([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0], [10.0, 5.0]])
+    assert spread_within_classes(features, np.array([0, 0, 1, 1])) == pytest.approx((2 + 8) / 2)
+
+
+# The configuration.
+
+
+def config(**changes: object) -> StudyConfig:
+    return StudyConfig.model_validate({"out": "unused", "methods": {"full": FULL}, **changes})
+
+
+def test_a_study_without_full_depth_is_refused():
+    with pytest.raises(ValidationError, match="methods lacks 'full'"):
+        config(methods={"uniform": {"policy": "uniform", "budgets": {"2x": 3}}})
+
+
+def test_repeated_seeds_are_refused():
+    with pytest.raises(ValidationError, match="wanted different ones"):
+        config(seeds=[1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"policy": "luck", "budgets": {"2x": 3}}, "ours at 2x: unknown policy 'luck'"),
+        ({"policy": "uniform", "budgets": {"2x": 30}}, "ours at 2x: reference scale is 30"),
+        (
+            {"policy": "uniform", "budgets": {"2x": 3}, "options": {"rotation": "much"}},
+            "ours at 2x: policy option rotation",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_run_is_refused_with_its_method(tmp_path: Path, method, message):
+    with pytest.raises(InputError, match=message):
+        resolve_study(config(out=str(tmp_path), methods={"full": FULL, "ours": method}))
+
+
+def test_a_model_of_something_else_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"var-d16.*wanted one of the digits"):
+        resolve_study(config(out=str(tmp_path), model="var-d16", weights=str(tmp_path)))
+
+
+def test_a_changed_policy_or_seed_never_meets_old_numbers(tmp_path: Path):
+    study = resolve_study(config(out=str(tmp_path)))
+    (cell,) = study.cells
+    other = replace(cell, policy=make_policy("skip-scales"))
+    more = replace(cell, num_samples=cell.num_samples + 1)
+    names = {study.file("samples", c, seed) for c in (cell, other, more) for seed in (1, 2)}
+    assert len(names) == 6
+
+
+def test_the_study_in_the_repository_resolves(tmp_path: Path):
+    file = Path(__file__).parent.parent / "jobs" / "study.yaml"
+    argv = ["--config", str(file), "--out", str(tmp_path)]
+    study = resolve_study(load_config(StudyConfig, argv, prog="study", description=""))
+    shares = {"1x": 1.0, "1.5x": 1 / 1.5, "2x": 1 / 2, "2.5x": 1 / 2.5, "3x": 1 / 3}
+    for cell in study.cells:
+        share = cell.depth.token_layers / cell.depth.full_token_layers
+        assert share == pytest.approx(shares[cell.budget], rel=0.15), cell.name
+
+
+# A whole study, on very few images.
+
+
+def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
+    argv = [f"--out={tmp_path / 'study'}", f"--config={tmp_path / 'study.yaml'}"]
+    (tmp_path / "study.yaml").write_text(
+        "samples: 100\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
+        "methods:\n"
+        "  full: {policy: full, budgets: {1x: null}}\n"
+        "  depthvar: {policy: depthvar, budgets: {3x: 2}}\n"
+    )
+    assert main(argv) == 0
+    done = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
+    table = (tmp_path / "study" / "table.md").read_text()
+    assert "| 3x | depthvar | 32.3% |" in table
+    lost = sorted((tmp_path / "study" / "measures").iterdir())[0]
+    lost.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "samples").iterdir()}
+    assert main(argv) == 0
+    assert lost.read_bytes() == done[lost]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert (tmp_path / "study" / "table.md").read_text() == table

@@ -1,0 +1,85 @@
+"""Intervals and differences of a study, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipeline.study import StudyConfig, resolve_study
+from pipeline.study_report import Findings, Interval, method_table, results_table, time_ratio
+
+METHODS = {
+    "full": {"policy": "full", "budgets": {"1x": None}},
+    "depthvar": {"policy": "depthvar", "budgets": {"3x": 2}},
+    "uniform": {"policy": "uniform", "budgets": {"3x": 2}},
+}
+
+
+@pytest.fixture
+def findings(tmp_path) -> Findings:
+    study = resolve_study(
+        StudyConfig.model_validate({"out": tmp_path, "methods": METHODS, "seeds": [1, 2, 3]})
+    )
+    full, depthvar, uniform = study.cells
+    values = {
+        full.name: (0.2, 0.3, 0.4),
+        depthvar.name: (0.5, 0.6, 0.7),
+        uniform.name: (0.6, 0.7, 0.8),
+    }
+    return Findings(
+        study,
+        {
+            name: {
+                seed: {"frechet_distance": v} for seed, v in zip((1, 2, 3), by_seed, strict=True)
+            }
+            for name, by_seed in values.items()
+        },
+    )
+
+
+def test_an_interval_is_students_t_over_the_seeds():
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.half_width == pytest.approx(4.302653 / math.sqrt(3))
+    assert not interval.excludes_zero
+    assert Interval.of([5.0, 5.1, 4.9]).excludes_zero
+    assert math.isnan(Interval.of([1.0]).half_width)
+    assert interval.text(1) == "2.0 ± 2.5"
+
+
+def test_differences_are_paired_by_seed(findings: Findings):
+    """The seeds differ by far more than the methods do, which pairing takes out."""
+    _, depthvar, uniform = findings.study.cells
+    difference = findings.difference(uniform, depthvar, "frechet_distance")
+    assert difference is not None
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.half_width == pytest.approx(0, abs=1e-9)
+
+
+def test_a_cell_that_lacks_a_seed_is_not_shown(findings: Findings):
+    del findings.by_cell[findings.study.cells[2].name][3]
+    assert [cell.method for cell in findings.cells("methods")] == ["full", "depthvar"]
+
+
+def test_the_table_marks_differences_whose_interval_excludes_zero(findings: Findings):
+    times = {cell.name: [1.0, 1.0] for cell in findings.study.cells}
+    rows = method_table(findings, times).splitlines()
+    (uniform,) = [row for row in rows if "| uniform |" in row]
+    assert "**+0.100 ± 0.000**" in uniform
+    (depthvar,) = [row for row in rows if "| depthvar |" in row]
+    assert "**" not in depthvar
+
+
+def test_times_are_compared_within_a_round(findings: Findings):
+    full, depthvar, _ = findings.study.cells
+    times = {full.name: [1.0, 10.0, 4.0], depthvar.name: [0.5, 2.0, 4.0]}
+    assert time_ratio(depthvar, full, times) == "0.50 (0.20-1.00)"
+
+
+def test_the_parquet_has_a_row_for_every_cell_and_seed(findings: Findings):
+    table = results_table(findings, {})
+    assert table.num_rows == 9
+    assert set(table.column("seed").to_pylist()) == {1, 2, 3}
+    row = table.filter([value == "uniform" for value in table.column("method").to_pylist()])
+    assert row.column("frechet_distance").to_pylist() == [0.6, 0.7, 0.8]

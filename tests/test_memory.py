@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from depthvar.config import (
     SamplingSettings,
     TokenizerConfig,
     TransformerConfig,
+    model_config,
 )
 from depthvar.memory import decoder_parameters, memory_need, transformer_parameters
+from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.tokenizer import Tokenizer
@@ -94,3 +98,20 @@ def test_half_precision_halves_weights_and_cache():
     )
     assert half.cache * 2 == wide.cache
     assert half.weights == pytest.approx(wide.weights / 2, rel=0.001)
+
+
+@pytest.mark.parametrize("batch_size", [10, 100])
+def test_a_job_s_process_peaks_within_15_percent_of_the_plan(tmp_path: Path, batch_size: int):
+    program = (
+        "import resource, sys; from jobs.generate import main; assert main(sys.argv[1:]) == 0;"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", program, f"--per-class={batch_size // 10}", "--workers=0"]
+    command += [f"--batch-size={batch_size}", "--policy=full", "--contact-sheet=0"]
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.splitlines()[-1]) * 1024
+    config = model_config("digits")
+    plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
+    need = memory_need(config, plan, batch_size=batch_size, streams=2, precision="float32")
+    assert need.process_peak == pytest.approx(peak, rel=0.15)

@@ -89,9 +89,12 @@ def choose_files(
 def local_weights(model: str, weights: str | None) -> str | None:
     """A local folder or file for `--weights`; fetches a Hugging Face repository into its cache.
 
-    None stays None: the weights that come with the model. Raises `InputError` for a path that does
-    not exist, a URI, and a repository that cannot be fetched.
+    None stands for the weights that come with the model, and for the public repository of a
+    published one. Raises `InputError` for a path that does not exist, a URI, and a repository that
+    cannot be fetched.
     """
+    if weights is None and model in _PUBLISHED_TRANSFORMERS:
+        return _from_hub(model, PUBLISHED_REPO, None)
     if weights is None or Path(weights).exists():
         return weights
     if weights.startswith(_HUB_SCHEME):
@@ -144,7 +147,10 @@ def _files_in(config: ModelConfig, place: str | None) -> WeightsFiles:
     transformer: Path | None = None
     folder = BUNDLED / config.name if place is None else Path(place)
     if place is None and not folder.is_dir():
-        raise InputError(_no_weights(config))
+        raise InputError(
+            f"model {config.name} comes without weights and none were given: pass --weights with "
+            "the folder that holds them"
+        )
     if folder.is_file():
         transformer, folder = folder, folder.parent
     names = {path.name for path in folder.iterdir() if path.is_file()}
@@ -167,17 +173,6 @@ def _choice(
         f"{folder} holds {', '.join(held) or 'no weights'}, wanted the {part} of {config.name} as "
         f"{' or '.join(wanted)}: "
         + (f"use --model {' or '.join(fitting)}" if fitting else "check --model and --weights")
-    )
-
-
-def _no_weights(config: ModelConfig) -> str:
-    stem = _PUBLISHED_TRANSFORMERS.get(config.name)
-    text = f"model {config.name} comes without weights and none were given: pass --weights "
-    if stem is None:
-        return f"{text}with the folder that holds them"
-    return (
-        f"{text}{PUBLISHED_REPO} to fetch them from Hugging Face, or a folder with {stem}.pth and "
-        f"{_PUBLISHED_TOKENIZER}.pth"
     )
 
 

@@ -60,7 +60,7 @@ class GenerateConfig(JobConfig):
     weights: str | None = Field(
         None,
         description="weights as a folder, file, URI or Hugging Face repository"
-        " (default: those that come with the model)",
+        " (default: those that come with the model, or the public ones)",
     )
     classes: str = Field(
         "all",

@@ -31,8 +31,8 @@ def fill(folder: Path, *names: str) -> Path:
     return folder
 
 
-def found_names(model: str, weights: Path) -> tuple[str, str, bool]:
-    _, files = find_weights(model, str(weights))
+def found_names(model: str, weights: Path | str | None) -> tuple[str, str, bool]:
+    _, files = find_weights(model, None if weights is None else str(weights))
     return files.transformer.name, files.tokenizer.name, files.calibration is not None
 
 
@@ -68,10 +68,12 @@ def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path):
         find_weights("digits", str(tmp_path / "c"))
 
 
-def test_published_models_say_where_their_weights_are_to_be_had():
-    with pytest.raises(InputError, match="pass --weights FoundationVision/var to fetch") as caught:
+def test_published_models_need_the_hub_client_where_no_weights_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"FoundationVision/var .* needs huggingface_hub: pip"):
         find_weights("var-d36-512", None)
-    assert "var_d36.pth and vae_ch160v4096z32.pth" in str(caught.value)
 
 
 def test_a_path_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,9 +114,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
 
 
 def test_a_repository_is_fetched_when_it_is_named(hub, tmp_path: Path):
+    assert found_names("var-d16", None) == (*PTH, False)
     assert found_names("var-d16", "FoundationVision/var") == (*PTH, False)
     assert found_names("var-d16", "hf://FoundationVision/var@v1.0") == (*PTH, False)
     assert [(call["repo"], call["revision"]) for call in hub] == [
+        ("FoundationVision/var", None),
         ("FoundationVision/var", None),
         ("FoundationVision/var", "v1.0"),
     ]
@@ -123,13 +127,12 @@ def test_a_repository_is_fetched_when_it_is_named(hub, tmp_path: Path):
         assert set(call["allow_patterns"]) == names | {"calibration.safetensors", "config.json"}
 
 
-def test_nothing_is_fetched_for_a_local_path_or_for_no_path(hub, tmp_path: Path):
+def test_nothing_is_fetched_for_a_local_path_or_for_a_bundled_model(hub, tmp_path: Path):
     fill(tmp_path / "here" / "FoundationVision" / "var", *PTH)
     assert found_names("var-d16", "FoundationVision/var") == (*PTH, False)
     with pytest.raises(InputError, match="FoundationVision/other does not exist"):
         local_weights("var-d16", "FoundationVision/other")
-    with pytest.raises(InputError, match="none were given"):
-        find_weights("var-d16", None)
+    find_weights("digits", None)
     assert hub == []
 
 

@@ -6,6 +6,7 @@ A multiply-add counts as two operations. Elementwise work (norms, activations, p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from depthvar.config import ModelConfig, TokenizerConfig
 from depthvar.plan import DepthPlan
@@ -30,7 +31,7 @@ def image_cost(config: ModelConfig, plan: DepthPlan, *, streams: int = 2) -> Cos
 
 
 def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> float:
-    """Blocks, embeddings, AdaLN, head and expected codes of one image."""
+    """Blocks, embeddings, AdaLN, head, expected codes and their spreads of one image."""
     shape = config.transformer
     width = shape.width
     per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
@@ -52,7 +53,12 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
     if plan.policy.blending == "mean":
         tokens = sum(scale.count for scale in plan.scales if scale.adaptive)
         expected_codes = 2 * tokens * shape.codebook_size * shape.code_channels
-    return float(streams * flops + expected_codes)
+    spreads = 0
+    if plan.policy.ranking == "spread":
+        pairs = pairwise(plan.scales)
+        tokens = sum(before.count for before, scale in pairs if scale.adaptive)
+        spreads = 2 * tokens * shape.codebook_size * (shape.code_channels + 1)
+    return float(streams * flops + expected_codes + spreads)
 
 
 def decoder_flops(config: TokenizerConfig) -> float:

@@ -38,8 +38,10 @@ class Drawn:
     def spread(self, codebook_VZ: Tensor) -> Tensor:
         """Variance of the code vector under the distribution, summed over its channels (B, T)."""
         probs_BTV = self._by_code().to(codebook_VZ.dtype)
-        square_BT = probs_BTV @ codebook_VZ.square().sum(dim=1)
-        return square_BT - (probs_BTV @ codebook_VZ).square().sum(dim=2)
+        squares_V1 = codebook_VZ.square().sum(dim=1, keepdim=True)
+        means = probs_BTV @ torch.cat([codebook_VZ, squares_V1], dim=1)
+        spread_BT: Tensor = means[:, :, -1] - means[:, :, :-1].square().sum(dim=2)
+        return spread_BT
 
     def _by_code(self) -> Tensor:
         """The distribution by code (B, T, V)."""

@@ -239,7 +239,8 @@ class Sampler:
     def _given_ranking(self, i: int, drawn: Drawn | None, random_BT: Tensor) -> Tensor:
         """What a scale's tokens are ranked by (B, T) where the engine does not see it."""
         ranking = self.plan.policy.ranking
-        if drawn is None or ranking not in ("entropy", "log-probability", "spread"):
+        is_given = ranking in ("entropy", "log-probability", "spread")
+        if drawn is None or not is_given or not self.plan.scales[i].adaptive:
             return random_BT
         if ranking == "entropy":
             signal_BT = drawn.entropy()
@@ -247,7 +248,8 @@ class Sampler:
             signal_BT = drawn.spread(self._model.tokenizer.quantize.embedding.weight)
         else:
             signal_BT = -drawn.log_prob_BT
-        return self._engine.upsampled(i, signal_BT)
+        # Tokens with one distribution tie, whatever the last bits of its sums.
+        return self._engine.upsampled(i, signal_BT.float())
 
     def _new_state(self, labels_B: Tensor) -> ScalesBegun:
         return ScalesBegun(

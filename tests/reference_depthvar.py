@@ -592,7 +592,8 @@ def _sample_one(
         x_GTC = blocks.embed(i, at_side(f_hat_ZHW, side) if i else None)
         given_T = random_N[begin:end]
         if i and policy.ranking in ("entropy", "log-probability", "spread"):
-            signal = [uncertainty(policy.ranking, drawn, codebook_VZ) for drawn in draws]
+            exact = [uncertainty(policy.ranking, drawn, codebook_VZ) for drawn in draws]
+            signal = torch.tensor(exact, dtype=torch.float32).tolist()
             given_T = [signal[cover] for cover in covering_token(side, config.sides[i - 1])]
         result = dense.run_scale(x_GTC, given_T)
         logits_GTV = blocks.logits(result.hidden_GTC)

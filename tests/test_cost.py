@@ -126,7 +126,9 @@ def test_the_published_decoder_runs_exactly_the_operations_of_its_cost():
 
 def test_one_stream_costs_half_of_two_but_for_the_expected_codes():
     config = tiny_model(0).config
-    plan = DepthPlan.build(config.sides, 5, make_policy("uniform", reference_scale=1))
+    plan = DepthPlan.build(
+        config.sides, 5, make_policy("uniform", reference_scale=1, blending="mean")
+    )
     one, two = (transformer_flops(config, plan, streams) for streams in (1, 2))
     expected_codes = 2 * (9 + 25) * 29 * 6
     assert 2 * one - two == expected_codes

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -29,7 +29,7 @@ from pipeline.console import ProgressBar, dataset_summary, missing_summary, run_
 from pipeline.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.faults import reach
 from pipeline.loader import Dataset
-from pipeline.manifest import committed_shards, write_indexes
+from pipeline.manifest import CommitRecord, committed_shards, write_indexes
 from pipeline.plan import JobPlan, check_output, open_plan
 from pipeline.run import (
     LEDGER_NAME,
@@ -117,6 +117,7 @@ def _worker_spec(
     return spec if sampler_factory is None else replace(spec, sampler_factory=sampler_factory)
 
 
+_SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minute
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 Make = Callable[[ShardRun], None]
@@ -144,7 +145,10 @@ def _conclude(
     given_up: frozenset[int] = frozenset(),
 ) -> int:
     """Read what is committed, write the indexes and the contact sheet, and say how it went."""
+    set_aside = given_up | set(() if run is None else run.queue.set_aside)
     done = committed_shards(storage, plan)
+    if problem is None and not interrupted:
+        done = _settled(storage, plan, done, set_aside)
     is_complete = len(done) == plan.num_shards
     if run is not None and run.num_images:
         print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
@@ -163,7 +167,6 @@ def _conclude(
     if problem is not None:
         say(f"error: {problem}")
     missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
-    set_aside = given_up | set(() if run is None else run.queue.set_aside)
     text = missing_summary(
         missing,
         sorted(set_aside.intersection(missing)),
@@ -173,6 +176,22 @@ def _conclude(
     )
     say(text)
     return 1
+
+
+def _settled(
+    storage: Storage, plan: JobPlan, done: dict[int, CommitRecord], set_aside: Collection[int]
+) -> dict[int, CommitRecord]:
+    """What is committed once another job has published the shards that it writes over.
+
+    All shards but those set aside were committed when this run ended. One that is not any more is
+    being made again, by a job in another environment: it is waited for, within bounds.
+    """
+    wanted = set(range(plan.num_shards)) - set(set_aside)
+    deadline_s = time.monotonic() + _SETTLING_S
+    while wanted - done.keys() and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+        done = committed_shards(storage, plan)
+    return done
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 import numpy as np
@@ -193,6 +194,12 @@ class DigitJudge:
             }
             for signal, values_N in badness(samples).items()
         }
+
+
+@lru_cache(maxsize=1)
+def digit_judge() -> DigitJudge:
+    """The one of this process: reading the real digits takes seconds."""
+    return DigitJudge()
 
 
 def badness(samples: PolicySamples) -> dict[str, np.ndarray]:

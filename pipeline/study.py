@@ -130,7 +130,7 @@ class Study:
             "samples": cell.num_samples,
             "batch_size": self.config.batch_size,
         }
-        if kind == "measures":
+        if kind in ("measures", "signals"):
             inputs["cas_runs"] = cell.cas_runs
         suffix = "npz" if kind == "samples" else "json"
         return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}.{suffix}"
@@ -341,9 +341,9 @@ def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
 
 
 def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
-    from depthvar.study import DigitJudge
+    from depthvar.study import digit_judge
 
-    judge = DigitJudge()
+    judge = digit_judge()
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
         measured = judge.measure(samples, cas_runs=cell.cas_runs)
@@ -356,9 +356,9 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
 
     The comparison drops as many at random (by global index, which knows nothing of the image).
     """
-    from depthvar.study import DigitJudge, badness, best_of_each_class, cas
+    from depthvar.study import badness, best_of_each_class, cas, digit_judge
 
-    judge = DigitJudge()
+    judge = digit_judge()
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
         suspects = {name: badness(samples)[name] for name in ("surprise", "change")}
@@ -367,10 +367,10 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
         for name, values_N in suspects.items():
             for share in _FILTER_SHARES:
                 rest = best_of_each_class(samples, values_N, share)
-                filtered[f"{name} {share:.0%}"] = {
-                    "frechet_distance": judge.frechet(judge.read(rest).features_NF),
-                    "cas": cas(rest.images_NHWC, rest.labels_N, runs=max(1, cell.cas_runs)),
-                }
+                quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
+                if cell.cas_runs:
+                    quality["cas"] = cas(rest.images_NHWC, rest.labels_N, runs=cell.cas_runs)
+                filtered[f"{name} {share:.0%}"] = quality
         content = {"auroc": judge.signals(samples), "without_worst": filtered}
         _publish_json(study, study.file("signals", cell, seed), content)
         advance(1)

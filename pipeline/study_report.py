@@ -193,7 +193,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full", *titles]
     columns += ["Frechet - default", "CAS - default"]
     lines = [_row(columns), _row(["---"] * len(columns))]
-    for cell in sorted(findings.cells("methods"), key=lambda c: c.budget):
+    for cell in by_budget(findings.cells("methods")):
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [cell.budget, cell.method, f"{share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
         values.append(time_ratio(cell, full, times))
@@ -205,6 +205,14 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
             values.append(_difference_text(findings.difference(cell, other, measure), measure))
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
+
+
+def by_budget(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of one budget together, the largest budget first."""
+    most: dict[str, int] = {}
+    for cell in cells:
+        most[cell.budget] = max(most.get(cell.budget, 0), cell.depth.token_layers)
+    return sorted(cells, key=lambda cell: -most[cell.budget])
 
 
 def ablation_table(findings: Findings) -> str:
@@ -242,9 +250,10 @@ def signal_tables(study: Study, cell: Cell) -> str:
     lines += ["", _row(["left out: the worst by", "Frechet distance", "CAS, %"]), _row(["---"] * 3)]
     for name in read[0]["without_worst"]:
         values = [content["without_worst"][name] for content in read]
-        frechet = Interval.of([value["frechet_distance"] for value in values])
-        accuracy = Interval.of([value["cas"] for value in values])
-        lines.append(_row([name, frechet.text(3), accuracy.text(2, percent=True)]))
+        frechet = Interval.of([value["frechet_distance"] for value in values]).text(3)
+        has_cas = all("cas" in value for value in values)
+        cas = Interval.of([value["cas"] for value in values]) if has_cas else None
+        lines.append(_row([name, frechet, _text(cas, "cas", 2)]))
     return "\n".join(lines) + "\n"
 
 

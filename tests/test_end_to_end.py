@@ -90,8 +90,11 @@ class Job:
             time.sleep(0.01)
 
     def wait_for_no_process(self) -> None:
-        """Wait until nothing of the job's session is left: Ray's processes, workers."""
-        deadline_s = time.monotonic() + 60
+        """Wait until nothing of the job's session is left: Ray's processes, workers.
+
+        Ray's agents end when they have missed their head for a minute.
+        """
+        deadline_s = time.monotonic() + 120
         while left := self.session():
             assert time.monotonic() < deadline_s, left
             time.sleep(0.05)

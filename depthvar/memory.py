@@ -32,7 +32,7 @@ _DRAW_BYTES = 8 * 4 + 8 + 1
 _MAPS_IN_A_RES_BLOCK = 6
 
 
-PROCESS_BYTES = 490_000_000
+PROCESS_BYTES = 570_000_000
 """Resident bytes of a worker's process on a CPU without its tensors (Python 3.11, torch 2.13)."""
 
 

@@ -50,7 +50,7 @@ class InceptionNetwork:
             raise InputError("got --device cuda, but torch finds no GPU here: use --device cpu")
         if not weights.is_file():
             raise InputError(f"{weights} is no file, wanted {_WEIGHTS}: check --inception-weights")
-        network = _library_network()
+        network = library_network()
         tensors = read_tensors(weights)
         if _FIRST not in tensors or tensors.get(_LAST, torch.empty(0)).shape != (1008, 2048):
             raise InputError(
@@ -82,7 +82,7 @@ class InceptionNetwork:
         return InceptionReadings(features.cpu().numpy(), logits.softmax(1).cpu().numpy())
 
 
-def _library_network() -> Any:
+def library_network() -> Any:
     """torch-fidelity's Inception class.
 
     Only its own module is run: the package as a whole also imports torchvision, for networks that

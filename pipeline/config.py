@@ -46,6 +46,11 @@ class Positional:
     """Marks a field that may be given without its flag."""
 
 
+@dataclass(frozen=True)
+class FileOnly:
+    """Marks a field that is too deep for a flag: it comes from the YAML file alone."""
+
+
 class JobConfig(BaseModel):
     """Base of every job's configuration: frozen, unknown keys refused."""
 
@@ -301,7 +306,8 @@ def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.Arg
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as below")
     for name, field in model.model_fields.items():
-        _add_field(parser, name, field)
+        if not any(isinstance(mark, FileOnly) for mark in field.metadata):
+            _add_field(parser, name, field)
     return parser
 
 

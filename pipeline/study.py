@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -37,7 +37,7 @@ from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
-from pipeline.config import JobConfig, Scalar, checked_options, identify_weights
+from pipeline.config import FileOnly, JobConfig, Scalar, checked_options, identify_weights
 from pipeline.storage import Storage
 from pipeline.weights import local_weights
 
@@ -59,7 +59,18 @@ class StudyMethod(JobConfig):
     policy: str
     budgets: dict[str, int | None]
     options: dict[str, Scalar] = Field(default_factory=dict)
-    signals: bool = Field(False, description="also ask what the recorded signals say")
+    signals: list[str] = Field(
+        default_factory=list, description="budgets at which to ask what the recorded signals say"
+    )
+
+    @model_validator(mode="after")
+    def _signals_at_its_budgets(self) -> StudyMethod:
+        if unknown := set(self.signals) - self.budgets.keys():
+            raise ValueError(
+                f"signals asked at {', '.join(sorted(unknown))}, wanted some of the method's "
+                f"budgets, {', '.join(self.budgets)}: correct them"
+            )
+        return self
 
 
 class StudyConfig(JobConfig):
@@ -68,8 +79,10 @@ class StudyConfig(JobConfig):
     out: Path = Field(description="folder of the study; the same command goes on in it")
     model: str = Field("digits", description="model of the digits, by name or folder")
     weights: str | None = Field(None, description="its weights (default: those bundled with it)")
-    methods: dict[str, StudyMethod] = Field(description="methods by name, with their budgets")
-    ablations: dict[str, StudyMethod] = Field(
+    methods: Annotated[dict[str, StudyMethod], FileOnly()] = Field(
+        description="methods by name, with their budgets"
+    )
+    ablations: Annotated[dict[str, StudyMethod], FileOnly()] = Field(
         default_factory=dict, description="variants of the default by name (default: none)"
     )
     seeds: list[int] = Field(default=[1, 2, 3], min_length=2, description="job seeds")
@@ -215,7 +228,7 @@ def _cell(
         cost=image_cost(model, depth, streams=model.sampling.streams),
         num_samples=config.samples if is_method else config.ablation_samples,
         cas_runs=config.cas_runs if is_method else 0,
-        signals=method.signals,
+        signals=budget in method.signals,
     )
 
 

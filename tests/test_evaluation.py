@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from depthvar import features
 from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.features import ClassifierRecipe, digit_arrays, digit_features
+from depthvar.inception import library_network
 from depthvar.metrics import frechet_distance, inception_score, moments, precision_recall
 from jobs.evaluate import main
 from pipeline.evaluation import (
@@ -24,6 +26,7 @@ from pipeline.loader import Dataset, iterate_samples, open_dataset
 from pipeline.plan import JobPlan
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset, write_images
+from tests.inception_weights import has_library, write_inception
 
 NO_CAS = EvaluationRequest(cas_runs=0)
 DIGITS = model_config("digits")
@@ -207,6 +210,41 @@ def test_rgb_images_are_compared_with_the_reference(rgb_dataset: Dataset, tmp_pa
     assert any("no precision and recall" in note for note in evaluation.notes) == (
         kind == "moments"
     )
+
+
+@has_library
+def test_the_job_computes_fid_through_the_users_inception_file(
+    rgb_dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The numbers in the JSON are those of the library's own network on the same pixels."""
+    weights, reference = write_inception(tmp_path), tmp_path / "VIRTUAL_imagenet7.npz"
+    np.savez(reference, arr_0=reference_images())
+    network = library_network()(
+        "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+    )
+    made, real = (
+        [part.numpy() for part in network(torch.from_numpy(images).permute(0, 3, 1, 2))]
+        for images in (
+            np.stack([s.image for s in iterate_samples(rgb_dataset)]),
+            reference_images(),
+        )
+    )
+    flags = ["--reference", str(reference), "--inception-weights", str(weights), "--device", "cpu"]
+    path = tmp_path / "numbers.json"
+    assert main([rgb_dataset.storage.uri, *flags, "--json", str(path)]) == 0
+    numbers = json.loads(path.read_text())
+    probabilities = np.exp(made[1]) / np.exp(made[1]).sum(1, keepdims=True)
+    score, _ = inception_score(probabilities, splits=1)
+    precision, recall = precision_recall(real[0], made[0], neighbours=3)
+    wanted = {
+        "fid": frechet_distance(real[0], made[0]),
+        "inception_score": score,
+        "precision": precision,
+        "recall": recall,
+    }
+    assert {name: numbers[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    assert not {"label_accuracy", "cas", "frechet_distance"} & numbers.keys()
+    assert "fid " in capsys.readouterr().out
 
 
 def test_a_reference_of_another_kind_is_refused(tmp_path: Path):

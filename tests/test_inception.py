@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
 from pathlib import Path
 
@@ -12,33 +11,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from depthvar.errors import InputError
-from depthvar.inception import NUM_FEATURES, InceptionNetwork, _library_network
-
-has_library = pytest.mark.skipif(
-    importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed"
-)
+from depthvar.inception import NUM_FEATURES, InceptionNetwork, library_network
+from tests.inception_weights import has_library, write_inception
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights under the library's names: the library's own network with its own start."""
-    patch = pytest.MonkeyPatch()
-    network = _library_network()
-    patch.setattr(network, "load_state_dict", lambda self, state: None)
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    torch.manual_seed(0)
-    tensors = network("x", ["2048"], feature_extractor_weights_path=empty).state_dict()
-    patch.undo()
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(tensors, path)
-    return path
+    return write_inception(tmp_path_factory.mktemp("inception"))
 
 
 @has_library
 def test_features_and_probabilities_are_those_of_the_librarys_network(weights: Path):
-    library = _library_network()("x", ["2048", "logits"], feature_extractor_weights_path=weights)
+    library = library_network()("x", ["2048", "logits"], feature_extractor_weights_path=weights)
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     features, logits = library(torch.from_numpy(images).permute(0, 3, 1, 2))
     readings = InceptionNetwork(weights, device="cpu").read(images)

@@ -184,16 +184,22 @@ class Sampler:
 
     @torch.inference_mode()
     def begin(
-        self, labels_B: Tensor, uniforms_BN: Tensor, ranking_BN: Tensor, *, num_scales: int
+        self,
+        labels_B: Tensor,
+        uniforms_BN: Tensor,
+        ranking_BN: Tensor,
+        *,
+        num_scales: int,
+        begun: ScalesBegun | None = None,
     ) -> ScalesBegun:
         """Draw the first scales only, for policies that go on from there.
 
         Policies with one reference scale R share the scales 0..R: comparing many of them on the
         same noise need not draw those again. A policy with proxies needs a sampler that has
-        `keep_changes`.
+        `keep_changes`. `begun` are fewer scales of the same batch, to go on from.
         """
-        state = self._new_state(labels_B)
-        for i in range(num_scales):
+        state = self._take_over(begun) if begun else self._new_state(labels_B)
+        for i in range(len(state.tokens), num_scales):
             self._draw_scale(i, state, uniforms_BN, ranking_BN)
         return state
 

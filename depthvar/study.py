@@ -58,12 +58,12 @@ def sample_policies(
     """Images of every policy from the same noise, the classes in turn.
 
     Sample i of every policy is the one that the product makes for (seed, global index i, class i
-    mod classes); scales that all policies run in full depth are drawn once for all of them.
+    mod classes); what several policies run in full depth is drawn once for all of them.
     `after_batch` hears how many images were made.
     """
     config = model.config
     samplers = {name: Sampler(model, policy, config.sampling) for name, policy in policies.items()}
-    shared = min(full_scales(sampler.plan) for sampler in samplers.values())
+    by_shared_scales = sorted(samplers, key=lambda name: full_scales(samplers[name].plan))
     beginner = Sampler(model, make_policy("full"), config.sampling, keep_changes=True)
     made: dict[str, list[PolicySamples]] = {name: [] for name in policies}
     for start in range(0, num_samples, batch_size):
@@ -76,8 +76,12 @@ def sample_policies(
             for uniforms in (token_uniforms, ranking_uniforms)
         ]
         on_device_B = torch.from_numpy(labels_B).to(model.device)
-        begun = beginner.begin(on_device_B, *noise, num_scales=shared)
-        for name, sampler in samplers.items():
+        begun = None
+        for name in by_shared_scales:
+            sampler = samplers[name]
+            begun = beginner.begin(
+                on_device_B, *noise, num_scales=full_scales(sampler.plan), begun=begun
+            )
             sampled = sampler.tokens_from_uniforms(on_device_B, *noise, begun=begun)
             made[name].append(
                 PolicySamples(

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 FORMAT = "depthvar-study/1"
 FULL = "full"
-_MAX_SHARING = 6  # policies that one process samples side by side
 _FILTER_SHARES = (0.05, 0.10)
 
 Section = Literal["methods", "ablations"]
@@ -259,17 +258,13 @@ Pairs = list[tuple[Cell, int]]
 
 
 def _groups(pairs: Pairs) -> list[Pairs]:
-    """Cells of one seed, size and reference scale go together: they share their first scales."""
+    """Cells of one seed and size go together: they share what they run in full depth."""
 
-    def key(pair: tuple[Cell, int]) -> tuple[int, int, int]:
+    def key(pair: tuple[Cell, int]) -> tuple[int, int]:
         cell, seed = pair
-        reference = cell.policy.reference_scale
-        return seed, cell.num_samples, -1 if reference is None else reference
+        return -cell.num_samples, seed
 
-    groups = [list(group) for _, group in groupby(sorted(pairs, key=key), key=key)]
-    return [
-        group[i : i + _MAX_SHARING] for group in groups for i in range(0, len(group), _MAX_SHARING)
-    ]
+    return [list(group) for _, group in groupby(sorted(pairs, key=key), key=key)]
 
 
 Task = Callable[[Study, "Any", Callable[[int], object]], None]

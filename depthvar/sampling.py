@@ -117,6 +117,8 @@ class Sampler:
         sampled = self.tokens(labels, seed=seed, indices=indices)
         mean_change_BS = _to_numpy(sampled.mean_change_BS)
         mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
+        if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
+            raise self._not_finite("drew tokens from numbers that are")
         sampled_at = time.perf_counter()
         images_BHWC = self.decode(sampled.feature_map_BZHW).cpu().numpy()
         decoded_at = time.perf_counter()
@@ -282,12 +284,15 @@ class Sampler:
         """Feature map to pixels (B, H, W, C) uint8, rounded; raises if any pixel is not finite."""
         images_BCHW = self._model.tokenizer.decode(feature_map_BZHW.to(self._model.dtype)).float()
         if not torch.isfinite(images_BCHW).all():
-            raise ArithmeticError(
-                f"{self.config.name} made an image with a pixel that is not a number, wanted "
-                "finite ones: the weights or the precision do not fit, try --precision float32"
-            )
+            raise self._not_finite("made an image with a pixel that is")
         pixels_BCHW = ((images_BCHW + 1) * 127.5).round().to(torch.uint8)
         return pixels_BCHW.permute(0, 2, 3, 1).contiguous()
+
+    def _not_finite(self, what: str) -> ArithmeticError:
+        return ArithmeticError(
+            f"{self.config.name} {what} not finite, wanted finite ones: the weights or the "
+            "precision do not fit, try --precision float32"
+        )
 
     def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(values).to(self._model.device)

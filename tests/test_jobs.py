@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import jobs._entry
 import jobs.generate
@@ -196,6 +198,27 @@ def test_plan_over_a_dataset_says_what_is_done_and_how_large_it_gets(
     assert "about " in text
     plan = JobPlan.from_json((dataset / "plan.json").read_bytes())
     assert plan.fingerprint in text
+
+
+def test_images_from_numbers_that_are_not_finite_are_never_committed(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Weights that give NaN for one class: its shards are set aside, the others are made."""
+    for file in weights.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    transformer = tmp_path / "transformer.safetensors"
+    tensors = load_file(transformer)
+    tensors["class_emb.weight"][4] = torch.nan
+    save_file(tensors, transformer)
+    out = tmp_path / "out"
+    labels = ["--classes", "1,4,seven", "--per-class", "1", "--samples-per-shard", "1"]
+    flags = ["--out", str(out), "--weights", str(tmp_path), "--workers", "0", *labels]
+    assert jobs.generate.main(flags) == 1
+    assert "missing: 1 shard: 1" in capsys.readouterr().err
+    ledger = [json.loads(row) for row in (out / "meta" / "failures.jsonl").open()]
+    assert [(row["shard_id"], row["set_aside"]) for row in ledger] == [(1, False)] * 2 + [(1, True)]
+    assert all("drew tokens from numbers that are not finite" in row["error"] for row in ledger)
+    assert sorted(file.name for file in out.glob("train/*")) == ["00000.tar", "00002.tar"]
 
 
 def test_verify_accepts_what_generate_made(dataset: Path, capsys: pytest.CaptureFixture[str]):

@@ -322,7 +322,7 @@ def test_an_image_that_is_not_finite_is_refused():
     sampler = Sampler(tiny_model(0), make_policy("full"), GUIDED)
     feature_map = torch.zeros(2, 6, 5, 5, dtype=torch.float64)
     feature_map[1, 3, 2, 2] = torch.nan
-    with pytest.raises(ArithmeticError, match="tiny made an image with a pixel that is not a num"):
+    with pytest.raises(ArithmeticError, match="tiny made an image with a pixel that is not finite"):
         sampler.decode(feature_map)
 
 

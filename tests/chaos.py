@@ -38,6 +38,7 @@ from pipeline.driver import generate
 from pipeline.faults import POINTS
 from tests.chaos_ray import RayNodes, kills_on_ray
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_shards import data_files
 from tests.fakes import set_faults
 from tests.fault_hook import FAULTS_VARIABLE, arm, disarm
 
@@ -111,11 +112,6 @@ def damage(folder: Path) -> tuple[int, int]:
             keys.update(n.partition(".")[0] for n in tar.getnames() if n.endswith(".cls"))
     wanted = 10 * SETTINGS["per_class"]
     return wanted - len(keys), sum(keys.values()) - len(keys)
-
-
-def data_files(out: Path) -> dict[str, bytes]:
-    files = [*out.glob("train/*.tar"), *out.glob("meta/*.parquet")]
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
 
 
 def forked(folder: Path, log: str, call: Callable[[], int]) -> int:

@@ -37,6 +37,12 @@ from pipeline.writer import ShardWriter
 NUM_SCALES = 3
 
 
+def data_files(out: Path) -> dict[str, bytes]:
+    """Tars and Parquet by name: what must be the same bytes whatever happened on the way."""
+    files = [*out.glob("train/*.tar"), *out.glob("meta/*.parquet")]
+    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
+
+
 def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPlan:
     """22 samples of 3 classes in shards of 9, batches of 4: nothing divides evenly."""
     settings: dict[str, Any] = {

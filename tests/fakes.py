@@ -34,6 +34,7 @@ from tests.fault_hook import FAULTS_VARIABLE
 #   gpus: file that gains a line `node GPU-ids` per load of the model
 #   segfault, memory, gpu_memory, nan: index whose batch ends its process, asks for more memory than
 #     there is, is refused memory by torch, has a signal that is no number
+#   hog: index whose batch takes hog_bytes of memory, bit by bit
 #   environment: number added to every pixel, as another environment's last bits would
 
 
@@ -140,6 +141,11 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
         bytearray(2**60)
     if faults.get("gpu_memory") in indices:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if faults.get("hog") in indices:
+        held = []
+        for _ in range(faults["hog_bytes"] >> 24):
+            held.append(b"x" * 2**24)
+            time.sleep(0.01)  # the monitor looks every tenth of a second
     once = faults.get("crash_once")
     if once is not None:
         with contextlib.suppress(FileNotFoundError):

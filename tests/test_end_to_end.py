@@ -21,6 +21,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from tests.fake_shards import data_files
 from tests.fakes import FAULTS_VARIABLE, set_faults
 from tests.random_weights import write_random_weights
 
@@ -33,12 +34,6 @@ FLAGS = "--per-class 6 --samples-per-shard 10 --batch-size 2 --device cpu"
 FAKE_FLAGS = tuple(FLAGS.split())
 
 Files = dict[str, bytes]
-
-
-def data_files(out: Path) -> Files:
-    """Tars and Parquet: what must be the same bytes whatever happened on the way."""
-    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
 
 
 def committed(out: Path) -> list[str]:

@@ -35,7 +35,7 @@ from pipeline.run import ShardRun, set_aside_earlier
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fake_shards import fill, make_plan, record_of, write_dataset
+from tests.fake_shards import data_files, fill, make_plan, record_of, write_dataset
 from tests.fakes import set_faults
 from tests.fault_hook import FAULTS_VARIABLE
 
@@ -58,11 +58,6 @@ def config(out: Path | str, **changes: Any) -> GenerateConfig:
 def run(out: Path, **changes: Any) -> int:
     changes = {"scratch": out.parent / "scratch", **changes}
     return generate(config(out, **changes), sampler_factory=FAKE_SAMPLER)
-
-
-def data_files(out: Path) -> dict[str, bytes]:
-    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from pipeline.manifest import committed_shards, parquet_name, tar_name
 from pipeline.plan import read_plan
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_shards import data_files
 from tests.fakes import open_gate, set_faults, wait_at_gate
 from tests.fault_hook import FAULTS_VARIABLE
 
@@ -72,11 +73,6 @@ def run(out: Path, scratch: Path) -> int:
         contact_sheet=0,
     )
     return generate(config, sampler_factory=FAKE_SAMPLER)
-
-
-def data_files(out: Path) -> dict[str, bytes]:
-    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(files)}
 
 
 def done_in(out: Path) -> list[int]:

@@ -111,11 +111,15 @@ class RayNodes:
             time.sleep(0.02)
         return []
 
-    def slow_job(self, folder: Path) -> BaseProcess:
+    def slow_job(self, folder: Path, pause_s: float) -> BaseProcess:
+        """A job that was slowed down, this long after its first worker began."""
         loads = self.control / "loads"
         loads.unlink(missing_ok=True)
         set_faults(self.control / "faults.json", batch_s=SLOW_BATCH_S, loads=str(loads))
-        return self.job(folder)
+        job = self.job(folder)
+        self.workers_of(job)
+        time.sleep(pause_s)
+        return job
 
 
 def _drive(argv: list[str], log: Path, control: Path) -> None:
@@ -171,9 +175,7 @@ def worker_after(nodes: RayNodes, rng: random.Random) -> Attack:
     """Kill one of the workers after some time."""
 
     def attack(folder: Path, most: int) -> tuple[int, set[str]]:
-        job = nodes.slow_job(folder)
-        nodes.workers_of(job)
-        time.sleep(rng.uniform(0.0, AT_WORK_S))
+        job = nodes.slow_job(folder, rng.uniform(0.0, AT_WORK_S))
         victims = nodes.workers_of(job)
         if victims:
             os.kill(rng.choice(victims), signal.SIGKILL)
@@ -187,9 +189,7 @@ def driver_after(nodes: RayNodes, rng: random.Random) -> Attack:
     """Kill the driver some time after its workers began."""
 
     def attack(folder: Path, most: int) -> tuple[int, set[str]]:
-        job = nodes.slow_job(folder)
-        nodes.workers_of(job)
-        time.sleep(rng.uniform(0.0, AT_WORK_S))
+        job = nodes.slow_job(folder, rng.uniform(0.0, AT_WORK_S))
         job.kill()
         return int(nodes.finish(job) == -signal.SIGKILL), set()
 
@@ -200,9 +200,7 @@ def node_after(nodes: RayNodes, rng: random.Random) -> Attack:
     """Kill all processes of a node some time after its worker began."""
 
     def attack(folder: Path, most: int) -> tuple[int, set[str]]:
-        job = nodes.slow_job(folder)
-        nodes.workers_of(job)
-        time.sleep(rng.uniform(0.0, AT_WORK_S))
+        job = nodes.slow_job(folder, rng.uniform(0.0, AT_WORK_S))
         is_running = job.is_alive()
         node = nodes.nodes.pop(rng.randrange(2))
         nodes.cluster.remove_node(node, allow_graceful=False)

@@ -131,26 +131,38 @@ def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
     assert "room for 2 now" in capsys.readouterr().err
 
 
-def test_a_draining_node_gets_no_new_shards(
+def drain_at_work(
     cluster: Cluster,
     start: Callable[..., Callable[[], int]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
+    seen: list[int],
+    drain: Callable[[Any], object],
+) -> None:
+    """A job whose first node drains in the middle of its fourth shard finishes on another node."""
     gate = tmp_path / "gate"
     set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=12)
-    draining: set[str] = set()
-    seen = drains_seen(monkeypatch, lambda: frozenset(draining))
     first = cluster.add_node(num_cpus=1, num_gpus=1)
     wait = start()
     (old,) = wait_at_gate(gate, 1)
-    draining.add(first.node_id)
+    drain(first)
     cluster.add_node(num_cpus=1, num_gpus=1)
     wait_for(lambda: len(seen) >= 2)
     open_gate(gate)
     assert wait() == 0
     by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
     assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
+    assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()
+
+
+def test_a_draining_node_gets_no_new_shards(
+    cluster: Cluster,
+    start: Callable[..., Callable[[], int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    draining: set[str] = set()
+    seen = drains_seen(monkeypatch, lambda: frozenset(draining))
+    drain_at_work(cluster, start, tmp_path, seen, lambda node: draining.add(node.node_id))
 
 
 def test_every_worker_of_a_node_has_a_gpu_of_its_own(
@@ -174,23 +186,14 @@ def test_a_node_that_ray_drains_gets_no_new_shards_and_charges_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    gate = tmp_path / "gate"
-    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=12)
+    def drain(node: Any) -> None:
+        words = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
+        argv = [*words.split(), "--address", cluster.address, "--node-id", node.node_id]
+        command = [sys.executable, "-m", "ray.scripts.scripts", *argv]
+        told = subprocess.run(
+            [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True
+        )
+        assert told.returncode == 0, told.stderr
+
     seen = drains_seen(monkeypatch, driver._draining_nodes)
-    first = cluster.add_node(num_cpus=1, num_gpus=1)
-    wait = start()
-    (old,) = wait_at_gate(gate, 1)
-    drain = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
-    argv = [*drain.split(), "--address", cluster.address, "--node-id", first.node_id]
-    command = [sys.executable, "-m", "ray.scripts.scripts", *argv]
-    told = subprocess.run(
-        [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True
-    )
-    assert told.returncode == 0, told.stderr
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    wait_for(lambda: len(seen) >= 2)
-    open_gate(gate)
-    assert wait() == 0
-    by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
-    assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
-    assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()
+    drain_at_work(cluster, start, tmp_path, seen, drain)

@@ -94,6 +94,27 @@ class Findings:
             return None
         return Interval.of([measured[measure] for measured in by_seed.values()])
 
+    def measured(self, section: str) -> list[str]:
+        """The measures that any cell of a section has, in the order to show them."""
+        return [
+            name
+            for name in _MEASURES
+            if any(self.interval(cell, name) is not None for cell in self.cells(section))
+        ]
+
+    def text(self, cell: Cell, measure: str) -> str:
+        """A measure as it stands in a table; empty where it was not taken."""
+        return _text(self.interval(cell, measure), measure)
+
+    def difference_text(self, cell: Cell, base: Cell | None, measure: str) -> str:
+        """A difference as it stands in a table, bold where its interval excludes zero."""
+        found = None if cell is base else self.difference(cell, base, measure)
+        if found is None:
+            return ""
+        digits = _MEASURES[measure][1]
+        text = found.text(digits, percent=measure in _PERCENT, signed=True)
+        return f"**{text}**" if found.excludes_zero else text
+
     def difference(self, cell: Cell, base: Cell | None, measure: str) -> Interval | None:
         """A measure less that of another cell, paired by seed."""
         if base is None:
@@ -167,6 +188,14 @@ _MEASURES = {
     "recall": ("recall", 3),
     "diversity": ("diversity", 3),
 }
+_SHORT = {
+    "label_accuracy": "read as label",
+    "frechet_distance": "Frechet",
+    "cas": "CAS",
+    "precision": "precision",
+}
+_ABLATED = {"frechet_distance": "left", "label_accuracy": "right", "precision": "right"}
+"""Measures that ablations are compared by, and where the better ones are in a plot."""
 
 
 def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
@@ -174,35 +203,35 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
     config = findings.study.config
     head = (
         f"{len(config.seeds)} seeds x {config.samples:,} images (ablations"
-        f" {config.ablation_samples:,}); mean ± half the 95% interval over seeds. Differences are"
-        " paired by seed; **bold**: the interval excludes zero.\n"
+        f" {config.ablation_samples:,}), {config.cas_runs} CAS runs for every seed; mean ± half the"
+        " 95% interval over seeds. Differences are paired by seed; **bold**: the interval excludes"
+        " zero.\n"
     )
-    parts = [head, method_table(findings, times)]
+    parts = [head, "## Methods\n", method_table(findings, times)]
     if findings.cells("ablations"):
-        parts.append(ablation_table(findings))
+        parts += ["## Ablations\n", ablation_table(findings)]
     signals = [cell for cell in findings.study.cells if cell.signals]
     parts += [signal_tables(findings.study, cell) for cell in signals]
     return "\n".join(parts)
 
 
 def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
-    """A row per method and budget, with the differences to the default at that budget."""
+    """A row per method and budget, with differences to full depth and to the default there."""
     full = findings.find("methods", FULL)
     assert full is not None
-    titles = [title for title, _ in _MEASURES.values()]
-    columns = ["budget", "method", "token-layers", "GFLOP", "time / full", *titles]
-    columns += ["Frechet - default", "CAS - default"]
+    shown = findings.measured("methods")
+    compared = [name for name in ("frechet_distance", "cas") if name in shown]
+    columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
+    columns += [_MEASURES[name][0] for name in shown]
+    columns += [f"{_SHORT[name]} - {base}" for base in ("full", "default") for name in compared]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in by_budget(findings.cells("methods")):
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [cell.budget, cell.method, f"{share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
         values.append(time_ratio(cell, full, times))
-        for measure, (_, digits) in _MEASURES.items():
-            values.append(_text(findings.interval(cell, measure), measure, digits))
-        default = findings.find("methods", DEFAULT, cell.budget)
-        for measure in ("frechet_distance", "cas"):
-            other = default if cell is not default else None
-            values.append(_difference_text(findings.difference(cell, other, measure), measure))
+        values += [findings.text(cell, measure) for measure in shown]
+        for base in (full, findings.find("methods", DEFAULT, cell.budget)):
+            values += [findings.difference_text(cell, base, measure) for measure in compared]
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
 
@@ -216,19 +245,19 @@ def by_budget(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def ablation_table(findings: Findings) -> str:
-    """A row per variant: differences to the unchanged default."""
-    columns = ["variant", "token-layers"]
-    shown = [name for name in _MEASURES if name != "cas"]
-    columns += [_MEASURES[name][0] for name in shown] + ["Frechet - default"]
+    """A row per variant, with paired differences to the unchanged default."""
+    shown = findings.measured("ablations")
+    columns = ["variant", "token-layers", "GFLOP", *(_MEASURES[name][0] for name in shown)]
+    columns += [f"{_SHORT[name]} - default" for name in _ABLATED]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in findings.cells("ablations"):
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [f"{cell.method} ({cell.budget})", f"{share:.1%}"]
-        values += [_text(findings.interval(cell, m), m, _MEASURES[m][1]) for m in shown]
+        values.append(f"{cell.cost.total_flops / 1e9:.2f}")
+        values += [findings.text(cell, measure) for measure in shown]
         base = findings.find("ablations", DEFAULT, cell.budget)
-        other = base if cell is not base else None
-        difference = findings.difference(cell, other, "frechet_distance")
-        lines.append(_row([*values, _difference_text(difference, "frechet_distance")]))
+        values += [findings.difference_text(cell, base, measure) for measure in _ABLATED]
+        lines.append(_row(values))
     return "\n".join(lines) + "\n"
 
 
@@ -238,7 +267,7 @@ def signal_tables(study: Study, cell: Cell) -> str:
     read = [read_json_file(study, study.file("signals", cell, seed)) for _, seed in done]
     if not read:
         return ""
-    lines = [f"Signals of {cell.method} at {cell.budget}, AUROC:\n"]
+    lines = [f"## Signals of {cell.method} at {cell.budget}\n\nAUROC:\n"]
     lines += [_row(["signal", "read as another digit", "poorest 5%"]), _row(["---"] * 3)]
     for signal in read[0]["auroc"]:
         verdicts = []
@@ -253,7 +282,7 @@ def signal_tables(study: Study, cell: Cell) -> str:
         frechet = Interval.of([value["frechet_distance"] for value in values]).text(3)
         has_cas = all("cas" in value for value in values)
         cas = Interval.of([value["cas"] for value in values]) if has_cas else None
-        lines.append(_row([name, frechet, _text(cas, "cas", 2)]))
+        lines.append(_row([name, frechet, _text(cas, "cas")]))
     return "\n".join(lines) + "\n"
 
 
@@ -261,23 +290,17 @@ def _row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _text(interval: Interval | None, measure: str, digits: int) -> str:
-    return "" if interval is None else interval.text(digits, percent=measure in _PERCENT)
-
-
-def _difference_text(interval: Interval | None, measure: str) -> str:
+def _text(interval: Interval | None, measure: str) -> str:
     if interval is None:
         return ""
-    percent = measure in _PERCENT
-    text = interval.text(2 if percent else 3, percent=percent, signed=True)
-    return f"**{text}**" if interval.excludes_zero else text
+    return interval.text(_MEASURES[measure][1], percent=measure in _PERCENT)
 
 
 def budget_plot(findings: Findings) -> bytes:
     """Frechet distance and CAS over the share of token-layers, one line per method, as PNG."""
     from matplotlib.figure import Figure
 
-    measures = [m for m in ("frechet_distance", "cas") if _is_measured(findings, m)]
+    measures = [m for m in ("frechet_distance", "cas") if m in findings.measured("methods")]
     figure = Figure(figsize=(6.4 * len(measures), 4.8), layout="constrained")
     for place, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), place + 1)
@@ -311,35 +334,38 @@ def budget_plot(findings: Findings) -> bytes:
     return _png(figure)
 
 
-def _is_measured(findings: Findings, measure: str) -> bool:
-    return any(findings.interval(cell, measure) for cell in findings.cells("methods"))
-
-
 def ablation_plot(findings: Findings) -> bytes:
-    """Difference in Frechet distance of every variant to the unchanged default, as PNG."""
+    """Differences of every variant to the unchanged default, a panel per measure, as PNG."""
     from matplotlib.figure import Figure
 
+    base = {cell.budget: cell for cell in findings.cells("ablations") if cell.method == DEFAULT}
     rows = []
     for cell in findings.cells("ablations"):
-        base = findings.find("ablations", DEFAULT, cell.budget)
-        difference = findings.difference(cell, base, "frechet_distance")
-        if cell is not base and difference is not None:
-            rows.append((f"{cell.method} ({cell.budget})", difference))
-    rows.sort(key=lambda row: -row[1].mean)
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.errorbar(
-        [difference.mean for _, difference in rows],
-        range(len(rows)),
-        xerr=[difference.half_width for _, difference in rows],
-        fmt="o",
-        capsize=2,
-    )
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axes.axvline(0, color="grey", linewidth=1)
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlabel("Frechet distance less that of the default at the same budget (left is better)")
-    axes.grid(visible=True, axis="x", alpha=0.3)
+        if base.get(cell.budget) in (None, cell):
+            continue
+        found = [findings.difference(cell, base[cell.budget], name) for name in _ABLATED]
+        intervals = [interval for interval in found if interval is not None]
+        if len(intervals) == len(_ABLATED):
+            rows.append((f"{cell.method} ({cell.budget})", intervals))
+    rows.sort(key=lambda row: -row[1][0].mean)
+    figure = Figure(figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained")
+    for place, (measure, better) in enumerate(_ABLATED.items()):
+        axes = figure.add_subplot(1, len(_ABLATED), place + 1)
+        factor = 100 if measure in _PERCENT else 1
+        axes.errorbar(
+            [intervals[place].mean * factor for _, intervals in rows],
+            range(len(rows)),
+            xerr=[intervals[place].half_width * factor for _, intervals in rows],
+            fmt="o",
+            capsize=2,
+        )
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows] if place == 0 else [])
+        axes.tick_params(axis="y", labelsize=8)
+        axes.axvline(0, color="grey", linewidth=1)
+        if measure == "frechet_distance":
+            axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlabel(f"{_MEASURES[measure][0]}: less the default's ({better} is better)")
+        axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)
 
 

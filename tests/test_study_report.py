@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from pipeline.study import StudyConfig, resolve_study
-from pipeline.study_report import Findings, Interval, method_table, results_table, time_ratio
+from pipeline.study_report import (
+    Findings,
+    Interval,
+    ablation_plot,
+    ablation_table,
+    method_table,
+    results_table,
+    time_ratio,
+)
 
 METHODS = {
     "full": {"policy": "full", "budgets": {"1x": None}},
@@ -68,7 +77,32 @@ def test_the_table_marks_differences_whose_interval_excludes_zero(findings: Find
     (uniform,) = [row for row in rows if "| uniform |" in row]
     assert "**+0.100 ± 0.000**" in uniform
     (depthvar,) = [row for row in rows if "| depthvar |" in row]
-    assert "**" not in depthvar
+    assert depthvar.endswith("| **+0.300 ± 0.000** |  |"), "to full depth, none to itself"
+
+
+def test_a_measure_that_was_not_taken_has_no_column(findings: Findings):
+    times = {cell.name: [1.0] for cell in findings.study.cells}
+    titles = method_table(findings, times).splitlines()[0]
+    assert "Frechet distance" in titles
+    assert "CAS" not in titles
+    assert "precision" not in titles
+
+
+def test_ablations_are_compared_with_the_default_at_their_budget(tmp_path: Path):
+    ablations = {"depthvar": METHODS["depthvar"], "flat": METHODS["uniform"]}
+    given = {"out": tmp_path, "methods": METHODS, "ablations": ablations, "seeds": [1, 2]}
+    study = resolve_study(StudyConfig.model_validate(given))
+    default, flat = study.cells[3:]
+    measures = {"frechet_distance": 0.5, "label_accuracy": 0.99, "precision": 0.9}
+    worse = {"frechet_distance": 0.6, "label_accuracy": 0.98, "precision": 0.9}
+    by_cell = {
+        default.name: dict.fromkeys((1, 2), measures),
+        flat.name: dict.fromkeys((1, 2), worse),
+    }
+    rows = ablation_table(Findings(study, by_cell)).splitlines()
+    assert rows[2].endswith("|  |  |  |")
+    assert "| **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |" in rows[3]
+    assert ablation_plot(Findings(study, by_cell)).startswith(b"\x89PNG")
 
 
 def test_times_are_compared_within_a_round(findings: Findings):

@@ -67,6 +67,7 @@ __all__ = [
     "assemble",
     "convert_weights",
     "load_model",
+    "random_model",
     "save_model",
     "save_proxy_fit",
     "weights_identity",
@@ -166,6 +167,33 @@ def load_model(
         )
     _fill(transformer, "transformer", identity.transformer, device, dtype)
     _fill(tokenizer, "tokenizer", identity.tokenizer, device, dtype, with_encoder=with_encoder)
+    return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+
+
+def random_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    with_encoder: bool = False,
+) -> LoadedModel:
+    """A model by its name with random weights, the same every time on a device.
+
+    It takes the time and the memory of the real one, and makes noise.
+    """
+    config = model_config(name)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        parts = transformer, tokenizer = (
+            Transformer(config.transformer),
+            Tokenizer(config.tokenizer),
+        )
+        for parameter in (p for part in parts for p in part.parameters()):
+            if not parameter.any():  # a fresh block adds nothing
+                nn.init.normal_(parameter, std=0.02)
+    if not with_encoder:
+        del tokenizer.encoder, tokenizer.quant_conv
+    identity = WeightsIdentity(Path("random"), Path("random"), None, "random")
     return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
 
 

@@ -5,7 +5,6 @@ Shape legend: N images of a set, B of a batch, S scales, H W sides, C channels, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,34 +93,6 @@ def sample_policies(
             if after_batch:
                 after_batch(len(indices))
     return {name: _joined(parts) for name, parts in made.items()}
-
-
-def seconds_per_image(
-    model: LoadedModel,
-    policies: Mapping[str, DepthPolicy],
-    *,
-    rounds: int,
-    batch_size: int,
-    after_batch: Callable[[int], object] | None = None,
-) -> dict[str, list[float]]:
-    """Wall seconds per image, decoder included, of every policy in every round.
-
-    In a round every policy samples one batch, one after the other, so that all meet the same
-    machine: compare them within a round.
-    """
-    samplers = {
-        name: Sampler(model, policy, model.config.sampling) for name, policy in policies.items()
-    }
-    labels = [i % model.config.num_classes for i in range(batch_size)]
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
-    for number in range(rounds):
-        for name, sampler in samplers.items():
-            begun = time.perf_counter()
-            sampler(labels, seed=number, indices=range(batch_size))
-            seconds[name].append((time.perf_counter() - begun) / batch_size)
-            if after_batch:
-                after_batch(1)
-    return seconds
 
 
 def use_one_thread() -> None:

@@ -247,7 +247,8 @@ def run_study(study: Study) -> None:
         _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
     if study.storage.size(study.times_file) is None:
         rounds = config.timing_rounds
-        _in_processes(study, _take_times, [rounds], "times", "batch", rounds * len(study.timed))
+        total = (rounds + 1) * len(study.timed)  # one that is not counted comes first
+        _in_processes(study, _take_times, [rounds], "times", "batch", total)
 
 
 def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
@@ -385,15 +386,16 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
 
 
 def _take_times(study: Study, rounds: int, advance: Callable[[int], object]) -> None:
-    from depthvar.study import seconds_per_image
+    from depthvar.timing import time_policies
 
-    times = seconds_per_image(
+    laps = time_policies(
         _model(study),
         {cell.name: cell.policy for cell in study.timed},
         rounds=rounds,
         batch_size=study.config.batch_size,
         after_batch=advance,
     )
+    times = {name: [lap.image_s for lap in of_cell] for name, of_cell in laps.items()}
     _publish_json(study, study.times_file, times)
 
 

@@ -75,6 +75,13 @@ def test_only_the_driver_imports_ray():
     assert [f for f in files if "ray" in packages(f)] == [ROOT / "pipeline" / "driver.py"]
 
 
+def test_the_benchmark_needs_no_pipeline():
+    """It runs where only torch is installed, on the machine whose GPU is in question."""
+    forbidden = {"ray", "pyarrow", "webdataset", "pydantic", "yaml", "pipeline"}
+    for name in ("benchmark", ENTRY):
+        assert not packages(ROOT / "jobs" / f"{name}.py") & forbidden
+
+
 def test_nothing_but_jobs_imports_jobs_and_nothing_imports_tests():
     for file in [*modules("depthvar"), *modules("pipeline")]:
         assert not packages(file) & {"jobs", "tests"}, file
@@ -105,7 +112,7 @@ def test_only_the_actor_touches_what_runs_a_model():
             "actor": {"checkpoint", "sampling"},
             "evaluation": {"features", "metrics", "inception"},
             "downstream": {"features", "training"},
-            "study": {"checkpoint", "study"},
+            "study": {"checkpoint", "study", "timing"},
         }.get(file.stem, set())
         assert parts <= pure | more, file
 

@@ -1,0 +1,224 @@
+"""Time depth policies on this machine: `python -m jobs.benchmark --model var-d16`.
+
+Prints a Markdown table: time per image in the transformer and in the decoder, and the time against
+full depth, compared batch by batch. Without --weights a published model gets random ones, which
+take the same time. Needs torch, numpy and safetensors alone: neither Ray nor any
+other part of the pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from depthvar.checkpoint import BUNDLED, LoadedModel, load_model, random_model
+from depthvar.config import MODELS, ModelConfig, model_config
+from depthvar.cost import image_cost
+from depthvar.errors import InputError
+from depthvar.plan import DepthPlan
+from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.timing import Lap, time_policies
+from jobs._entry import EXIT_DONE, run_job
+
+FULL = "full"
+_COLUMNS = (
+    "batch",
+    "policy",
+    "token-layers",
+    "GFLOP",
+    "transformer, ms",
+    "decoder, ms",
+    "images/s",
+    "time / full",
+    "GPU memory",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write the JSON file; exit code 0."""
+    flags = _parser().parse_args(argv)
+    device = torch.device(_device(flags.device))
+    if flags.json is not None and not flags.json.absolute().parent.is_dir():
+        raise InputError(f"--json: got {flags.json}, whose folder does not exist: make it")
+    torch.set_num_threads(flags.threads)
+    config = model_config(flags.model, flags.weights)
+    policies = chosen_policies(config, flags.policies)
+    for policy in policies.values():
+        DepthPlan.build(config.sides, config.num_blocks, policy)  # what does not fit stops here
+    model = _model(flags, device)
+    lines = [*heading(model, device), "", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+    print("\n".join(lines), flush=True)
+    report: list[dict[str, object]] = []
+    total = len(flags.batch_sizes) * len(policies) * (flags.rounds + 1)
+    with tqdm(total=total, unit="batch", desc="benchmark", file=sys.stderr) as bar:
+        for batch_size in flags.batch_sizes:
+            laps = time_policies(
+                model,
+                policies,
+                rounds=flags.rounds,
+                batch_size=batch_size,
+                after_batch=bar.update,
+            )
+            for name, policy in policies.items():
+                tqdm.write(row(config, name, policy, batch_size, laps), file=sys.stdout)
+                report.append(
+                    {
+                        "batch_size": batch_size,
+                        "policy": asdict(policy),
+                        "laps": [asdict(lap) for lap in laps[name]],
+                    }
+                )
+    if flags.json is not None:
+        content = {"machine": heading(model, device), "rounds": flags.rounds, "rows": report}
+        flags.json.write_text(json.dumps(content, indent=1) + "\n")
+    return EXIT_DONE
+
+
+def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, DepthPolicy]:
+    """Policies by the words that name them, `preset` or `preset:R`; full depth comes first.
+
+    Without words, our default at the three reference scales that end two to four scales early.
+    """
+    last = len(config.sides) - 1
+    words = words or [f"depthvar:{last - skipped}" for skipped in (2, 3, 4) if last > skipped]
+    policies = {FULL: make_policy(FULL)}
+    for word in words:
+        preset, colon, reference = word.partition(":")
+        if colon and not reference.isdecimal():
+            raise InputError(
+                f"--policies: got {word!r}, wanted a policy such as depthvar:3, with its "
+                "reference scale after the colon"
+            )
+        policies[word] = make_policy(preset, reference_scale=int(reference) if colon else None)
+    return policies
+
+
+def heading(model: LoadedModel, device: torch.device) -> list[str]:
+    """What the times are of: the model, the machine, the versions, the commit."""
+    hardware = _cpu_name()
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    precision = str(model.dtype).removeprefix("torch.")
+    threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return [
+        f"model     {model.config.name}, {precision}, weights {model.identity.sha256[:12]}",
+        f"machine   {hardware}{threads}",
+        f"software  {versions}, commit {_commit()}",
+    ]
+
+
+def row(
+    config: ModelConfig,
+    name: str,
+    policy: DepthPolicy,
+    batch_size: int,
+    laps: Mapping[str, Sequence[Lap]],
+) -> str:
+    """A line of the table: medians over the rounds, and the ratio's range."""
+    plan = DepthPlan.build(config.sides, config.num_blocks, policy)
+    cost = image_cost(config, plan, streams=config.sampling.streams)
+    ours = laps[name]
+    pairs = zip(ours, laps[FULL], strict=True)
+    ratios = sorted(lap.image_s / full.image_s for lap, full in pairs)
+    peak = max(lap.peak_bytes for lap in ours)
+    return _row(
+        (
+            str(batch_size),
+            name,
+            f"{plan.token_layers / plan.full_token_layers:.1%}",
+            f"{cost.total_flops / 1e9:.2f}",
+            f"{1e3 * median(lap.sampling_s for lap in ours):.2f}",
+            f"{1e3 * median(lap.decoding_s for lap in ours):.2f}",
+            f"{1 / median(lap.image_s for lap in ours):,.1f}",
+            f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
+            f"{peak / 1e9:.1f} GB" if peak else "",
+        )
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.benchmark", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="digits", help="model to time (default: digits)")
+    parser.add_argument("--weights", help="its weights, a local file or folder (default: random)")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=[],
+        metavar="POLICY:R",
+        help=f"policies with their reference scale, of {', '.join(PRESETS)}; full depth is timed "
+        "too (default: depthvar at three reference scales)",
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=_count, default=[8], help="images at once (default: 8)"
+    )
+    parser.add_argument("--rounds", type=_count, default=5, help="batches per policy (default: 5)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--json", type=Path, help="write the times to this file")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    return int(text)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("got --device cuda, but torch finds no GPU here: use --device cpu")
+    return name
+
+
+def _model(flags: argparse.Namespace, device: torch.device) -> LoadedModel:
+    dtype = getattr(torch, flags.precision)
+    if flags.weights is None and flags.model in MODELS and not (BUNDLED / flags.model).is_dir():
+        return random_model(flags.model, device=device, dtype=dtype)
+    return load_model(flags.model, flags.weights, device=device, dtype=dtype)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of this checkout, or `unknown` outside one."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+if __name__ == "__main__":
+    run_job(main)

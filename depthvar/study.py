@@ -5,7 +5,7 @@ Shape legend: N images of a set, B of a batch, S scales, H W sides, C channels, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -49,7 +49,7 @@ def sample_policies(
     model: LoadedModel,
     policies: Mapping[str, DepthPolicy],
     *,
-    num_samples: int,
+    indices: range,
     seed: int,
     batch_size: int,
     after_batch: Callable[[int], object] | None = None,
@@ -65,13 +65,11 @@ def sample_policies(
     by_shared_scales = sorted(samplers, key=lambda name: full_scales(samplers[name].plan))
     beginner = Sampler(model, make_policy("full"), config.sampling, keep_changes=True)
     made: dict[str, list[PolicySamples]] = {name: [] for name in policies}
-    for start in range(0, num_samples, batch_size):
-        indices = range(start, min(start + batch_size, num_samples))
-        labels_B = np.array([i % config.num_classes for i in indices])
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        labels_B = np.array([i % config.num_classes for i in batch])
         noise = [
-            torch.from_numpy(uniforms(seed, indices, config.transformer.num_tokens)).to(
-                model.device
-            )
+            torch.from_numpy(uniforms(seed, batch, config.transformer.num_tokens)).to(model.device)
             for uniforms in (token_uniforms, ranking_uniforms)
         ]
         on_device_B = torch.from_numpy(labels_B).to(model.device)
@@ -91,8 +89,8 @@ def sample_policies(
                 )
             )
             if after_batch:
-                after_batch(len(indices))
-    return {name: _joined(parts) for name, parts in made.items()}
+                after_batch(len(batch))
+    return {name: joined(parts) for name, parts in made.items()}
 
 
 def use_one_thread() -> None:
@@ -100,7 +98,8 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _joined(parts: list[PolicySamples]) -> PolicySamples:
+def joined(parts: Sequence[PolicySamples]) -> PolicySamples:
+    """Several sets of one policy in a row, as one."""
     return PolicySamples(
         *(
             np.concatenate([getattr(part, name) for part in parts])

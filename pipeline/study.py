@@ -3,10 +3,10 @@
 A study's folder holds one file per finished piece of work, named after what went into it, so that
 the same command goes on where it stopped and a changed configuration never meets old numbers:
 
-    samples/{cell}-{seed}-{digest}.npz    images and signals of one policy and seed
-    measures/{cell}-{seed}-{digest}.json  its quality
-    signals/{cell}-{seed}-{digest}.json   what its recorded signals say of it
-    times/{digest}.json                   seconds per image of all policies, taken in turn
+    samples/{cell}-{seed}-{digest}-{first}.npz  some images of a policy and seed, with signals
+    measures/{cell}-{seed}-{digest}.json        the quality of all of them
+    signals/{cell}-{seed}-{digest}.json         what the recorded signals say of them
+    times/{digest}.json                         seconds per image of all policies, taken in turn
 
 `pipeline.study_report` makes table, Parquet and plots from them.
 """
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 FORMAT = "depthvar-study/1"
 FULL = "full"
+_BATCHES_OF_PART = 10
 _FILTER_SHARES = (0.05, 0.10)
 
 Section = Literal["methods", "ablations"]
@@ -58,6 +59,7 @@ class StudyMethod(JobConfig):
     policy: str
     budgets: dict[str, int | None]
     options: dict[str, Scalar] = Field(default_factory=dict)
+    cas_runs: int | None = Field(None, ge=0, description="more or fewer than the study's")
     signals: list[str] = Field(
         default_factory=list, description="budgets at which to ask what the recorded signals say"
     )
@@ -133,8 +135,22 @@ class Study:
     cells: tuple[Cell, ...]
     storage: Storage
 
+    def parts(self, cell: Cell) -> list[range]:
+        """The global indices of a cell's images, in parts of whole batches: a file for each."""
+        size = self.config.batch_size * _BATCHES_OF_PART
+        everything = range(cell.num_samples)
+        return [everything[start : start + size] for start in everything[::size]]
+
+    def samples_file(self, cell: Cell, seed: int, part: range) -> str:
+        """Name of the file that holds some of a cell's images."""
+        return f"{self._stem('samples', cell, seed)}-{part.start}.npz"
+
     def file(self, kind: str, cell: Cell, seed: int) -> str:
-        """Name of the file that holds a piece of work; the digest covers all it depends on."""
+        """Name of the file that says something of a cell's images."""
+        return f"{self._stem(kind, cell, seed)}.json"
+
+    def _stem(self, kind: str, cell: Cell, seed: int) -> str:
+        """Name of a piece of work; the digest covers all that it depends on."""
         inputs: dict[str, Any] = {
             "format": FORMAT,
             "weights": self.weights_sha256,
@@ -142,10 +158,9 @@ class Study:
             "samples": cell.num_samples,
             "batch_size": self.config.batch_size,
         }
-        if kind in ("measures", "signals"):
+        if kind != "samples":
             inputs["cas_runs"] = cell.cas_runs
-        suffix = "npz" if kind == "samples" else "json"
-        return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}.{suffix}"
+        return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}"
 
     @property
     def times_file(self) -> str:
@@ -209,6 +224,7 @@ def _cell(
     budget: str,
 ) -> Cell:
     is_method = section == "methods"
+    cas_runs = config.cas_runs if method.cas_runs is None else method.cas_runs
     try:
         policy = make_policy(
             method.policy,
@@ -226,7 +242,7 @@ def _cell(
         depth=depth,
         cost=image_cost(model, depth, streams=model.sampling.streams),
         num_samples=config.samples if is_method else config.ablation_samples,
-        cas_runs=config.cas_runs if is_method else 0,
+        cas_runs=cas_runs if is_method else 0,
         signals=budget in method.signals,
     )
 
@@ -235,8 +251,13 @@ def run_study(study: Study) -> None:
     """Do what is not done yet: sample, measure, ask the signals, take the times."""
     config = study.config
     pairs = [(cell, seed) for cell in study.cells for seed in config.seeds]
-    missing = [pair for pair in pairs if _is_missing(study, "samples", *pair)]
-    images = sum(cell.num_samples for cell, _ in missing)
+    missing = [
+        (cell, seed, part)
+        for cell, seed in pairs
+        for part in study.parts(cell)
+        if study.storage.size(study.samples_file(cell, seed, part)) is None
+    ]
+    images = sum(len(part) for _, _, part in missing)
     _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
     for kind, task in (("measures", _measure), ("signals", _ask_signals)):
         todo = [
@@ -256,16 +277,17 @@ def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
 
 
 Pairs = list[tuple[Cell, int]]
+Parts = list[tuple[Cell, int, range]]
 
 
-def _groups(pairs: Pairs) -> list[Pairs]:
-    """Cells of one seed and size go together: they share what they run in full depth."""
+def _groups(parts: Parts) -> list[Parts]:
+    """The same images of all cells go together: they share what they run in full depth."""
 
-    def key(pair: tuple[Cell, int]) -> tuple[int, int]:
-        cell, seed = pair
-        return -cell.num_samples, seed
+    def key(part: tuple[Cell, int, range]) -> tuple[int, int, int]:
+        cell, seed, indices = part
+        return -cell.num_samples, seed, indices.start
 
-    return [list(group) for _, group in groupby(sorted(pairs, key=key), key=key)]
+    return [list(group) for _, group in groupby(sorted(parts, key=key), key=key)]
 
 
 Task = Callable[[Study, "Any", Callable[[int], object]], None]
@@ -322,15 +344,15 @@ def _model(study: Study) -> LoadedModel:
     return load_model(study.config.model, study.weights)
 
 
-def _sample_group(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+def _sample_group(study: Study, parts: Parts, advance: Callable[[int], object]) -> None:
     from depthvar.study import sample_policies
 
-    cells = {cell.name: cell for cell, _ in pairs}
-    num_samples, seed = pairs[0][0].num_samples, pairs[0][1]
+    cells = {cell.name: cell for cell, _, _ in parts}
+    _, seed, indices = parts[0]
     made = sample_policies(
         _model(study),
         {name: cell.policy for name, cell in cells.items()},
-        num_samples=num_samples,
+        indices=indices,
         seed=seed,
         batch_size=study.config.batch_size,
         after_batch=advance,
@@ -338,15 +360,20 @@ def _sample_group(study: Study, pairs: Pairs, advance: Callable[[int], object]) 
     for name, samples in made.items():
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **vars(samples))
-        study.storage.publish_bytes(buffer.getvalue(), study.file("samples", cells[name], seed))
+        file = study.samples_file(cells[name], seed, indices)
+        study.storage.publish_bytes(buffer.getvalue(), file)
 
 
 def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
     """What a finished cell made."""
-    from depthvar.study import PolicySamples
+    from depthvar.study import PolicySamples, joined
 
-    with np.load(io.BytesIO(study.storage.read(study.file("samples", cell, seed)))) as arrays:
-        return PolicySamples(**arrays)
+    parts = []
+    for part in study.parts(cell):
+        data = study.storage.read(study.samples_file(cell, seed, part))
+        with np.load(io.BytesIO(data)) as arrays:
+            parts.append(PolicySamples(**arrays))
+    return joined(parts)
 
 
 def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:

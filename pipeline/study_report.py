@@ -203,9 +203,9 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
     config = findings.study.config
     head = (
         f"{len(config.seeds)} seeds x {config.samples:,} images (ablations"
-        f" {config.ablation_samples:,}), {config.cas_runs} CAS runs for every seed; mean ± half the"
-        " 95% interval over seeds. Differences are paired by seed; **bold**: the interval excludes"
-        " zero.\n"
+        f" {config.ablation_samples:,}); mean ± half the 95% interval over seeds. Differences are"
+        " paired by seed; **bold**: the interval excludes zero. CAS: in brackets the number"
+        " of classifiers for every seed.\n"
     )
     parts = [head, "## Methods\n", method_table(findings, times)]
     if findings.cells("ablations"):
@@ -229,7 +229,9 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [cell.budget, cell.method, f"{share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
         values.append(time_ratio(cell, full, times))
-        values += [findings.text(cell, measure) for measure in shown]
+        for measure in shown:
+            runs = f" ({cell.cas_runs})" if measure == "cas" and cell.cas_runs else ""
+            values.append(findings.text(cell, measure) + runs)
         for base in (full, findings.find("methods", DEFAULT, cell.budget)):
             values += [findings.difference_text(cell, base, measure) for measure in compared]
         lines.append(_row(values))

@@ -38,7 +38,7 @@ def test_shared_scales_change_no_image_and_no_signal():
         "entropy": DepthPolicy(reference_scale=1, schedule="octaves", ranking="entropy"),
         "deeper": DepthPolicy(reference_scale=2, ranking="change"),
     }
-    shared = sample_policies(model, policies, num_samples=5, seed=3, batch_size=2)
+    shared = sample_policies(model, policies, indices=range(5), seed=3, batch_size=2)
     for name, policy in policies.items():
         sampler = Sampler(model, policy, model.config.sampling)
         for start, stop in ((0, 2), (2, 4), (4, 5)):
@@ -131,8 +131,21 @@ def test_a_changed_policy_or_seed_never_meets_old_numbers(tmp_path: Path):
     (cell,) = study.cells
     other = replace(cell, policy=make_policy("skip-scales"))
     more = replace(cell, num_samples=cell.num_samples + 1)
-    names = {study.file("samples", c, seed) for c in (cell, other, more) for seed in (1, 2)}
-    assert len(names) == 6
+    pairs = [(c, seed) for c in (cell, other, more) for seed in (1, 2)]
+    assert len({study.file("measures", c, seed) for c, seed in pairs}) == 6
+    assert len({study.samples_file(c, seed, range(100)) for c, seed in pairs}) == 6
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "sizes"),
+    [(2500, 100, [1000, 1000, 500]), (2500, 200, [2000, 500]), (3000, 300, [3000])],
+)
+def test_parts_are_whole_batches(tmp_path: Path, samples: int, batch_size: int, sizes: list[int]):
+    """So that no image meets another batch than in a study of one part."""
+    study = resolve_study(config(out=str(tmp_path), samples=samples, batch_size=batch_size))
+    parts = study.parts(study.cells[0])
+    assert [len(part) for part in parts] == sizes
+    assert [i for part in parts for i in part] == list(range(samples))
 
 
 def test_the_study_in_the_repository_resolves(tmp_path: Path):
@@ -151,7 +164,7 @@ def test_the_study_in_the_repository_resolves(tmp_path: Path):
 def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     argv = [f"--out={tmp_path / 'study'}", f"--config={tmp_path / 'study.yaml'}"]
     (tmp_path / "study.yaml").write_text(
-        "samples: 100\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
+        "samples: 120\nbatch_size: 10\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
         "methods:\n"
         "  full: {policy: full, budgets: {1x: null}}\n"
         "  depthvar: {policy: depthvar, budgets: {3x: 2}}\n"
@@ -160,10 +173,13 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     done = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
     table = (tmp_path / "study" / "table.md").read_text()
     assert "| 3x | depthvar | 32.3% |" in table
-    lost = sorted((tmp_path / "study" / "measures").iterdir())[0]
-    lost.unlink()
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "study" / "samples").iterdir()}
+    parts = sorted((tmp_path / "study" / "samples").iterdir())
+    assert len(parts) == 2 * 2 * 2, "policies, seeds, parts"
+    lost = [sorted((tmp_path / "study" / "measures").iterdir())[0], parts[0]]
+    for file in lost:
+        file.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in parts[1:]}
     assert main(argv) == 0
-    assert lost.read_bytes() == done[lost]
+    assert all(file.read_bytes() == done[file] for file in lost)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert (tmp_path / "study" / "table.md").read_text() == table

@@ -5,6 +5,7 @@ the same command goes on where it stopped and a changed configuration never meet
 
     samples/{cell}-{seed}-{digest}-{first}.npz  some images of a policy and seed, with signals
     measures/{cell}-{seed}-{digest}.json        the quality of all of them
+    cas/{cell}-{seed}-{digest}-{run}.json       accuracy of a classifier trained on them alone
     signals/{cell}-{seed}-{digest}.json         what the recorded signals say of them
     times/{digest}.json                         seconds per image of all policies, taken in turn
 
@@ -145,6 +146,10 @@ class Study:
         """Name of the file that holds some of a cell's images."""
         return f"{self._stem('samples', cell, seed)}-{part.start}.npz"
 
+    def cas_file(self, cell: Cell, seed: int, run: int) -> str:
+        """Name of the file that holds the accuracy of one classifier trained on a cell."""
+        return f"{self._stem('cas', cell, seed)}-{run}.json"
+
     def file(self, kind: str, cell: Cell, seed: int) -> str:
         """Name of the file that says something of a cell's images."""
         return f"{self._stem(kind, cell, seed)}.json"
@@ -158,8 +163,8 @@ class Study:
             "samples": cell.num_samples,
             "batch_size": self.config.batch_size,
         }
-        if kind != "samples":
-            inputs["cas_runs"] = cell.cas_runs
+        if kind == "signals":
+            inputs["with_cas"] = cell.cas_runs > 0
         return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}"
 
     @property
@@ -182,6 +187,11 @@ class Study:
 
 def _digest(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+
+
+Pairs = list[tuple[Cell, int]]
+Parts = list[tuple[Cell, int, range]]
+Task = Callable[[Study, Any, Callable[[int], object]], None]
 
 
 def resolve_study(config: StudyConfig) -> Study:
@@ -259,25 +269,29 @@ def run_study(study: Study) -> None:
     ]
     images = sum(len(part) for _, _, part in missing)
     _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
-    for kind, task in (("measures", _measure), ("signals", _ask_signals)):
-        todo = [
-            pair
-            for pair in pairs
-            if (kind == "measures" or pair[0].signals) and _is_missing(study, kind, *pair)
-        ]
-        _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
+    _for_each(study, "measures", _measure, pairs)
+    runs = [
+        (cell, seed, run)
+        for run in range(max(cell.cas_runs for cell in study.cells))
+        for cell, seed in pairs
+        if run < cell.cas_runs and study.storage.size(study.cas_file(cell, seed, run)) is None
+    ]
+    _in_processes(study, _train_classifier, runs, "cas", "run", len(runs))
+    _for_each(study, "signals", _ask_signals, [pair for pair in pairs if pair[0].signals])
     if study.storage.size(study.times_file) is None:
         rounds = config.timing_rounds
         total = (rounds + 1) * len(study.timed)  # one that is not counted comes first
         _in_processes(study, _take_times, [rounds], "times", "batch", total)
 
 
+def _for_each(study: Study, kind: str, task: Task, pairs: Pairs) -> None:
+    """Run a task for every cell and seed that lacks the file of its kind."""
+    todo = [pair for pair in pairs if _is_missing(study, kind, *pair)]
+    _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
+
+
 def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
     return study.storage.size(study.file(kind, cell, seed)) is None
-
-
-Pairs = list[tuple[Cell, int]]
-Parts = list[tuple[Cell, int, range]]
 
 
 def _groups(parts: Parts) -> list[Parts]:
@@ -288,9 +302,6 @@ def _groups(parts: Parts) -> list[Parts]:
         return -cell.num_samples, seed, indices.start
 
     return [list(group) for _, group in groupby(sorted(parts, key=key), key=key)]
-
-
-Task = Callable[[Study, "Any", Callable[[int], object]], None]
 
 
 def _in_processes(
@@ -382,9 +393,19 @@ def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> No
     judge = digit_judge()
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
-        measured = judge.measure(samples, cas_runs=cell.cas_runs)
-        _publish_json(study, study.file("measures", cell, seed), measured)
+        _publish_json(study, study.file("measures", cell, seed), judge.measure(samples))
         advance(1)
+
+
+def _train_classifier(
+    study: Study, run: tuple[Cell, int, int], advance: Callable[[int], object]
+) -> None:
+    from depthvar.study import cas
+
+    cell, seed, number = run
+    accuracy = cas(load_samples(study, cell, seed), run=number)
+    _publish_json(study, study.cas_file(cell, seed, number), {"cas": accuracy})
+    advance(1)
 
 
 def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
@@ -405,7 +426,7 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
                 rest = best_of_each_class(samples, values_N, share)
                 quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
                 if cell.cas_runs:
-                    quality["cas"] = cas(rest.images_NHWC, rest.labels_N, runs=cell.cas_runs)
+                    quality["cas"] = cas(rest, run=0)
                 filtered[f"{name} {share:.0%}"] = quality
         content = {"auroc": judge.signals(samples), "without_worst": filtered}
         _publish_json(study, study.file("signals", cell, seed), content)

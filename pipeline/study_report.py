@@ -68,6 +68,11 @@ class Findings:
         by_cell: dict[str, dict[int, dict[str, float]]] = {}
         for cell, seed in finished(study, "measures", study.cells):
             measured = read_json_file(study, study.file("measures", cell, seed))
+            files = [study.cas_file(cell, seed, run) for run in range(cell.cas_runs)]
+            if files:
+                measured["cas"] = float(
+                    np.mean([read_json_file(study, file)["cas"] for file in files])
+                )
             by_cell.setdefault(cell.name, {})[seed] = measured
         return cls(study, by_cell)
 

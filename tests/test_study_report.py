@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,20 @@ def test_differences_are_paired_by_seed(findings: Findings):
     assert difference is not None
     assert difference.mean == pytest.approx(0.1)
     assert difference.half_width == pytest.approx(0, abs=1e-9)
+
+
+def test_cas_is_the_mean_of_the_runs_of_a_seed(findings: Findings):
+    study, cell = findings.study, findings.study.cells[0]
+    cell = replace(cell, cas_runs=2)
+    study = replace(study, cells=(cell,))
+    for seed in (1, 2, 3):
+        study.storage.publish_bytes(b'{"recall": 0.5}', study.file("measures", cell, seed))
+        for run, accuracy in enumerate((0.9, 0.9 + seed / 100)):
+            numbers = json.dumps({"cas": accuracy}).encode()
+            study.storage.publish_bytes(numbers, study.cas_file(cell, seed, run))
+    interval = Findings.read(study).interval(cell, "cas")
+    assert interval is not None
+    assert interval.mean == pytest.approx(0.91)
 
 
 def test_a_cell_that_lacks_a_seed_is_not_shown(findings: Findings):

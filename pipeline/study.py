@@ -18,13 +18,17 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -311,13 +315,14 @@ def _in_processes(
     if not arguments:
         return
     context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(
-            min(study.config.processes, len(arguments)), mp_context=context
-        ) as pool,
-        tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar,
-    ):
+    manager = SyncManager(ctx=context)
+    manager.start(initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(
+        min(study.config.processes, len(arguments)),
+        mp_context=context,
+        initializer=_end_with_parent,
+    )
+    with manager, pool, tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
         counts = manager.Queue()
         waiting: set[Future[None]] = {
             pool.submit(_run_task, task, study, argument, counts.put) for argument in arguments
@@ -332,6 +337,19 @@ def _in_processes(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         _drain(counts, bar)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait_for_any([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _drain(counts: Any, bar: Any) -> None:

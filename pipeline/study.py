@@ -430,6 +430,7 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
     """AUROC of every signal, and the quality when the worst by a signal are left out.
 
     The comparison drops as many at random (by global index, which knows nothing of the image).
+    CAS takes a training, so it is asked for the larger share alone.
     """
     from depthvar.study import badness, best_of_each_class, cas, digit_judge
 
@@ -443,7 +444,7 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
             for share in _FILTER_SHARES:
                 rest = best_of_each_class(samples, values_N, share)
                 quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
-                if cell.cas_runs:
+                if cell.cas_runs and share == max(_FILTER_SHARES):
                     quality["cas"] = cas(rest, run=0)
                 filtered[f"{name} {share:.0%}"] = quality
         content = {"auroc": judge.signals(samples), "without_worst": filtered}

@@ -371,7 +371,7 @@ def ablation_plot(findings: Findings) -> bytes:
         axes.axvline(0, color="grey", linewidth=1)
         if measure == "frechet_distance":
             axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_xlabel(f"{_MEASURES[measure][0]}: less the default's ({better} is better)")
+        axes.set_xlabel(f"{_MEASURES[measure][0]}\nless the default's ({better} is better)")
         axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)
 

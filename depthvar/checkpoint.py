@@ -184,11 +184,8 @@ def random_model(
     config = model_config(name)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        parts = transformer, tokenizer = (
-            Transformer(config.transformer),
-            Tokenizer(config.tokenizer),
-        )
-        for parameter in (p for part in parts for p in part.parameters()):
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+        for parameter in (*transformer.parameters(), *tokenizer.parameters()):
             if not parameter.any():  # a fresh block adds nothing
                 nn.init.normal_(parameter, std=0.02)
     if not with_encoder:

@@ -345,14 +345,12 @@ def ablation_plot(findings: Findings) -> bytes:
     """Differences of every variant to the unchanged default, a panel per measure, as PNG."""
     from matplotlib.figure import Figure
 
-    base = {cell.budget: cell for cell in findings.cells("ablations") if cell.method == DEFAULT}
     rows = []
     for cell in findings.cells("ablations"):
-        if base.get(cell.budget) in (None, cell):
-            continue
-        found = [findings.difference(cell, base[cell.budget], name) for name in _ABLATED]
+        base = findings.find("ablations", DEFAULT, cell.budget)
+        found = [findings.difference(cell, base, name) for name in _ABLATED]
         intervals = [interval for interval in found if interval is not None]
-        if len(intervals) == len(_ABLATED):
+        if cell is not base and len(intervals) == len(_ABLATED):
             rows.append((f"{cell.method} ({cell.budget})", intervals))
     rows.sort(key=lambda row: -row[1][0].mean)
     figure = Figure(figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained")

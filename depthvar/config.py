@@ -22,6 +22,7 @@ CONFIG_FORMAT = "depthvar-model/1"
 _SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 _SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 _SIDES_DIGITS = (1, 2, 3, 4, 5, 6, 8)
+_SIDES_SCENES = (1, 2, 3, 4, 6, 8, 12)
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -250,22 +251,32 @@ class ModelConfig:
 
 
 def small_model_config(
-    name: str, class_names: tuple[str, ...], *, image_channels: int
+    name: str,
+    class_names: tuple[str, ...],
+    *,
+    image_channels: int,
+    sides: tuple[int, ...] = _SIDES_DIGITS,
+    num_blocks: int = 16,
+    width: int = 96,
 ) -> ModelConfig:
-    """The 32x32 architecture of the bundled model, for any classes and either grey or RGB."""
+    """The architecture of the bundled model, for any classes and either grey or RGB.
+
+    Images have four pixels a side for each token of the last of the seven `sides`; heads have 32
+    channels.
+    """
     return ModelConfig(
         name=name,
         transformer=TransformerConfig(
             num_classes=len(class_names),
-            sides=_SIDES_DIGITS,
-            num_blocks=16,
-            width=96,
-            num_heads=3,
+            sides=sides,
+            num_blocks=num_blocks,
+            width=width,
+            num_heads=width // 32,
             codebook_size=512,
             code_channels=16,
         ),
         tokenizer=TokenizerConfig(
-            sides=_SIDES_DIGITS,
+            sides=sides,
             phi_of_scale=(0, 0, 1, 1, 2, 2, 3),
             codebook_size=512,
             code_channels=16,
@@ -296,6 +307,18 @@ def _published(name: str, depth: int, sides: tuple[int, ...], *, shared_adaln: b
         ),
         tokenizer=TokenizerConfig(sides=sides, phi_of_scale=(0, 0, 1, 1, 1, 2, 2, 3, 3, 3)),
         class_names=imagenet.CLASS_NAMES,
+    )
+
+
+def scenes_model_config() -> ModelConfig:
+    """A model of `training.data.digit_scenes`: 48x48 grey, 12x12 tokens at the last scale."""
+    return small_model_config(
+        "digit-scenes",
+        _DIGIT_NAMES,
+        image_channels=1,
+        sides=_SIDES_SCENES,
+        num_blocks=12,
+        width=64,
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from depthvar.config import ModelConfig, model_config, small_model_config
+from depthvar.config import (
+    ModelConfig,
+    model_config,
+    scenes_model_config,
+    small_model_config,
+)
 from depthvar.errors import InputError
-from depthvar.training.data import Augmentation, ImageSet, digits, image_folder
+from depthvar.training.data import Augmentation, ImageSet, digit_scenes, digits, image_folder
 from depthvar.training.run import Recipe, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
@@ -24,7 +30,11 @@ class TrainModelConfig(JobConfig):
     """What `jobs.train_model` can be told; the defaults are the recipe of the bundled model."""
 
     out: Path = Field(description="folder of the run; the finished model is in its model/")
-    data: str = Field("digits", description="`digits`, or a folder of <class name>/<image files>")
+    data: str = Field(
+        "digits",
+        description="`digits`, `digit-scenes` (digits on a larger canvas), or a folder of "
+        "<class name>/<image files>",
+    )
     image_channels: int = Field(3, description="1 for grey or 3 for RGB; folders only")
     held_out_share: float = Field(
         0.1, gt=0, lt=1, description="share of a folder's images kept out of training"
@@ -46,6 +56,16 @@ class TrainModelConfig(JobConfig):
         ge=0,
         lt=1,
         description="probability that a block is left out of a training step",
+    )
+    tokenizer_from: str | None = Field(
+        None,
+        description="model, by name or folder, whose tokenizer the new one starts from (default: "
+        "random weights)",
+    )
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="of matrix products and convolutions; float32 is the faster one on processors "
+        "without bfloat16",
     )
     flip: bool = Field(False, description="mirror training images at random")
     calibration_samples: int = Field(
@@ -83,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _data(job: TrainModelConfig) -> tuple[ModelConfig, ImageSet, ImageSet]:
     if job.data == "digits":
         return model_config("digits"), digits("train"), digits("held-out")
+    if job.data == "digit-scenes":
+        return scenes_model_config(), digit_scenes("train"), digit_scenes("held-out")
     if job.image_channels not in (1, 3):
         raise InputError(f"image_channels is {job.image_channels}, wanted 1 or 3: correct it")
     folder = Path(job.data)
@@ -116,6 +138,8 @@ def _recipe(job: TrainModelConfig) -> Recipe:
             layer_drop=job.layer_drop,
         ),
         augmentation=Augmentation(flip=job.flip),
+        tokenizer_from=job.tokenizer_from,
+        precision=job.precision,
         calibration_samples=job.calibration_samples,
         seed=job.seed,
     )

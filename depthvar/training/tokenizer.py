@@ -127,10 +127,6 @@ def train_tokenizer(
 ) -> None:
     """Train all of `model`, then its decoder alone; `model` ends with the averaged weights."""
     usage = Usage(model.config, process.device)
-    with torch.no_grad():
-        model.quantize.embedding.weight.normal_(
-            0, 0.2, generator=torch.Generator().manual_seed(seed)
-        )
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

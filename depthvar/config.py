@@ -339,6 +339,18 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
 )
 
 
+def real_set_of(class_names: tuple[str, ...], image_side: int, image_channels: int) -> str | None:
+    """Name of the set of real images (`training.data.REAL_SETS`) that such images compare with."""
+    for model in (MODELS["digits"], scenes_model_config()):
+        if (class_names, image_side, image_channels) == (
+            model.class_names,
+            model.image_side,
+            model.image_channels,
+        ):
+            return model.name
+    return None
+
+
 def model_config(name: str, weights: str | None = None) -> ModelConfig:
     """The configuration of a model: a known name, or a folder that holds a `config.json`.
 

@@ -1,9 +1,9 @@
 """A small image classifier: it judges digits by label and by features, and tests synthetic ones.
 
-Two uses. The *feature network* is trained once on the real training digits and shipped, so that a
-Frechet distance means the same on every machine (training gives other last bits, and then another
-network, on another processor). The classifier of a *classification accuracy score* (Ravuri and
-Vinyals, arXiv 1905.10887) is trained on generated images alone and tested on real ones.
+Two uses. The *feature network* of the digits is trained once on the real training digits and
+shipped, so that a Frechet distance means the same on every machine (training gives other last bits,
+and then another network, on another processor). The classifier of a *classification accuracy score*
+(Ravuri and Vinyals, arXiv 1905.10887) is trained on generated images alone and tested on real ones.
 
 Shape legend: N images of a set, B of a batch, F features, K classes, C channels, H W sides.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from depthvar.errors import InputError
-from depthvar.training.data import Augmentation, augment, digits, to_float
+from depthvar.training.data import REAL_SETS, Augmentation, augment, to_float
 
 NUM_FEATURES = 96
 FEATURE_SEED = 0
@@ -197,19 +197,24 @@ def accuracy(model: Classifier, images_NHWC: np.ndarray, labels_N: np.ndarray) -
     return float((model.read(images_NHWC).labels == labels_N).mean())
 
 
-@lru_cache(maxsize=2)  # parsing the source takes seconds
-def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Real digits of a split of `training.data.digits`: uint8 (N, 32, 32, 1) and int64 labels.
+@lru_cache(maxsize=4)  # parsing the source takes seconds
+def real_arrays(real_set: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """A split of one of `training.data.REAL_SETS`: uint8 (N, H, W, C) and int64 labels.
 
     The arrays are shared by all callers: not to be changed.
     """
-    real = digits(split)
+    real = REAL_SETS[real_set](split)
     return real.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), real.labels_N.numpy()
 
 
-def train_digit_features(after_step: Callable[[], object] | None = None) -> Classifier:
-    """Train the feature network again, as the shipped one was: on the 4,000 training digits."""
-    images_NHWC, labels_N = digit_arrays("train")
+def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Real digits of a split of `training.data.digits`, as `real_arrays` gives them."""
+    return real_arrays("digits", split)
+
+
+def train_features(real_set: str, after_step: Callable[[], object] | None = None) -> Classifier:
+    """A feature network of a set's training images; that of the digits is shipped."""
+    images_NHWC, labels_N = real_arrays(real_set, "train")
     return train_classifier(
         images_NHWC, labels_N, num_classes=10, seed=FEATURE_SEED, after_step=after_step
     )
@@ -217,9 +222,13 @@ def train_digit_features(after_step: Callable[[], object] | None = None) -> Clas
 
 def digit_features() -> Classifier:
     """The shipped feature network of the digits."""
-    file = resources.files("depthvar.models") / FEATURE_FILE
+    return from_safetensors((resources.files("depthvar.models") / FEATURE_FILE).read_bytes())
+
+
+def from_safetensors(data: bytes) -> Classifier:
+    """The feature network that `to_safetensors` wrote."""
     model = Classifier(num_classes=10)
-    model.load_state_dict(load(file.read_bytes()))
+    model.load_state_dict(load(data))
     return model.eval()
 
 

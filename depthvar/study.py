@@ -1,4 +1,4 @@
-"""Comparing depth policies: many of them on the same noise, each measured against real digits.
+"""Comparing depth policies: many of them on the same noise, each measured against real images.
 
 Shape legend: N images of a set, B of a batch, S scales, H W sides, C channels, F features.
 """
@@ -12,17 +12,35 @@ from itertools import takewhile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from depthvar.checkpoint import LoadedModel
-from depthvar.features import Readings, accuracy, digit_arrays, digit_features, train_classifier
+from depthvar.config import SamplingSettings
+from depthvar.engine import ScaleTrace
+from depthvar.features import (
+    Classifier,
+    Readings,
+    accuracy,
+    digit_features,
+    from_safetensors,
+    real_arrays,
+    to_safetensors,
+    train_classifier,
+    train_features,
+)
 from depthvar.metrics import frechet_distance, precision_recall
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import Sampler
+from depthvar.training.data import to_float
 
+LOSS_SEED = 0
+"""The seed of what policies draw on the way through a real image: a random ranking, say."""
 MAX_CAS_SAMPLES = 5_000
+_LOSS_BATCH = 100
 POOR_SHARE = 0.05
 """A sample is poor when the probability of its label is among this share of lowest ones."""
 
@@ -108,12 +126,64 @@ def joined(parts: Sequence[PolicySamples]) -> PolicySamples:
     )
 
 
-class DigitJudge:
-    """The shipped digit features and the real training digits, read once."""
+class HeldOutImages:
+    """Real images as a model's tokens, to ask what they cost it under a policy."""
 
-    def __init__(self) -> None:
-        images_NHWC, labels_N = digit_arrays("train")
-        self._network = digit_features()
+    @torch.inference_mode()
+    def __init__(self, model: LoadedModel, images_NHWC: np.ndarray, labels_N: np.ndarray) -> None:
+        """The model must have its encoder; images are uint8, labels int64."""
+        parts = []
+        for batch_BHWC in torch.from_numpy(images_NHWC).split(_LOSS_BATCH):
+            images_BCHW = to_float(batch_BHWC.permute(0, 3, 1, 2)).to(model.device, model.dtype)
+            tokens, _, _ = model.tokenizer.tokenize(model.tokenizer.encode(images_BCHW))
+            parts.append(tokens)
+        self._model = model
+        self._labels_N = labels_N
+        self.tokens = [torch.cat(of_scale) for of_scale in zip(*parts, strict=True)]
+
+    @classmethod
+    def of_set(cls, model: LoadedModel, real_set: str) -> HeldOutImages:
+        """Those of one of `training.data.REAL_SETS`."""
+        return cls(model, *real_arrays(real_set, "held-out"))
+
+    def losses(self, policy: DepthPolicy) -> np.ndarray:
+        """Cross-entropy of every image in nats, summed over the tokens of a scale: (N, S).
+
+        Earlier scales are as in the image (teacher forcing) and there is no guidance: this is what
+        `depthvar.training.transformer` minimises. The policy must skip no scale.
+        """
+        settings = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
+        sampler = Sampler(self._model, policy, settings)
+        count = len(self._labels_N)
+        losses_NS = np.empty((count, len(self.tokens)))
+        assert len(sampler.plan.scales) == len(self.tokens)
+        for start in range(0, count, _LOSS_BATCH):
+            indices = range(start, min(start + _LOSS_BATCH, count))
+            forced = [tokens_NT[start : indices.stop] for tokens_NT in self.tokens]
+            of_batch: list[Tensor] = []
+
+            def note(
+                scale: int,
+                logits_BTV: Tensor,
+                trace: ScaleTrace,
+                forced: Sequence[Tensor] = forced,
+                of_batch: list[Tensor] = of_batch,
+            ) -> None:
+                loss_BT = F.cross_entropy(logits_BTV.mT, forced[scale], reduction="none")
+                of_batch.append(loss_BT.sum(dim=1))
+
+            labels = self._labels_N[start : indices.stop].tolist()
+            sampler.tokens(labels, seed=LOSS_SEED, indices=indices, on_scale=note, forced=forced)
+            losses_NS[start : indices.stop] = torch.stack(of_batch, dim=1).cpu().numpy()
+        return losses_NS
+
+
+class Judge:
+    """A feature network of real images and the real training images, read once."""
+
+    def __init__(self, real_set: str, network: Classifier) -> None:
+        images_NHWC, labels_N = real_arrays(real_set, "train")
+        self._network = network
         self._real_NF = self._network.read(images_NHWC).features_NF
         self._real_spread = spread_within_classes(self._real_NF, labels_N)
 
@@ -122,15 +192,15 @@ class DigitJudge:
         return self._network.read(samples.images_NHWC)
 
     def frechet(self, features_NF: np.ndarray) -> float:
-        """Frechet distance to the real training digits."""
+        """Frechet distance to the real training images."""
         return frechet_distance(self._real_NF, features_NF)
 
     def measure(self, samples: PolicySamples) -> dict[str, float]:
         """Quality by name.
 
         label_accuracy: share read as their label. frechet_distance, precision, recall: against the
-        real training digits. diversity: variance of the features within a class, in that of the
-        real digits.
+        real training images. diversity: variance of the features within a class, in that of the
+        real images.
         """
         readings = self.read(samples)
         precision, recall = precision_recall(self._real_NF, readings.features_NF)
@@ -167,9 +237,18 @@ class DigitJudge:
 
 
 @lru_cache(maxsize=1)
-def digit_judge() -> DigitJudge:
-    """The one of this process: reading the real digits takes seconds."""
-    return DigitJudge()
+def judge_of(real_set: str, features: bytes | None) -> Judge:
+    """The one of this process: reading the real images takes seconds.
+
+    `features` is the safetensors file of a feature network; None stands for the shipped one.
+    """
+    network = digit_features() if features is None else from_safetensors(features)
+    return Judge(real_set, network)
+
+
+def trained_features(real_set: str) -> bytes:
+    """The safetensors file of a feature network trained on a set of real images."""
+    return to_safetensors(train_features(real_set))
 
 
 def badness(samples: PolicySamples) -> dict[str, np.ndarray]:
@@ -199,11 +278,11 @@ def best_of_each_class(samples: PolicySamples, values_N: np.ndarray, drop: float
     )
 
 
-def cas(samples: PolicySamples, *, run: int) -> float:
+def cas(samples: PolicySamples, *, run: int, real_set: str) -> float:
     """Classification accuracy score of digits (arXiv 1905.10887): one classifier's accuracy.
 
     It is trained on at most `MAX_CAS_SAMPLES` of these images alone, and tested on the held-out
-    real digits; `run` is its seed.
+    real images of the set; `run` is its seed.
     """
     classifier = train_classifier(
         samples.images_NHWC[:MAX_CAS_SAMPLES],
@@ -211,7 +290,7 @@ def cas(samples: PolicySamples, *, run: int) -> float:
         num_classes=10,
         seed=run,
     )
-    return accuracy(classifier, *digit_arrays("held-out"))
+    return accuracy(classifier, *real_arrays(real_set, "held-out"))
 
 
 def spread_within_classes(features_NF: np.ndarray, labels_N: np.ndarray) -> float:

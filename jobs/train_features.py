@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         accuracy,
         digit_arrays,
         to_safetensors,
-        train_digit_features,
+        train_features,
     )
 
     torch.set_num_threads(config.threads)
     with tqdm(total=ClassifierRecipe().steps, unit="step", desc="train", file=sys.stderr) as bar:
-        model = train_digit_features(bar.update)
+        model = train_features("digits", bar.update)
     config.out.write_bytes(to_safetensors(model))
     print(
         f"{config.out}: reads {accuracy(model, *digit_arrays('held-out')):.1%} of held-out digits"

@@ -16,7 +16,7 @@ from depthvar.config import (
     small_model_config,
 )
 from depthvar.errors import InputError
-from depthvar.training.data import Augmentation, ImageSet, digit_scenes, digits, image_folder
+from depthvar.training.data import REAL_SETS, Augmentation, ImageSet, image_folder
 from depthvar.training.run import Recipe, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
@@ -101,10 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _data(job: TrainModelConfig) -> tuple[ModelConfig, ImageSet, ImageSet]:
-    if job.data == "digits":
-        return model_config("digits"), digits("train"), digits("held-out")
-    if job.data == "digit-scenes":
-        return scenes_model_config(), digit_scenes("train"), digit_scenes("held-out")
+    if job.data in REAL_SETS:
+        config = model_config("digits") if job.data == "digits" else scenes_model_config()
+        return config, REAL_SETS[job.data]("train"), REAL_SETS[job.data]("held-out")
     if job.image_channels not in (1, 3):
         raise InputError(f"image_channels is {job.image_channels}, wanted 1 or 3: correct it")
     folder = Path(job.data)

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from depthvar.config import model_config
+from depthvar.config import real_set_of
 from depthvar.errors import InputError
 from depthvar.metrics import (
     Moments,
@@ -118,12 +118,8 @@ def evaluate(
 
 def shows_digits(dataset: Dataset) -> bool:
     """Whether the images are those of a model of the digits, by classes and format."""
-    digits, settings = model_config("digits"), dataset.plan.settings
-    return (settings.class_names, settings.image_side, settings.image_channels) == (
-        digits.class_names,
-        digits.image_side,
-        digits.image_channels,
-    )
+    shown = dataset.plan.settings
+    return real_set_of(shown.class_names, shown.image_side, shown.image_channels) == "digits"
 
 
 def _evaluate_digits(

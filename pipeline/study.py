@@ -4,7 +4,9 @@ A study's folder holds one file per finished piece of work, named after what wen
 the same command goes on where it stopped and a changed configuration never meets old numbers:
 
     samples/{cell}-{seed}-{digest}-{first}.npz  some images of a policy and seed, with signals
+    features/{digest}.safetensors               the network that judges them, where none is shipped
     measures/{cell}-{seed}-{digest}.json        the quality of all of them
+    losses/{cell}-{digest}.npy                  what real held-out images cost under a policy
     cas/{cell}-{seed}-{digest}-{run}.json       accuracy of a classifier trained on them alone
     signals/{cell}-{seed}-{digest}.json         what the recorded signals say of them
     times/{digest}.json                         seconds per image of all policies, taken in turn
@@ -37,7 +39,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from depthvar.config import ModelConfig, model_config
+from depthvar.config import ModelConfig, model_config, real_set_of
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
@@ -48,7 +50,7 @@ from pipeline.weights import local_weights
 
 if TYPE_CHECKING:
     from depthvar.checkpoint import LoadedModel
-    from depthvar.study import PolicySamples
+    from depthvar.study import Judge, PolicySamples
 
 FORMAT = "depthvar-study/1"
 FULL = "full"
@@ -135,6 +137,7 @@ class Study:
 
     config: StudyConfig
     model: ModelConfig
+    real_set: str
     weights: str | None
     weights_sha256: str
     cells: tuple[Cell, ...]
@@ -171,6 +174,30 @@ class Study:
             inputs["with_cas"] = cell.cas_runs > 0
         return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}"
 
+    def losses_file(self, cell: Cell) -> str:
+        """Name of the file of what real held-out images cost under a cell's policy."""
+        inputs = {
+            "format": FORMAT,
+            "weights": self.weights_sha256,
+            "policy": asdict(cell.policy),
+        }
+        return f"losses/{cell.name}-{_digest(inputs)}.npy"
+
+    @property
+    def with_losses(self) -> list[Cell]:
+        """The cells whose policies run every scale of a real image."""
+        return [cell for cell in self.cells if not cell.policy.skip_last_scales]
+
+    @property
+    def trains_features(self) -> bool:
+        """Whether the study trains the feature network that judges: that of the digits ships."""
+        return self.real_set != "digits"
+
+    @property
+    def features_file(self) -> str:
+        """Name of the file of the feature network that the study trains."""
+        return f"features/{_digest({'format': FORMAT, 'real_set': self.real_set})}.safetensors"
+
     @property
     def times_file(self) -> str:
         """Name of the file of the timings."""
@@ -205,10 +232,11 @@ def resolve_study(config: StudyConfig) -> Study:
     """
     local = local_weights(config.model, config.weights)
     model = model_config(config.model, local)
-    if (model.num_classes, model.image_channels) != (10, 1) or model.image_side != 32:
+    real_set = real_set_of(model.class_names, model.image_side, model.image_channels)
+    if real_set is None:
         raise InputError(
-            f"got the model {model.name!r}, wanted one of the digits (10 classes, 32x32, grey): "
-            "the study measures against real digits"
+            f"got the model {model.name!r}, wanted one of the digits (10 classes, 32x32 or 48x48, "
+            "grey): the study measures against real digits"
         )
     sections: tuple[tuple[Section, dict[str, StudyMethod]], ...] = (
         ("methods", config.methods),
@@ -226,7 +254,8 @@ def resolve_study(config: StudyConfig) -> Study:
             f"a policy uses calibrated proxies and {model.name} has no calibration: run "
             "python -m jobs.calibrate, or leave it out"
         )
-    return Study(config, model, local, weights.sha256, tuple(cells), Storage.open(config.out))
+    storage = Storage.open(config.out)
+    return Study(config, model, real_set, local, weights.sha256, tuple(cells), storage)
 
 
 def _cell(
@@ -273,7 +302,14 @@ def run_study(study: Study) -> None:
     ]
     images = sum(len(part) for _, _, part in missing)
     _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
+    if study.trains_features and study.storage.size(study.features_file) is None:
+        _in_processes(study, _train_features, [None], "features", "network", 1)
     _for_each(study, "measures", _measure, pairs)
+    todo = [
+        cell for cell in study.with_losses if study.storage.size(study.losses_file(cell)) is None
+    ]
+    shares = [todo[i :: config.processes] for i in range(min(config.processes, len(todo)))]
+    _in_processes(study, _take_losses, shares, "losses", "cell", len(todo))
     runs = [
         (cell, seed, run)
         for run in range(max(cell.cas_runs for cell in study.cells))
@@ -405,10 +441,35 @@ def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
     return joined(parts)
 
 
-def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
-    from depthvar.study import digit_judge
+def _train_features(study: Study, _: None, advance: Callable[[int], object]) -> None:
+    from depthvar.study import trained_features
 
-    judge = digit_judge()
+    study.storage.publish_bytes(trained_features(study.real_set), study.features_file)
+    advance(1)
+
+
+def _judge(study: Study) -> Judge:
+    from depthvar.study import judge_of
+
+    trained = study.storage.read(study.features_file) if study.trains_features else None
+    return judge_of(study.real_set, trained)
+
+
+def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], object]) -> None:
+    from depthvar.checkpoint import load_model
+    from depthvar.study import HeldOutImages
+
+    model = load_model(study.config.model, study.weights, with_encoder=True)
+    images = HeldOutImages.of_set(model, study.real_set)
+    for cell in cells:
+        buffer = io.BytesIO()
+        np.save(buffer, images.losses(cell.policy))
+        study.storage.publish_bytes(buffer.getvalue(), study.losses_file(cell))
+        advance(1)
+
+
+def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+    judge = _judge(study)
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
         _publish_json(study, study.file("measures", cell, seed), judge.measure(samples))
@@ -421,7 +482,7 @@ def _train_classifier(
     from depthvar.study import cas
 
     cell, seed, number = run
-    accuracy = cas(load_samples(study, cell, seed), run=number)
+    accuracy = cas(load_samples(study, cell, seed), run=number, real_set=study.real_set)
     _publish_json(study, study.cas_file(cell, seed, number), {"cas": accuracy})
     advance(1)
 
@@ -432,9 +493,9 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
     The comparison drops as many at random (by global index, which knows nothing of the image).
     CAS takes a training, so it is asked for the larger share alone.
     """
-    from depthvar.study import badness, best_of_each_class, cas, digit_judge
+    from depthvar.study import badness, best_of_each_class, cas
 
-    judge = digit_judge()
+    judge = _judge(study)
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
         suspects = {name: badness(samples)[name] for name in ("surprise", "change")}
@@ -445,7 +506,7 @@ def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -
                 rest = best_of_each_class(samples, values_N, share)
                 quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
                 if cell.cas_runs and share == max(_FILTER_SHARES):
-                    quality["cas"] = cas(rest, run=0)
+                    quality["cas"] = cas(rest, run=0, real_set=study.real_set)
                 filtered[f"{name} {share:.0%}"] = quality
         content = {"auroc": judge.signals(samples), "without_worst": filtered}
         _publish_json(study, study.file("signals", cell, seed), content)
@@ -473,6 +534,12 @@ def _publish_json(study: Study, name: str, content: object) -> None:
 def read_json_file(study: Study, name: str) -> Any:
     """A finished file of the study."""
     return json.loads(study.storage.read(name))
+
+
+def read_losses(study: Study, cell: Cell) -> np.ndarray:
+    """What every real held-out image cost at every scale, in nats: (N, S)."""
+    losses_NS: np.ndarray = np.load(io.BytesIO(study.storage.read(study.losses_file(cell))))
+    return losses_NS
 
 
 def finished(study: Study, kind: str, cells: Iterable[Cell]) -> list[tuple[Cell, int]]:

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.study import FULL, Cell, Study, finished, read_json_file
+from pipeline.study import FULL, Cell, Study, finished, read_json_file, read_losses
 
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
 DEFAULT = "depthvar"
+LOSS = "held_out_loss"
 _PERCENT = ("label_accuracy", "cas")
 
 
@@ -57,10 +58,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Findings:
-    """The quality of every finished cell: measure -> value by seed."""
+    """The quality of every finished cell: measure -> value by seed.
+
+    losses: of every cell that runs all scales, what each real held-out image cost, in nats a token.
+    """
 
     study: Study
     by_cell: dict[str, dict[int, dict[str, float]]]
+    losses: dict[str, np.ndarray]
 
     @classmethod
     def read(cls, study: Study) -> Findings:
@@ -74,7 +79,12 @@ class Findings:
                     np.mean([read_json_file(study, file)["cas"] for file in files])
                 )
             by_cell.setdefault(cell.name, {})[seed] = measured
-        return cls(study, by_cell)
+        losses = {}
+        for cell in study.with_losses:
+            if study.storage.size(study.losses_file(cell)) is not None:
+                losses_NS = read_losses(study, cell)
+                losses[cell.name] = losses_NS.sum(axis=1) / study.model.transformer.num_tokens
+        return cls(study, by_cell, losses)
 
     def cells(self, section: str) -> list[Cell]:
         """The cells of a section that every seed has finished."""
@@ -93,7 +103,10 @@ class Findings:
         return None
 
     def interval(self, cell: Cell, measure: str) -> Interval | None:
-        """A measure over the seeds."""
+        """A measure over the seeds, or over the real held-out images."""
+        if measure == LOSS:
+            losses_N = self.losses.get(cell.name)
+            return None if losses_N is None else Interval.of(losses_N.tolist())
         by_seed = self.by_cell[cell.name]
         if any(measure not in measured for measured in by_seed.values()):
             return None
@@ -121,9 +134,13 @@ class Findings:
         return f"**{text}**" if found.excludes_zero else text
 
     def difference(self, cell: Cell, base: Cell | None, measure: str) -> Interval | None:
-        """A measure less that of another cell, paired by seed."""
+        """A measure less that of another cell, paired by seed, or by real held-out image."""
         if base is None:
             return None
+        if measure == LOSS:
+            if cell.name not in self.losses or base.name not in self.losses:
+                return None
+            return Interval.of((self.losses[cell.name] - self.losses[base.name]).tolist())
         ours, theirs = self.by_cell[cell.name], self.by_cell[base.name]
         if any(measure not in m for m in (*ours.values(), *theirs.values())):
             return None
@@ -168,6 +185,9 @@ def results_table(findings: Findings, times: dict[str, list[float]]) -> pa.Table
                         "flops": cell.cost.total_flops,
                         "seconds_per_image": _median(times.get(cell.name)),
                         **measured,
+                        LOSS: float(findings.losses[cell.name].mean())
+                        if cell.name in findings.losses
+                        else None,
                     }
                 )
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -192,15 +212,24 @@ _MEASURES = {
     "precision": ("precision", 3),
     "recall": ("recall", 3),
     "diversity": ("diversity", 3),
+    LOSS: ("held-out loss", 4),
 }
 _SHORT = {
     "label_accuracy": "read as label",
     "frechet_distance": "Frechet",
     "cas": "CAS",
     "precision": "precision",
+    LOSS: "loss",
 }
-_ABLATED = {"frechet_distance": "left", "label_accuracy": "right", "precision": "right"}
+_ABLATED = {
+    LOSS: "left",
+    "frechet_distance": "left",
+    "label_accuracy": "right",
+    "precision": "right",
+}
 """Measures that ablations are compared by, and where the better ones are in a plot."""
+_LINEAR_TO = {LOSS: 0.01, "frechet_distance": 0.1}
+"""Differences on a logarithmic scale in a plot, and up to where it is linear."""
 
 
 def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
@@ -210,7 +239,8 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
         f"{len(config.seeds)} seeds x {config.samples:,} images (ablations"
         f" {config.ablation_samples:,}); mean ± half the 95% interval over seeds. Differences are"
         " paired by seed; **bold**: the interval excludes zero. CAS: in brackets the number"
-        " of classifiers for every seed.\n"
+        " of classifiers for every seed. Held-out loss: nats a token that the real held-out images"
+        " cost the model under the policy, with the interval, and paired, over images.\n"
     )
     parts = [head, "## Methods\n", method_table(findings, times)]
     if findings.cells("ablations"):
@@ -225,7 +255,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
     full = findings.find("methods", FULL)
     assert full is not None
     shown = findings.measured("methods")
-    compared = [name for name in ("frechet_distance", "cas") if name in shown]
+    compared = [name for name in ("frechet_distance", "cas", LOSS) if name in shown]
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
     columns += [_MEASURES[name][0] for name in shown]
     columns += [f"{_SHORT[name]} - {base}" for base in ("full", "default") for name in compared]
@@ -304,10 +334,11 @@ def _text(interval: Interval | None, measure: str) -> str:
 
 
 def budget_plot(findings: Findings) -> bytes:
-    """Frechet distance and CAS over the share of token-layers, one line per method, as PNG."""
+    """Frechet distance, CAS and loss over the share of token-layers, a line per method, as PNG."""
     from matplotlib.figure import Figure
 
-    measures = [m for m in ("frechet_distance", "cas") if m in findings.measured("methods")]
+    shown, full = findings.measured("methods"), findings.find("methods", FULL)
+    measures = [m for m in ("frechet_distance", "cas", LOSS) if m in shown]
     figure = Figure(figsize=(6.4 * len(measures), 4.8), layout="constrained")
     for place, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), place + 1)
@@ -316,7 +347,12 @@ def budget_plot(findings: Findings) -> bytes:
         for method in methods:
             cells = [c for c in findings.cells("methods") if c.method == method]
             cells.sort(key=lambda c: c.depth.token_layers)
-            intervals = [findings.interval(cell, measure) for cell in cells]
+            intervals = [
+                findings.difference(cell, full, measure)
+                if measure == LOSS
+                else findings.interval(cell, measure)
+                for cell in cells
+            ]
             points = [
                 (cell.depth.token_layers / cell.depth.full_token_layers, interval)
                 for cell, interval in zip(cells, intervals, strict=True)
@@ -333,8 +369,10 @@ def budget_plot(findings: Findings) -> bytes:
                 label=method,
             )
         axes.set_xlabel("share of the token-layers of full depth")
-        axes.set_ylabel(_MEASURES[measure][0])
-        if measure == "frechet_distance":
+        axes.set_ylabel(_MEASURES[measure][0] + (", less full depth's" if measure == LOSS else ""))
+        if measure == LOSS:
+            axes.set_yscale("symlog", linthresh=_LINEAR_TO[LOSS])
+        elif measure == "frechet_distance":
             axes.set_yscale("log")
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].legend(fontsize=8)
@@ -353,7 +391,7 @@ def ablation_plot(findings: Findings) -> bytes:
         if cell is not base and len(intervals) == len(_ABLATED):
             rows.append((f"{cell.method} ({cell.budget})", intervals))
     rows.sort(key=lambda row: -row[1][0].mean)
-    figure = Figure(figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(16, 1.2 + 0.28 * len(rows)), layout="constrained")
     for place, (measure, better) in enumerate(_ABLATED.items()):
         axes = figure.add_subplot(1, len(_ABLATED), place + 1)
         factor = 100 if measure in _PERCENT else 1
@@ -367,8 +405,8 @@ def ablation_plot(findings: Findings) -> bytes:
         axes.set_yticks(range(len(rows)), [name for name, _ in rows] if place == 0 else [])
         axes.tick_params(axis="y", labelsize=8)
         axes.axvline(0, color="grey", linewidth=1)
-        if measure == "frechet_distance":
-            axes.set_xscale("symlog", linthresh=0.1)
+        if better == "left":
+            axes.set_xscale("symlog", linthresh=_LINEAR_TO[measure])
         axes.set_xlabel(f"{_MEASURES[measure][0]}\nless the default's ({better} is better)")
         axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)

@@ -10,20 +10,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
+from depthvar.checkpoint import save_model
+from depthvar.config import scenes_model_config
 from depthvar.errors import InputError
+from depthvar.features import digit_features, real_arrays, to_safetensors
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.study import (
+    HeldOutImages,
     PolicySamples,
     badness,
     best_of_each_class,
     full_scales,
+    judge_of,
     sample_policies,
     spread_within_classes,
 )
+from depthvar.tokenizer import Tokenizer
+from depthvar.training.data import to_float
+from depthvar.transformer import Transformer, block_causal_mask
 from jobs.study import main
 from pipeline.config import load_config
 from pipeline.study import StudyConfig, resolve_study
@@ -63,6 +73,38 @@ def test_scales_before_the_first_shallow_token_are_counted():
         (make_policy("uniform", reference_scale=1), 2),
     ):
         assert full_scales(DepthPlan.build(sides, 4, policy)) == count
+
+
+def test_the_loss_of_a_real_image_is_what_training_minimises():
+    model = tiny_model(0)
+    generator = np.random.default_rng(0)
+    side, classes = model.config.image_side, model.config.num_classes
+    images = generator.integers(0, 256, (7, side, side, 3), dtype=np.uint8)
+    labels = np.arange(7) % classes
+    held_out = HeldOutImages(model, images, labels)
+    losses_NS = held_out.losses(make_policy("full"))
+    pixels = to_float(torch.from_numpy(images).permute(0, 3, 1, 2)).double()
+    expected_tokens, codes, _ = model.tokenizer.tokenize(model.tokenizer.encode(pixels))
+    assert all(map(torch.equal, held_out.tokens, expected_tokens))
+    mask = block_causal_mask(model.config.sides)
+    blocks = list(range(model.config.num_blocks))
+    logits = model.transformer(torch.from_numpy(labels), codes, mask, blocks)
+    losses_NT = F.cross_entropy(logits.mT, torch.cat(expected_tokens, dim=1), reduction="none")
+    counts = [side * side for side in model.config.sides]
+    expected = [of_scale.sum(dim=1) for of_scale in losses_NT.split(counts, dim=1)]
+    np.testing.assert_allclose(losses_NS, torch.stack(expected, dim=1), rtol=1e-9)
+
+
+def test_the_loss_of_a_shallow_policy_differs_after_its_reference_scale_alone():
+    model = tiny_model(1)
+    images = np.random.default_rng(1).integers(0, 256, (3, 10, 10, 3), dtype=np.uint8)
+    held_out = HeldOutImages(model, images, np.array([0, 1, 2]))
+    full, shallow = (
+        held_out.losses(policy)
+        for policy in (make_policy("full"), make_policy("uniform", reference_scale=1))
+    )
+    assert (full[:, :2] == shallow[:, :2]).all()
+    assert (full[:, 2:] != shallow[:, 2:]).all()
 
 
 def samples(labels: list[int], log_probs: list[list[float]]) -> PolicySamples:
@@ -129,6 +171,22 @@ def test_a_model_of_something_else_is_refused(tmp_path: Path):
         resolve_study(config(out=str(tmp_path), model="var-d16", weights=str(tmp_path)))
 
 
+def test_scenes_of_digits_are_judged_by_a_network_of_their_own(tmp_path: Path):
+    config_ = scenes_model_config()
+    parts = Transformer(config_.transformer), Tokenizer(config_.tokenizer)
+    save_model(tmp_path / "model", config_, *parts)
+    study = resolve_study(config(out=str(tmp_path / "out"), model=str(tmp_path / "model")))
+    assert study.real_set == "digit-scenes"
+    assert study.trains_features
+    assert not resolve_study(config(out=str(tmp_path / "digits"))).trains_features
+    judge = judge_of(study.real_set, to_safetensors(digit_features()))
+    images, labels = real_arrays("digit-scenes", "train")
+    copies = PolicySamples(images[:200], labels[:200], np.ones((200, 1)), np.ones((200, 1)))
+    measured = judge.measure(copies)
+    assert measured["precision"] == 1
+    assert measured["frechet_distance"] < judge.frechet(judge.read(copies).features_NF + 1)
+
+
 def test_a_changed_policy_or_seed_never_meets_old_numbers(tmp_path: Path):
     study = resolve_study(config(out=str(tmp_path)))
     (cell,) = study.cells
@@ -176,6 +234,7 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     done = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
     table = (tmp_path / "study" / "table.md").read_text()
     assert "| 3x | depthvar | 32.3% |" in table
+    assert "| held-out loss |" in table
     parts = sorted((tmp_path / "study" / "samples").iterdir())
     assert len(parts) == 2 * 2 * 2, "policies, seeds, parts"
     lost = [sorted((tmp_path / "study" / "measures").iterdir())[0], parts[0]]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.study import StudyConfig, resolve_study
 from pipeline.study_report import (
+    LOSS,
     Findings,
     Interval,
     ablation_plot,
@@ -46,6 +49,7 @@ def findings(tmp_path) -> Findings:
             }
             for name, by_seed in values.items()
         },
+        losses={},
     )
 
 
@@ -66,6 +70,24 @@ def test_differences_are_paired_by_seed(findings: Findings):
     assert difference is not None
     assert difference.mean == pytest.approx(0.1)
     assert difference.half_width == pytest.approx(0, abs=1e-9)
+
+
+def test_losses_are_paired_by_image(findings: Findings):
+    """The images differ by far more than the methods do."""
+    full, depthvar, uniform = findings.study.cells
+    for cell, added in ((full, 0.0), (depthvar, 0.25), (uniform, 0.5)):
+        losses_NS = np.outer([1.0, 20.0, 300.0], [1.0, 0.0]) + added
+        buffer = io.BytesIO()
+        np.save(buffer, losses_NS * findings.study.model.transformer.num_tokens)
+        findings.study.storage.publish_bytes(buffer.getvalue(), findings.study.losses_file(cell))
+    losses = Findings.read(findings.study).losses
+    assert losses[depthvar.name].tolist() == [1.5, 20.5, 300.5], "nats a token, all scales"
+    findings = replace(findings, losses=losses)
+    interval = findings.interval(uniform, LOSS)
+    assert interval is not None
+    assert interval.mean == pytest.approx(108)
+    assert interval.half_width > 100
+    assert findings.difference_text(uniform, depthvar, LOSS) == "**+0.5000 ± 0.0000**"
 
 
 def test_cas_is_the_mean_of_the_runs_of_a_seed(findings: Findings):
@@ -115,10 +137,11 @@ def test_ablations_are_compared_with_the_default_at_their_budget(tmp_path: Path)
         default.name: dict.fromkeys((1, 2), measures),
         flat.name: dict.fromkeys((1, 2), worse),
     }
-    rows = ablation_table(Findings(study, by_cell)).splitlines()
+    rows = ablation_table(Findings(study, by_cell, {})).splitlines()
     assert rows[2].endswith("|  |  |  |")
     assert "| **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |" in rows[3]
-    assert ablation_plot(Findings(study, by_cell)).startswith(b"\x89PNG")
+    losses = {default.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
+    assert ablation_plot(Findings(study, by_cell, losses)).startswith(b"\x89PNG")
 
 
 def test_times_are_compared_within_a_round(findings: Findings):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from depthvar.checkpoint import load_model
-from depthvar.config import SamplingSettings, model_config
+from depthvar.config import SamplingSettings, model_config, scenes_model_config
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.training.data import ImageSet, digits
+from depthvar.training.data import REAL_SETS, ImageSet, digits
 from depthvar.training.loop import Process, Schedule, train
 from depthvar.training.run import Recipe, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
@@ -111,6 +111,43 @@ def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
         train_model(
             config, data, data, replace(_recipe(), seed=5), tmp_path, processes=2, threads=1
         )
+
+
+def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):
+    data = REAL_SETS["digit-scenes"]("held-out")
+    few = ImageSet(data.images_NCHW[:20], data.labels_N[:20], data.class_names)
+    still = replace(SHORT, steps=1, learning_rate=0.0)
+    recipe = replace(
+        _recipe(),
+        tokenizer=TokenizerRecipe(schedule=still, tuning=still),
+        transformer=TransformerRecipe(schedule=still, tuning=still),
+        tokenizer_from="digits",
+        precision="float32",
+    )
+    config = scenes_model_config()
+    folder = train_model(config, few, None, recipe, tmp_path, processes=1, threads=1)
+    ours, theirs = (load_model(n, with_encoder=True).tokenizer for n in (str(folder), "digits"))
+    assert ours.config.sides == (1, 2, 3, 4, 6, 8, 12)
+    for part in ("encoder", "decoder"):
+        state = getattr(theirs, part).state_dict()
+        for name, value in getattr(ours, part).state_dict().items():
+            torch.testing.assert_close(value, state[name], msg=name)
+
+
+def test_a_tokenizer_of_other_widths_is_no_start(tmp_path):
+    recipe = replace(_recipe(), tokenizer_from="var-d16")
+    with pytest.raises(InputError, match=r"tokenizer of 'var-d16' is .* save for the sides"):
+        train_model(
+            scenes_model_config(), _small_set(), None, recipe, tmp_path, processes=1, threads=1
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_products_are_in_the_precision_of_the_run(precision):
+    with replace(ALONE, precision=precision).autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == precision
 
 
 def test_processes_average_their_gradients(tmp_path):

@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from depthvar.errors import InputError
-from depthvar.training.data import Augmentation, augment, digits, image_folder, to_float
+from depthvar.training.data import (
+    Augmentation,
+    augment,
+    digit_scenes,
+    digits,
+    image_folder,
+    to_float,
+)
 
 
 def test_held_out_digits_are_balanced_fixed_and_never_trained_on():
@@ -28,6 +35,29 @@ def test_digits_are_centred_in_32_pixels():
     assert images.dtype == torch.uint8
     assert images[:, :, :2].max() == 0
     assert images[:, :, :, -2:].max() == 0
+
+
+def test_a_scene_is_an_unaltered_digit_of_its_split_somewhere_on_a_larger_canvas():
+    real, scenes = digits("held-out"), digit_scenes("held-out")
+    assert scenes.images_NCHW.shape == (1000, 1, 48, 48)
+    assert torch.equal(scenes.labels_N, real.labels_N)
+    corners = set()
+    for scene, digit in zip(scenes.images_NCHW[::50, 0], real.images_NCHW[::50, 0], strict=True):
+        (top, left), (y, x) = scene.nonzero().amin(0).tolist(), digit.nonzero().amin(0).tolist()
+        corners.add((top - y, left - x))
+        found = scene[top - y : top - y + 32, left - x : left - x + 32]
+        assert torch.equal(found, digit)
+        assert scene.count_nonzero() == digit.count_nonzero()
+    assert len(corners) > 15
+    assert torch.equal(digit_scenes("held-out").images_NCHW, scenes.images_NCHW)
+
+
+def test_training_scenes_have_every_training_digit_at_four_places():
+    scenes = digit_scenes("train")
+    assert scenes.labels_N.bincount().tolist() == [1600] * 10
+    inks = scenes.images_NCHW.long().sum(dim=(1, 2, 3)).view(4, 4000)
+    assert (inks == digits("train").images_NCHW.long().sum(dim=(1, 2, 3))).all()
+    assert len(scenes.images_NCHW[::4000].flatten(1).unique(dim=0)) == 4
 
 
 def test_an_image_folder_becomes_labelled_square_images(tmp_path):

@@ -6,8 +6,10 @@ Shape legend: N images of a set, B images of a batch, C image channels, H W side
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -109,6 +111,12 @@ def digit_scenes(split: str) -> ImageSet:
     ):
         scene[:, top : top + digit.shape[1], left : left + digit.shape[2]] = digit
     return ImageSet(scenes_NCHW, real.labels_N.repeat(_PLACES[split]), real.class_names)
+
+
+REAL_SETS: Mapping[str, Callable[[str], ImageSet]] = MappingProxyType(
+    {"digits": digits, "digit-scenes": digit_scenes}
+)
+"""The sets of real images by name, which is that of the model trained on them."""
 
 
 def image_folder(folder: Path, *, side: int, channels: int) -> ImageSet:

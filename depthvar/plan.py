@@ -46,8 +46,8 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
     """
     percentiles = (np.arange(count) + 0.5) / count
     reach = policy.steepness * min(mean, 1 - mean)
-    if mean >= 1.0:
-        return np.ones(count)
+    if mean in (0.0, 1.0):
+        return np.full(count, mean)
     if policy.schedule == "linear":
         return mean + reach * (2 * percentiles - 1)
     if policy.schedule == "cosine":
@@ -165,7 +165,9 @@ class DepthPlan:
 
 
 def mean_depth(sides: tuple[int, ...], reference: int, index: int, allocation: Allocation) -> float:
-    """Mean depth of a scale after the reference scale, as a share of the blocks, in (0, 1]."""
+    """Mean depth of a scale after the reference scale, as a share of the blocks, in [0, 1]."""
+    if allocation == "least":
+        return 0.0
     spent = sides[reference] ** 2
     if allocation == "reference":
         return min(1.0, spent / sides[index] ** 2)

@@ -19,7 +19,7 @@ Proxy = Literal["none", "raw", "calibrated", "output"]
 Blending = Literal["none", "score", "mean"]
 SkippedKeysValues = Literal["none", "proxy"]
 BlockOrder = Literal["bit-reversal", "first", "ends"]
-Allocation = Literal["reference", "equal"]
+Allocation = Literal["reference", "equal", "least"]
 
 MAX_COMPENSATION = 4 / 3
 
@@ -32,7 +32,8 @@ class DepthPolicy:
     reference_scale: R, the last scale at full depth, 0-based; later scales may spend what scale R
         spent (P). None: every scale runs at full depth.
     allocation: how the later scales share what they may spend in sum: each what scale R spends, so
-        that the mean depth falls as scales grow (P), or all at the same mean depth.
+        that the mean depth falls as scales grow (P), all at the same mean depth, or nothing: every
+        token runs `min_depth` blocks.
     schedule: family of the scheduling function G (P). `octaves` gives every token one of two
         neighbouring depths of L, L/2, L/4 ..., whose bit-reversed blocks are evenly spaced.
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
@@ -90,6 +91,11 @@ class DepthPolicy:
             raise InputError(
                 f"policy min_depth is {self.min_depth} and skip_last_scales "
                 f"{self.skip_last_scales}, wanted both >= 0: correct them"
+            )
+        if self.allocation == "least" and not self.min_depth:
+            raise InputError(
+                "policy allocation 'least' with min_depth 0 leaves the later scales no block: "
+                "give min_depth"
             )
         if self.separate_ranking and self.ranking not in ("change", "distance"):
             raise InputError(

@@ -12,13 +12,9 @@ from itertools import takewhile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from depthvar.checkpoint import LoadedModel
-from depthvar.config import SamplingSettings
-from depthvar.engine import ScaleTrace
 from depthvar.features import (
     Classifier,
     Readings,
@@ -35,12 +31,8 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import Sampler
-from depthvar.training.data import to_float
 
-LOSS_SEED = 0
-"""The seed of what policies draw on the way through a real image: a random ranking, say."""
 MAX_CAS_SAMPLES = 5_000
-_LOSS_BATCH = 100
 POOR_SHARE = 0.05
 """A sample is poor when the probability of its label is among this share of lowest ones."""
 
@@ -124,58 +116,6 @@ def joined(parts: Sequence[PolicySamples]) -> PolicySamples:
             for name in ("images_NHWC", "labels_N", "mean_change_NS", "mean_log_prob_NS")
         )
     )
-
-
-class HeldOutImages:
-    """Real images as a model's tokens, to ask what they cost it under a policy."""
-
-    @torch.inference_mode()
-    def __init__(self, model: LoadedModel, images_NHWC: np.ndarray, labels_N: np.ndarray) -> None:
-        """The model must have its encoder; images are uint8, labels int64."""
-        parts = []
-        for batch_BHWC in torch.from_numpy(images_NHWC).split(_LOSS_BATCH):
-            images_BCHW = to_float(batch_BHWC.permute(0, 3, 1, 2)).to(model.device, model.dtype)
-            tokens, _, _ = model.tokenizer.tokenize(model.tokenizer.encode(images_BCHW))
-            parts.append(tokens)
-        self._model = model
-        self._labels_N = labels_N
-        self.tokens = [torch.cat(of_scale) for of_scale in zip(*parts, strict=True)]
-
-    @classmethod
-    def of_set(cls, model: LoadedModel, real_set: str) -> HeldOutImages:
-        """Those of one of `training.data.REAL_SETS`."""
-        return cls(model, *real_arrays(real_set, "held-out"))
-
-    def losses(self, policy: DepthPolicy) -> np.ndarray:
-        """Cross-entropy of every image in nats, summed over the tokens of a scale: (N, S).
-
-        Earlier scales are as in the image (teacher forcing) and there is no guidance: this is what
-        `depthvar.training.transformer` minimises. The policy must skip no scale.
-        """
-        settings = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
-        sampler = Sampler(self._model, policy, settings)
-        count = len(self._labels_N)
-        losses_NS = np.empty((count, len(self.tokens)))
-        assert len(sampler.plan.scales) == len(self.tokens)
-        for start in range(0, count, _LOSS_BATCH):
-            indices = range(start, min(start + _LOSS_BATCH, count))
-            forced = [tokens_NT[start : indices.stop] for tokens_NT in self.tokens]
-            of_batch: list[Tensor] = []
-
-            def note(
-                scale: int,
-                logits_BTV: Tensor,
-                trace: ScaleTrace,
-                forced: Sequence[Tensor] = forced,
-                of_batch: list[Tensor] = of_batch,
-            ) -> None:
-                loss_BT = F.cross_entropy(logits_BTV.mT, forced[scale], reduction="none")
-                of_batch.append(loss_BT.sum(dim=1))
-
-            labels = self._labels_N[start : indices.stop].tolist()
-            sampler.tokens(labels, seed=LOSS_SEED, indices=indices, on_scale=note, forced=forced)
-            losses_NS[start : indices.stop] = torch.stack(of_batch, dim=1).cpu().numpy()
-        return losses_NS
 
 
 class Judge:

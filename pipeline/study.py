@@ -7,6 +7,7 @@ the same command goes on where it stopped and a changed configuration never meet
     features/{digest}.safetensors               the network that judges them, where none is shipped
     measures/{cell}-{seed}-{digest}.json        the quality of all of them
     losses/{cell}-{digest}.npy                  what real held-out images cost under a policy
+    headroom/{digest}.json                      what depth per token could gain on them
     cas/{cell}-{seed}-{digest}-{run}.json       accuracy of a classifier trained on them alone
     signals/{cell}-{seed}-{digest}.json         what the recorded signals say of them
     times/{digest}.json                         seconds per image of all policies, taken in turn
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 FORMAT = "depthvar-study/1"
 FULL = "full"
+HEADROOM_IMAGES = 500
 _BATCHES_OF_PART = 10
 _FILTER_SHARES = (0.05, 0.10)
 
@@ -97,6 +99,12 @@ class StudyConfig(JobConfig):
     samples: int = Field(5000, ge=100, description="images per method, budget and seed")
     ablation_samples: int = Field(2000, ge=100, description="images per ablation and seed")
     cas_runs: int = Field(2, ge=0, description="classifiers trained per method, budget and seed")
+    headroom_after: int | None = Field(
+        None,
+        ge=0,
+        description="reference scale after which to ask what depth per token could gain over one "
+        "depth for all (default: do not ask)",
+    )
     batch_size: int = Field(50, gt=0, description="images sampled at once")
     timing_rounds: int = Field(5, gt=0, description="batches timed per method and budget")
     processes: int = Field(2, gt=0, description="processes, each of one CPU thread")
@@ -184,6 +192,17 @@ class Study:
         return f"losses/{cell.name}-{_digest(inputs)}.npy"
 
     @property
+    def headroom_file(self) -> str:
+        """Name of the file of what depth per token could gain."""
+        inputs = {
+            "format": FORMAT,
+            "weights": self.weights_sha256,
+            "after": self.config.headroom_after,
+            "images": HEADROOM_IMAGES,
+        }
+        return f"headroom/{_digest(inputs)}.json"
+
+    @property
     def with_losses(self) -> list[Cell]:
         """The cells whose policies run every scale of a real image."""
         return [cell for cell in self.cells if not cell.policy.skip_last_scales]
@@ -248,6 +267,11 @@ def resolve_study(config: StudyConfig) -> Study:
         for name, method in methods.items()
         for budget in method.budgets
     ]
+    after, last = config.headroom_after, len(model.sides) - 1
+    if after is not None and after >= last:
+        raise InputError(
+            f"headroom_after is {after}, wanted a scale before the last one, {last}: lower it"
+        )
     weights = identify_weights(config.model, local)
     if weights.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
         raise InputError(
@@ -310,6 +334,9 @@ def run_study(study: Study) -> None:
     ]
     shares = [todo[i :: config.processes] for i in range(min(config.processes, len(todo)))]
     _in_processes(study, _take_losses, shares, "losses", "cell", len(todo))
+    if config.headroom_after is not None and study.storage.size(study.headroom_file) is None:
+        asked = [config.headroom_after]
+        _in_processes(study, _ask_headroom, asked, "headroom", "image", HEADROOM_IMAGES)
     runs = [
         (cell, seed, run)
         for run in range(max(cell.cas_runs for cell in study.cells))
@@ -457,7 +484,7 @@ def _judge(study: Study) -> Judge:
 
 def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], object]) -> None:
     from depthvar.checkpoint import load_model
-    from depthvar.study import HeldOutImages
+    from depthvar.held_out import HeldOutImages
 
     model = load_model(study.config.model, study.weights, with_encoder=True)
     images = HeldOutImages.of_set(model, study.real_set)
@@ -466,6 +493,16 @@ def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], objec
         np.save(buffer, images.losses(cell.policy))
         study.storage.publish_bytes(buffer.getvalue(), study.losses_file(cell))
         advance(1)
+
+
+def _ask_headroom(study: Study, after: int, advance: Callable[[int], object]) -> None:
+    from depthvar.checkpoint import load_model
+    from depthvar.held_out import HeldOutImages
+
+    model = load_model(study.config.model, study.weights, with_encoder=True)
+    images = HeldOutImages.of_set(model, study.real_set)
+    found = images.headroom(after, num_images=HEADROOM_IMAGES, after_batch=advance)
+    _publish_json(study, study.headroom_file, [asdict(headroom) for headroom in found])
 
 
 def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.study import FULL, Cell, Study, finished, read_json_file, read_losses
+from pipeline.study import FULL, HEADROOM_IMAGES, Cell, Study, finished, read_json_file, read_losses
 
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
@@ -247,6 +247,8 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
         parts += ["## Ablations\n", ablation_table(findings)]
     signals = [cell for cell in findings.study.cells if cell.signals]
     parts += [signal_tables(findings.study, cell) for cell in signals]
+    if findings.study.config.headroom_after is not None:
+        parts.append(headroom_table(findings.study))
     return "\n".join(parts)
 
 
@@ -320,6 +322,27 @@ def signal_tables(study: Study, cell: Cell) -> str:
         has_cas = all("cas" in value for value in values)
         cas = Interval.of([value["cas"] for value in values]) if has_cas else None
         lines.append(_row([name, frechet, _text(cas, "cas")]))
+    return "\n".join(lines) + "\n"
+
+
+def headroom_table(study: Study) -> str:
+    """What every scale costs at one depth for all, and with a third of the tokens deeper."""
+    found = read_json_file(study, study.headroom_file)
+    mixes = ("oracle", "spread", "entropy", "change", "at random")
+    columns = ["side", "depth D", "uniform", *mixes, "gain of the neediest quarter"]
+    lines = [
+        "## Headroom of depth per token\n\nDivergence from full depth (Kullback-Leibler, nats a"
+        f" token, {HEADROOM_IMAGES} real held-out images) with every token at D blocks, and with a"
+        " third of each image's tokens at 2D and the others at D/2, by what chooses the third. An"
+        " oracle above the uniform column means that no ranking can win.\n",
+        _row(columns),
+        _row(["---"] * len(columns)),
+    ]
+    for entry in found:
+        values = [str(study.model.sides[entry["scale"]]), str(entry["depth"])]
+        values.append(f"{entry['uniform']:.3f}")
+        values += [f"{entry['mixed'][name]:.3f}" for name in mixes]
+        lines.append(_row([*values, f"{entry['neediest_quarter']:.0%}"]))
     return "\n".join(lines) + "\n"
 
 

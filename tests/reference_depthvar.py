@@ -76,6 +76,8 @@ def scores_and_depths_of_scale(
     mean = spends[scale - reference - 1] / count
     if policy.allocation == "equal":
         mean = sum(spends) / sum(side**2 for side in sides[reference + 1 :])
+    if policy.allocation == "least":
+        return [policy.min_depth / num_blocks] * count, [policy.min_depth] * count
     if mean == 1.0:
         return [1.0] * count, [num_blocks] * count
     turn = policy.rotation * (scale - reference - 1)

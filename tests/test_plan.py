@@ -117,6 +117,15 @@ def test_equal_allocation_spends_as_much_in_sum_with_one_mean_depth():
     assert plan.mean_depth_per_scale == (16, 16, 16, 4, 4, 4, 4)
 
 
+def test_least_allocation_gives_every_later_token_the_least_depth():
+    for schedule in SCHEDULES:
+        policy = DepthPolicy(reference_scale=1, allocation="least", schedule=schedule, min_depth=5)
+        plan = DepthPlan.build((1, 2, 3, 4), 16, policy)
+        assert plan.mean_depth_per_scale == (16, 16, 5, 5)
+    with pytest.raises(InputError, match="give min_depth"):
+        DepthPolicy(reference_scale=1, allocation="least")
+
+
 def test_schedules_at_four_tokens_and_a_mean_of_a_quarter():
     def scores(schedule: str, steepness: float = 1.0) -> list[float]:
         policy = DepthPolicy(reference_scale=0, schedule=schedule, steepness=steepness)

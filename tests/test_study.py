@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 
 from depthvar.checkpoint import save_model
@@ -22,7 +20,6 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.study import (
-    HeldOutImages,
     PolicySamples,
     badness,
     best_of_each_class,
@@ -32,8 +29,7 @@ from depthvar.study import (
     spread_within_classes,
 )
 from depthvar.tokenizer import Tokenizer
-from depthvar.training.data import to_float
-from depthvar.transformer import Transformer, block_causal_mask
+from depthvar.transformer import Transformer
 from jobs.study import main
 from pipeline.config import load_config
 from pipeline.study import StudyConfig, resolve_study
@@ -75,38 +71,6 @@ def test_scales_before_the_first_shallow_token_are_counted():
         assert full_scales(DepthPlan.build(sides, 4, policy)) == count
 
 
-def test_the_loss_of_a_real_image_is_what_training_minimises():
-    model = tiny_model(0)
-    generator = np.random.default_rng(0)
-    side, classes = model.config.image_side, model.config.num_classes
-    images = generator.integers(0, 256, (7, side, side, 3), dtype=np.uint8)
-    labels = np.arange(7) % classes
-    held_out = HeldOutImages(model, images, labels)
-    losses_NS = held_out.losses(make_policy("full"))
-    pixels = to_float(torch.from_numpy(images).permute(0, 3, 1, 2)).double()
-    expected_tokens, codes, _ = model.tokenizer.tokenize(model.tokenizer.encode(pixels))
-    assert all(map(torch.equal, held_out.tokens, expected_tokens))
-    mask = block_causal_mask(model.config.sides)
-    blocks = list(range(model.config.num_blocks))
-    logits = model.transformer(torch.from_numpy(labels), codes, mask, blocks)
-    losses_NT = F.cross_entropy(logits.mT, torch.cat(expected_tokens, dim=1), reduction="none")
-    counts = [side * side for side in model.config.sides]
-    expected = [of_scale.sum(dim=1) for of_scale in losses_NT.split(counts, dim=1)]
-    np.testing.assert_allclose(losses_NS, torch.stack(expected, dim=1), rtol=1e-9)
-
-
-def test_the_loss_of_a_shallow_policy_differs_after_its_reference_scale_alone():
-    model = tiny_model(1)
-    images = np.random.default_rng(1).integers(0, 256, (3, 10, 10, 3), dtype=np.uint8)
-    held_out = HeldOutImages(model, images, np.array([0, 1, 2]))
-    full, shallow = (
-        held_out.losses(policy)
-        for policy in (make_policy("full"), make_policy("uniform", reference_scale=1))
-    )
-    assert (full[:, :2] == shallow[:, :2]).all()
-    assert (full[:, 2:] != shallow[:, 2:]).all()
-
-
 def samples(labels: list[int], log_probs: list[list[float]]) -> PolicySamples:
     count = len(labels)
     images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
@@ -143,6 +107,11 @@ def config(**changes: object) -> StudyConfig:
 def test_a_study_without_full_depth_is_refused():
     with pytest.raises(ValidationError, match="methods lacks 'full'"):
         config(methods={"uniform": {"policy": "uniform", "budgets": {"2x": 3}}})
+
+
+def test_headroom_after_the_last_scale_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="headroom_after is 6, wanted a scale before the last"):
+        resolve_study(config(out=str(tmp_path), headroom_after=6))
 
 
 def test_repeated_seeds_are_refused():

@@ -18,6 +18,7 @@ from pipeline.study_report import (
     Interval,
     ablation_plot,
     ablation_table,
+    headroom_table,
     method_table,
     results_table,
     time_ratio,
@@ -142,6 +143,16 @@ def test_ablations_are_compared_with_the_default_at_their_budget(tmp_path: Path)
     assert "| **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |" in rows[3]
     losses = {default.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
     assert ablation_plot(Findings(study, by_cell, losses)).startswith(b"\x89PNG")
+
+
+def test_headroom_is_shown_by_scale_and_depth(findings: Findings):
+    given = findings.study.config.model_copy(update={"headroom_after": 2})
+    study = replace(findings.study, config=given)
+    mixed = {"oracle": 0.1, "spread": 0.2, "entropy": 0.3, "change": 0.4, "at random": 0.5}
+    entry = {"scale": 6, "depth": 4, "uniform": 0.15, "mixed": mixed, "neediest_quarter": 0.5}
+    study.storage.publish_bytes(json.dumps([entry]).encode(), study.headroom_file)
+    row = headroom_table(study).splitlines()[-1]
+    assert row == "| 8 | 4 | 0.150 | 0.100 | 0.200 | 0.300 | 0.400 | 0.500 | 50% |"
 
 
 def test_times_are_compared_within_a_round(findings: Findings):

@@ -330,14 +330,13 @@ def headroom_table(study: Study) -> str:
     found = read_json_file(study, study.headroom_file)
     mixes = ("oracle", "spread", "entropy", "change", "at random")
     columns = ["side", "depth D", "uniform", *mixes, "gain of the neediest quarter"]
-    lines = [
+    explained = (
         "## Headroom of depth per token\n\nDivergence from full depth (Kullback-Leibler, nats a"
         f" token, {HEADROOM_IMAGES} real held-out images) with every token at D blocks, and with a"
-        " third of each image's tokens at 2D and the others at D/2, by what chooses the third. An"
-        " oracle above the uniform column means that no ranking can win.\n",
-        _row(columns),
-        _row(["---"] * len(columns)),
-    ]
+        " third of each image's tokens at 2D and the others at D/2, by what chooses the third."
+        " Where even an oracle costs more than uniform depth, no ranking can win.\n"
+    )
+    lines = [explained, _row(columns), _row(["---"] * len(columns))]
     for entry in found:
         values = [str(study.model.sides[entry["scale"]]), str(entry["depth"])]
         values.append(f"{entry['uniform']:.3f}")

@@ -5,6 +5,7 @@ the same command goes on where it stopped and a changed configuration never meet
 
     samples/{cell}-{seed}-{digest}-{first}.npz  some images of a policy and seed, with signals
     features/{digest}.safetensors               the network that judges them, where none is shipped
+    distances/{cell}-{seed}-{digest}.json       how far they are from those of full depth
     measures/{cell}-{seed}-{digest}.json        the quality of all of them
     losses/{cell}-{digest}.npy                  what real held-out images cost under a policy
     headroom/{digest}.json                      what depth per token could gain on them
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 FORMAT = "depthvar-study/1"
 FULL = "full"
+DISTANCE = "distance_to_full"
 HEADROOM_IMAGES = 500
 _BATCHES_OF_PART = 10
 _FILTER_SHARES = (0.05, 0.10)
@@ -230,6 +232,11 @@ class Study:
         return f"times/{_digest(inputs)}.json"
 
     @property
+    def full(self) -> Cell:
+        """Full depth."""
+        return next(cell for cell in self.cells if cell.method == FULL)
+
+    @property
     def timed(self) -> list[Cell]:
         """The cells that are timed: the methods."""
         return [cell for cell in self.cells if cell.section == "methods"]
@@ -326,6 +333,9 @@ def run_study(study: Study) -> None:
     ]
     images = sum(len(part) for _, _, part in missing)
     _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
+    full = study.full
+    comparable = [pair for pair in pairs if pair[0].num_samples <= full.num_samples]
+    _for_each(study, "distances", _take_distances, comparable)
     if study.trains_features and study.storage.size(study.features_file) is None:
         _in_processes(study, _train_features, [None], "features", "network", 1)
     _for_each(study, "measures", _measure, pairs)
@@ -466,6 +476,16 @@ def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
         with np.load(io.BytesIO(data)) as arrays:
             parts.append(PolicySamples(**arrays))
     return joined(parts)
+
+
+def _take_distances(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+    from depthvar.timing import pixel_distance
+
+    for cell, seed in pairs:
+        samples, full = load_samples(study, cell, seed), load_samples(study, study.full, seed)
+        distance = pixel_distance(samples.images_NHWC, full.images_NHWC)
+        _publish_json(study, study.file("distances", cell, seed), {DISTANCE: distance})
+        advance(1)
 
 
 def _train_features(study: Study, _: None, advance: Callable[[int], object]) -> None:

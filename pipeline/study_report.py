@@ -17,7 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.study import FULL, HEADROOM_IMAGES, Cell, Study, finished, read_json_file, read_losses
+from pipeline.study import (
+    DISTANCE,
+    FULL,
+    HEADROOM_IMAGES,
+    Cell,
+    Study,
+    finished,
+    read_json_file,
+    read_losses,
+)
 
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
@@ -71,8 +80,11 @@ class Findings:
     def read(cls, study: Study) -> Findings:
         """Read the files of all finished cells."""
         by_cell: dict[str, dict[int, dict[str, float]]] = {}
+        distant = finished(study, "distances", study.cells)
         for cell, seed in finished(study, "measures", study.cells):
             measured = read_json_file(study, study.file("measures", cell, seed))
+            if (cell, seed) in distant:
+                measured |= read_json_file(study, study.file("distances", cell, seed))
             files = [study.cas_file(cell, seed, run) for run in range(cell.cas_runs)]
             if files:
                 measured["cas"] = float(
@@ -212,6 +224,7 @@ _MEASURES = {
     "precision": ("precision", 3),
     "recall": ("recall", 3),
     "diversity": ("diversity", 3),
+    DISTANCE: ("distance to full depth", 4),
     LOSS: ("held-out loss", 4),
 }
 _SHORT = {
@@ -219,16 +232,18 @@ _SHORT = {
     "frechet_distance": "Frechet",
     "cas": "CAS",
     "precision": "precision",
+    DISTANCE: "distance",
     LOSS: "loss",
 }
 _ABLATED = {
-    LOSS: "left",
+    DISTANCE: "left",
     "frechet_distance": "left",
     "label_accuracy": "right",
     "precision": "right",
+    LOSS: "left",
 }
 """Measures that ablations are compared by, and where the better ones are in a plot."""
-_LINEAR_TO = {LOSS: 0.01, "frechet_distance": 0.1}
+_LINEAR_TO = {DISTANCE: 0.01, LOSS: 0.01, "frechet_distance": 0.1}
 """Differences on a logarithmic scale in a plot, and up to where it is linear."""
 
 
@@ -239,8 +254,10 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
         f"{len(config.seeds)} seeds x {config.samples:,} images (ablations"
         f" {config.ablation_samples:,}); mean ± half the 95% interval over seeds. Differences are"
         " paired by seed; **bold**: the interval excludes zero. CAS: in brackets the number"
-        " of classifiers for every seed. Held-out loss: nats a token that the real held-out images"
-        " cost the model under the policy, with the interval, and paired, over images.\n"
+        " of classifiers for every seed. Distance to full depth: mean squared difference of the"
+        " pixels, in [-1, 1], from the full-depth images of the same noise. Held-out loss: nats a"
+        " token that the real held-out images cost the model under the policy, with the interval,"
+        " and paired, over images.\n"
     )
     parts = [head, "## Methods\n", method_table(findings, times)]
     if findings.cells("ablations"):
@@ -257,7 +274,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
     full = findings.find("methods", FULL)
     assert full is not None
     shown = findings.measured("methods")
-    compared = [name for name in ("frechet_distance", "cas", LOSS) if name in shown]
+    compared = [name for name in ("frechet_distance", "cas", DISTANCE, LOSS) if name in shown]
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
     columns += [_MEASURES[name][0] for name in shown]
     columns += [f"{_SHORT[name]} - {base}" for base in ("full", "default") for name in compared]
@@ -413,7 +430,7 @@ def ablation_plot(findings: Findings) -> bytes:
         if cell is not base and len(intervals) == len(_ABLATED):
             rows.append((f"{cell.method} ({cell.budget})", intervals))
     rows.sort(key=lambda row: -row[1][0].mean)
-    figure = Figure(figsize=(16, 1.2 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(18, 1.2 + 0.28 * len(rows)), layout="constrained")
     for place, (measure, better) in enumerate(_ABLATED.items()):
         axes = figure.add_subplot(1, len(_ABLATED), place + 1)
         factor = 100 if measure in _PERCENT else 1

@@ -12,6 +12,7 @@ from depthvar.checkpoint import random_model
 from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
+from depthvar.sampling import Sampler
 from depthvar.timing import Lap, time_policies
 from jobs.benchmark import chosen_policies, main, row
 from tests.tiny_models import tiny_model
@@ -30,13 +31,32 @@ def test_every_policy_has_a_lap_in_every_round_and_the_first_batch_is_not_counte
 
 def test_times_are_compared_within_a_round():
     laps = {
-        "full": [Lap(0.003, 0.001, 0), Lap(0.030, 0.010, 0), Lap(0.015, 0.005, 0)],
-        "depthvar:2": [Lap(0.001, 0.001, 0), Lap(0.006, 0.002, 0), Lap(0.015, 0.005, 0)],
+        "full": [Lap(t, t / 3, 0, 0.0) for t in (0.003, 0.030, 0.015)],
+        "depthvar:2": [
+            Lap(0.001, 0.001, 0, 0.01),
+            Lap(0.006, 0.002, 0, 0.02),
+            Lap(0.015, 0.005, 0, 0.06),
+        ],
     }
     policy = make_policy("depthvar", reference_scale=2)
     cells = row(DIGITS, "depthvar:2", policy, 8, laps).strip("| ").split(" | ")
     assert cells[:3] == ["8", "depthvar:2", "32.3%"]
-    assert cells[4:8] == ["6.00", "2.00", "125.0", "0.50 (0.20-1.00)"]
+    assert cells[4:9] == ["6.00", "2.00", "125.0", "0.50 (0.20-1.00)", "0.0300"]
+
+
+def test_distances_are_to_the_first_policys_images_of_the_same_round():
+    model = tiny_model(0)
+    policies = {"full": make_policy("full"), "uniform": make_policy("uniform", reference_scale=1)}
+    laps = time_policies(model, policies, rounds=2, batch_size=3)
+    assert [lap.distance for lap in laps["full"]] == [0, 0]
+    for seed, lap in enumerate(laps["uniform"]):
+        full, ours = (
+            Sampler(model, policy, model.config.sampling)([0, 1, 2], seed=seed, indices=range(3))
+            for policy in policies.values()
+        )
+        apart = full.images_BHWC.astype(float) - ours.images_BHWC
+        assert lap.distance == pytest.approx(((apart / 127.5) ** 2).mean(), rel=1e-4)
+        assert lap.distance > 0
 
 
 def test_policies_come_with_full_depth_and_by_default_at_three_budgets():

@@ -203,7 +203,9 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     done = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
     table = (tmp_path / "study" / "table.md").read_text()
     assert "| 3x | depthvar | 32.3% |" in table
-    assert "| held-out loss |" in table
+    assert "| distance to full depth | held-out loss |" in table
+    (full,) = [row for row in table.splitlines() if row.startswith("| 1x | full")]
+    assert "| 0.0000 ± 0.0000 |" in full
     parts = sorted((tmp_path / "study" / "samples").iterdir())
     assert len(parts) == 2 * 2 * 2, "policies, seeds, parts"
     lost = [sorted((tmp_path / "study" / "measures").iterdir())[0], parts[0]]

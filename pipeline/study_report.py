@@ -373,11 +373,11 @@ def _text(interval: Interval | None, measure: str) -> str:
 
 
 def budget_plot(findings: Findings) -> bytes:
-    """Frechet distance, CAS and loss over the share of token-layers, a line per method, as PNG."""
+    """Quality over the share of token-layers, a panel per measure and a line per method, as PNG."""
     from matplotlib.figure import Figure
 
-    shown, full = findings.measured("methods"), findings.find("methods", FULL)
-    measures = [m for m in ("frechet_distance", "cas", LOSS) if m in shown]
+    shown = findings.measured("methods")
+    measures = [m for m in ("frechet_distance", "cas", DISTANCE) if m in shown]
     figure = Figure(figsize=(6.4 * len(measures), 4.8), layout="constrained")
     for place, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), place + 1)
@@ -386,12 +386,7 @@ def budget_plot(findings: Findings) -> bytes:
         for method in methods:
             cells = [c for c in findings.cells("methods") if c.method == method]
             cells.sort(key=lambda c: c.depth.token_layers)
-            intervals = [
-                findings.difference(cell, full, measure)
-                if measure == LOSS
-                else findings.interval(cell, measure)
-                for cell in cells
-            ]
+            intervals = [findings.interval(cell, measure) for cell in cells]
             points = [
                 (cell.depth.token_layers / cell.depth.full_token_layers, interval)
                 for cell, interval in zip(cells, intervals, strict=True)
@@ -408,10 +403,8 @@ def budget_plot(findings: Findings) -> bytes:
                 label=method,
             )
         axes.set_xlabel("share of the token-layers of full depth")
-        axes.set_ylabel(_MEASURES[measure][0] + (", less full depth's" if measure == LOSS else ""))
-        if measure == LOSS:
-            axes.set_yscale("symlog", linthresh=_LINEAR_TO[LOSS])
-        elif measure == "frechet_distance":
+        axes.set_ylabel(_MEASURES[measure][0])
+        if measure == "frechet_distance":
             axes.set_yscale("log")
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].legend(fontsize=8)

@@ -54,22 +54,38 @@ def frechet_from_moments(a: Moments, b: Moments) -> float:
 
 
 def precision_recall(
-    real_NF: np.ndarray, generated_NF: np.ndarray, *, neighbours: int = 3, chunk: int = 1000
+    real_NF: np.ndarray,
+    generated_NF: np.ndarray,
+    *,
+    neighbours: int = 3,
+    chunk: int = 1000,
+    real_reach_N: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Precision and recall of generated features, each in [0, 1].
 
     Precision is the share of generated features within the real manifold, recall the share of real
     ones within the generated manifold. A manifold is the union of balls around a set's features,
     each reaching to its `neighbours`-th nearest other one. `chunk` rows of distances are held at a
-    time. Source: Kynkaanniemi et al., "Improved Precision and Recall Metric" (arXiv 1904.06991).
+    time. `real_reach_N` is what `reach` gives for the real features, for those who compare with
+    them often. Source: Kynkaanniemi et al., "Improved Precision and Recall Metric" (arXiv
+    1904.06991).
     """
     real_NF = _checked(real_NF, at_least=neighbours + 1)
     generated_NF = _checked(generated_NF, at_least=neighbours + 1)
     centre_F = real_NF.mean(axis=0)  # distances keep their digits near the origin
     real_NF -= centre_F
     generated_NF -= centre_F
-    precision = _share_inside(generated_NF, real_NF, neighbours, chunk)
-    return precision, _share_inside(real_NF, generated_NF, neighbours, chunk)
+    if real_reach_N is None:
+        real_reach_N = _reach(real_NF, neighbours, chunk)
+    precision = _share_inside(generated_NF, real_NF, real_reach_N, chunk)
+    generated_reach_N = _reach(generated_NF, neighbours, chunk)
+    return precision, _share_inside(real_NF, generated_NF, generated_reach_N, chunk)
+
+
+def reach(features_NF: np.ndarray, *, neighbours: int = 3, chunk: int = 1000) -> np.ndarray:
+    """Squared distance of every feature to its `neighbours`-th nearest other one (N,)."""
+    features_NF = _checked(features_NF, at_least=neighbours + 1)
+    return _reach(features_NF - features_NF.mean(axis=0), neighbours, chunk)
 
 
 def inception_score(probabilities_NK: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
@@ -100,16 +116,20 @@ def _root(covariance_FF: np.ndarray) -> np.ndarray:
     return root_FF
 
 
-def _share_inside(
-    points_NF: np.ndarray, manifold_NF: np.ndarray, neighbours: int, chunk: int
-) -> float:
-    """Share of the points that lie in a ball of the manifold."""
-    reach_N = np.empty(len(manifold_NF))
-    for start, squares in _squared_distances(manifold_NF, manifold_NF, chunk):
+def _reach(features_NF: np.ndarray, neighbours: int, chunk: int) -> np.ndarray:
+    reach_N = np.empty(len(features_NF))
+    for start, squares in _squared_distances(features_NF, features_NF, chunk):
         rows = np.arange(len(squares))
         squares[rows, start + rows] = np.inf  # a feature is no neighbour of itself
         kth = np.partition(squares, neighbours - 1, axis=1)[:, neighbours - 1]
         reach_N[start : start + len(squares)] = kth
+    return reach_N
+
+
+def _share_inside(
+    points_NF: np.ndarray, manifold_NF: np.ndarray, reach_N: np.ndarray, chunk: int
+) -> float:
+    """Share of the points that lie in a ball of the manifold."""
     inside = 0
     for _, squares in _squared_distances(points_NF, manifold_NF, chunk):
         inside += int((squares <= reach_N).any(axis=1).sum())

@@ -140,6 +140,14 @@ _PRESETS: dict[str, DepthPolicy] = {
             proxy="output",
         ),
         DepthPolicy(
+            "spread-pruning",
+            reference_scale=4,
+            schedule="step",
+            ranking="spread",
+            proxy="output",
+            blending="mean",
+        ),
+        DepthPolicy(
             "random-pruning",
             reference_scale=4,
             schedule="step",

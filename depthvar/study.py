@@ -26,7 +26,7 @@ from depthvar.features import (
     train_classifier,
     train_features,
 )
-from depthvar.metrics import frechet_distance, precision_recall
+from depthvar.metrics import frechet_distance, precision_recall, reach
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
@@ -126,6 +126,7 @@ class Judge:
         self._network = network
         self._real_NF = self._network.read(images_NHWC).features_NF
         self._real_spread = spread_within_classes(self._real_NF, labels_N)
+        self._real_reach_N = reach(self._real_NF)
 
     def read(self, samples: PolicySamples) -> Readings:
         """Features and probabilities of the images."""
@@ -143,7 +144,9 @@ class Judge:
         real images.
         """
         readings = self.read(samples)
-        precision, recall = precision_recall(self._real_NF, readings.features_NF)
+        precision, recall = precision_recall(
+            self._real_NF, readings.features_NF, real_reach_N=self._real_reach_N
+        )
         spread = spread_within_classes(readings.features_NF, samples.labels_N)
         return {
             "label_accuracy": float((readings.labels == samples.labels_N).mean()),

@@ -52,6 +52,7 @@ from pipeline.weights import local_weights
 
 if TYPE_CHECKING:
     from depthvar.checkpoint import LoadedModel
+    from depthvar.held_out import HeldOutImages
     from depthvar.study import Judge, PolicySamples
 
 FORMAT = "depthvar-study/1"
@@ -173,36 +174,28 @@ class Study:
 
     def _stem(self, kind: str, cell: Cell, seed: int) -> str:
         """Name of a piece of work; the digest covers all that it depends on."""
-        inputs: dict[str, Any] = {
-            "format": FORMAT,
-            "weights": self.weights_sha256,
-            "policy": asdict(cell.policy),
-            "samples": cell.num_samples,
-            "batch_size": self.config.batch_size,
-        }
-        if kind == "signals":
-            inputs["with_cas"] = cell.cas_runs > 0
-        return f"{kind}/{cell.name}-{seed}-{_digest(inputs)}"
+        inputs: dict[str, Any] = {"with_cas": cell.cas_runs > 0} if kind == "signals" else {}
+        digest = self._digest(
+            policy=asdict(cell.policy),
+            samples=cell.num_samples,
+            batch_size=self.config.batch_size,
+            **inputs,
+        )
+        return f"{kind}/{cell.name}-{seed}-{digest}"
+
+    def _digest(self, **inputs: Any) -> str:
+        """Names what the weights and some inputs give."""
+        return _digest({"format": FORMAT, "weights": self.weights_sha256, **inputs})
 
     def losses_file(self, cell: Cell) -> str:
         """Name of the file of what real held-out images cost under a cell's policy."""
-        inputs = {
-            "format": FORMAT,
-            "weights": self.weights_sha256,
-            "policy": asdict(cell.policy),
-        }
-        return f"losses/{cell.name}-{_digest(inputs)}.npy"
+        return f"losses/{cell.name}-{self._digest(policy=asdict(cell.policy))}.npy"
 
     @property
     def headroom_file(self) -> str:
         """Name of the file of what depth per token could gain."""
-        inputs = {
-            "format": FORMAT,
-            "weights": self.weights_sha256,
-            "after": self.config.headroom_after,
-            "images": HEADROOM_IMAGES,
-        }
-        return f"headroom/{_digest(inputs)}.json"
+        digest = self._digest(after=self.config.headroom_after, images=HEADROOM_IMAGES)
+        return f"headroom/{digest}.json"
 
     @property
     def with_losses(self) -> list[Cell]:
@@ -222,14 +215,12 @@ class Study:
     @property
     def times_file(self) -> str:
         """Name of the file of the timings."""
-        inputs = {
-            "format": FORMAT,
-            "weights": self.weights_sha256,
-            "policies": [asdict(cell.policy) for cell in self.timed],
-            "batch_size": self.config.batch_size,
-            "rounds": self.config.timing_rounds,
-        }
-        return f"times/{_digest(inputs)}.json"
+        digest = self._digest(
+            policies=[asdict(cell.policy) for cell in self.timed],
+            batch_size=self.config.batch_size,
+            rounds=self.config.timing_rounds,
+        )
+        return f"times/{digest}.json"
 
     @property
     def full(self) -> Cell:
@@ -502,12 +493,16 @@ def _judge(study: Study) -> Judge:
     return judge_of(study.real_set, trained)
 
 
-def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], object]) -> None:
+def _held_out(study: Study) -> HeldOutImages:
     from depthvar.checkpoint import load_model
     from depthvar.held_out import HeldOutImages
 
     model = load_model(study.config.model, study.weights, with_encoder=True)
-    images = HeldOutImages.of_set(model, study.real_set)
+    return HeldOutImages.of_set(model, study.real_set)
+
+
+def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], object]) -> None:
+    images = _held_out(study)
     for cell in cells:
         buffer = io.BytesIO()
         np.save(buffer, images.losses(cell.policy))
@@ -516,11 +511,7 @@ def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], objec
 
 
 def _ask_headroom(study: Study, after: int, advance: Callable[[int], object]) -> None:
-    from depthvar.checkpoint import load_model
-    from depthvar.held_out import HeldOutImages
-
-    model = load_model(study.config.model, study.weights, with_encoder=True)
-    images = HeldOutImages.of_set(model, study.real_set)
+    images = _held_out(study)
     found = images.headroom(after, num_images=HEADROOM_IMAGES, after_batch=advance)
     _publish_json(study, study.headroom_file, [asdict(headroom) for headroom in found])
 

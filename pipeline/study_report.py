@@ -351,7 +351,7 @@ def headroom_table(study: Study) -> str:
         "## Headroom of depth per token\n\nDivergence from full depth (Kullback-Leibler, nats a"
         f" token, {HEADROOM_IMAGES} real held-out images) with every token at D blocks, and with a"
         " third of each image's tokens at 2D and the others at D/2, by what chooses the third."
-        " Where even an oracle costs more than uniform depth, no ranking can win.\n"
+        " Where even the oracle costs more than uniform depth, no ranking makes this mix pay.\n"
     )
     lines = [explained, _row(columns), _row(["---"] * len(columns))]
     for entry in found:

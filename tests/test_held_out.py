@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from depthvar.config import SamplingSettings
 from depthvar.held_out import HeldOutImages, _gain_of_top, _headroom
-from depthvar.policy import make_policy
+from depthvar.policy import DepthPolicy, make_policy
+from depthvar.sampling import Sampler
 from depthvar.training.data import to_float
 from depthvar.transformer import block_causal_mask
 from tests.tiny_models import tiny_model
@@ -46,8 +48,7 @@ def test_the_loss_of_a_shallow_policy_differs_after_its_reference_scale_alone():
     assert (full[:, 2:] != shallow[:, 2:]).all()
 
 
-def test_headroom_is_against_tokens_that_all_have_one_depth():
-    """At a depth of half the blocks the cost is that of the policy with this depth."""
+def test_headroom_is_the_divergence_of_tokens_that_all_have_one_depth():
     model = tiny_model(3)
     images = np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     held_out = HeldOutImages(model, images, np.array([0, 1, 2, 3]))
@@ -55,10 +56,32 @@ def test_headroom_is_against_tokens_that_all_have_one_depth():
     found = held_out.headroom(1, num_images=3, after_batch=counted.append)
     assert counted == [3]
     assert [(h.scale, h.depth) for h in found] == [(i, d) for i in (2, 3, 4) for d in (2, 4)]
+    plain = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
+
+    def log_probs(policy: DepthPolicy) -> list[torch.Tensor]:
+        scales: list[torch.Tensor] = []
+        Sampler(model, policy, plain).tokens(
+            [0, 1, 2],
+            seed=5,
+            indices=range(3),
+            forced=[tokens_NT[:3] for tokens_NT in held_out.tokens],
+            on_scale=lambda scale, logits, trace: scales.append(logits.log_softmax(2)),
+        )
+        return scales
+
+    full = log_probs(DepthPolicy())
     for headroom in found:
-        assert headroom.mixed["oracle"] <= min(headroom.mixed.values())
+        shallow = log_probs(
+            DepthPolicy(
+                reference_scale=1, allocation="least", min_depth=headroom.depth, compensation=True
+            )
+        )
+        apart = F.kl_div(
+            shallow[headroom.scale], full[headroom.scale], log_target=True, reduction="none"
+        )
+        assert headroom.uniform == pytest.approx(float(apart.sum(2).mean()), rel=1e-9)
+        assert headroom.mixed["oracle"] == min(headroom.mixed.values())
         assert set(headroom.mixed) == {"oracle", "at random", "change", "entropy", "spread"}
-        assert headroom.uniform > 0
 
 
 def test_a_mix_runs_no_more_blocks_than_uniform_depth():

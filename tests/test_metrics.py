@@ -17,6 +17,7 @@ from depthvar.metrics import (
     inception_score,
     moments,
     precision_recall,
+    reach,
 )
 
 
@@ -134,6 +135,11 @@ def test_precision_and_recall_follow_their_definition(neighbours: int, chunk: in
     found = precision_recall(real_NF, made_NF, neighbours=neighbours, chunk=chunk)
     wanted = plain_precision_recall(real_NF, made_NF, neighbours)
     assert found == pytest.approx(wanted, abs=1e-12)
+    kept_N = reach(real_NF, neighbours=neighbours, chunk=chunk)
+    again = precision_recall(
+        real_NF, made_NF, neighbours=neighbours, chunk=chunk, real_reach_N=kept_N
+    )
+    assert again == found
     assert 0 < wanted[0] < 1
     assert 0 < wanted[1] < 1
 

@@ -235,17 +235,17 @@ def read_plan(storage: Storage) -> JobPlan | None:
 
     Errors: `InputError` for a plan that is damaged, and for files that belong to something else.
     """
-    try:
-        data = storage.read(PLAN_NAME)
-    except FileNotFoundError:
+    data = _read_plan_file(storage)
+    if data is None:
         if storage.is_empty():
             return None
+        # Another run may have begun since the first look: it writes its plan before all else.
+        data = _read_plan_file(storage)
+    if data is None:
         raise InputError(
             f"got {storage}, which holds files but no {PLAN_NAME}, wanted an empty folder or "
             "an earlier output of this job: choose another output"
-        ) from None
-    except OSError as error:
-        raise InputError(f"got {storage}, whose {PLAN_NAME} cannot be read: {error}") from error
+        )
     try:
         return JobPlan.from_json(data)
     except InputError as error:
@@ -253,6 +253,15 @@ def read_plan(storage: Storage) -> JobPlan | None:
             f"got {storage}/{PLAN_NAME}, which is damaged or of another program: {error}; "
             "restore it or choose another output"
         ) from error
+
+
+def _read_plan_file(storage: Storage) -> bytes | None:
+    try:
+        return storage.read(PLAN_NAME)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"got {storage}, whose {PLAN_NAME} cannot be read: {error}") from error
 
 
 def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan | None:

@@ -232,6 +232,18 @@ def test_an_output_that_cannot_be_written_is_an_input_error(tmp_path, monkeypatc
         open_plan(Storage.open(str(tmp_path / "out")), make_plan())
 
 
+def test_a_plan_written_between_two_looks_at_the_output_is_found(storage, monkeypatch):
+    """The file is not there yet, and by the time the folder is listed another run has begun."""
+    plan, is_empty = make_plan(), Storage.is_empty
+
+    def look(self: Storage) -> bool:
+        self.create(plan.to_json(), "plan.json")
+        return is_empty(self)
+
+    monkeypatch.setattr(Storage, "is_empty", look)
+    assert open_plan(storage, plan) == plan
+
+
 def test_of_two_plans_started_at_once_one_wins_and_the_other_is_told(tmp_path):
     storage = Storage.open(str(tmp_path / "out"))
     plans = [make_plan(seed=seed) for seed in range(6)]

@@ -84,6 +84,11 @@ def submit(address: str, token: str | None) -> subprocess.CompletedProcess[str]:
 
 def test_a_job_with_the_clusters_token_runs(address: str):
     done = submit(address, TOKEN)
+    for _ in range(20):  # the dashboard opens before the agent that takes jobs is up
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
+        done = submit(address, TOKEN)
     assert done.returncode == 0, done.stderr
     assert "42" in done.stdout
 

@@ -22,16 +22,12 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Empty
@@ -46,6 +42,7 @@ from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
+from depthvar.processes import end_with_parent
 from pipeline.config import FileOnly, JobConfig, Scalar, checked_options, identify_weights
 from pipeline.storage import Storage
 from pipeline.weights import local_weights
@@ -380,11 +377,11 @@ def _in_processes(
         return
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
-    manager.start(initializer=_end_with_parent)
+    manager.start(initializer=end_with_parent)
     pool = ProcessPoolExecutor(
         min(study.config.processes, len(arguments)),
         mp_context=context,
-        initializer=_end_with_parent,
+        initializer=end_with_parent,
     )
     with manager, pool, tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
         counts = manager.Queue()
@@ -393,7 +390,7 @@ def _in_processes(
         }
         try:
             while waiting:
-                done, waiting = wait_for(waiting, timeout=0.5)
+                done, waiting = wait(waiting, timeout=0.5)
                 _drain(counts, bar)
                 for future in done:
                     future.result()
@@ -401,19 +398,6 @@ def _in_processes(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         _drain(counts, bar)
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, however that ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        wait_for_any([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _drain(counts: Any, bar: Any) -> None:

@@ -112,7 +112,7 @@ def test_only_the_actor_touches_what_runs_a_model():
             "actor": {"checkpoint", "sampling"},
             "evaluation": {"features", "metrics", "inception"},
             "downstream": {"features", "training"},
-            "study": {"checkpoint", "held_out", "study", "timing"},
+            "study": {"checkpoint", "held_out", "processes", "study", "timing"},
         }.get(file.stem, set())
         assert parts <= pure | more, file
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from depthvar.transformer import Transformer
 from jobs.study import main
 from pipeline.config import load_config
 from pipeline.study import StudyConfig, resolve_study
+from tests.killed_jobs import assert_no_process_outlives
 from tests.tiny_models import random_fit, tiny_model
 
 FULL = {"policy": "full", "budgets": {"1x": None}}
@@ -230,28 +228,9 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
 
 
 def test_no_process_of_a_study_outlives_it(tmp_path: Path):
-    """However it ends: orphans would go on computing what a rerun computes too."""
     (tmp_path / "study.yaml").write_text(
         "samples: 100000\ncas_runs: 0\nprocesses: 1\nmethods:\n"
         "  full: {policy: full, budgets: {1x: null}}\n"
     )
     argv = [f"--out={tmp_path / 'study'}", f"--config={tmp_path / 'study.yaml'}"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "jobs.study", *argv],
-        cwd=Path(__file__).parent.parent,
-        stderr=subprocess.PIPE,
-    )
-    assert job.stderr is not None
-    shown = b""
-    while b" 50/300000" not in shown:  # the first batch is done
-        shown += job.stderr.read1()
-        assert job.poll() is None, shown.decode()
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
-    pids = [int(pid) for pid in children.stdout.split()]
-    assert len(pids) >= 2
-    job.kill()
-    job.wait()
-    deadline_s = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    assert_no_process_outlives(["jobs.study", *argv], begun=b" 50/300000")

@@ -16,6 +16,7 @@ from depthvar.training.loop import Process, Schedule, train
 from depthvar.training.run import Recipe, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
+from tests.killed_jobs import assert_no_process_outlives
 
 ALONE = Process(0, 1, torch.device("cpu"))
 SHORT = Schedule(steps=6, batch=8, learning_rate=1e-2, warmup_steps=2, save_every=3)
@@ -163,3 +164,10 @@ def _average_ranks(rank: int, store: str) -> None:
     assert torch.equal(a, torch.full((2, 3), 0.5))
     assert torch.equal(b, torch.full((5,), 5.0))
     torch.distributed.destroy_process_group()
+
+
+def test_no_process_of_a_training_outlives_it(tmp_path):
+    """Orphans would write the state that the resumed run goes on from."""
+    begun = b" 1/500"  # the first step is taken
+    argv = [f"--out={tmp_path / 'run'}", "--precision=float32", "--tokenizer-steps=500"]
+    assert_no_process_outlives(["jobs.train_model", *argv, "--batch-size=4"], begun=begun)

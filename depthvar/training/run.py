@@ -16,6 +16,7 @@ from depthvar.calibration import calibrate
 from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 from depthvar.config import ModelConfig, TokenizerConfig, model_config
 from depthvar.errors import InputError
+from depthvar.processes import end_with_parent
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
 from depthvar.training.loop import Process
@@ -156,6 +157,7 @@ def _train_in_process(
     folder: Path,
     threads: int,
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")

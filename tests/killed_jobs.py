@@ -1,0 +1,37 @@
+"""A job killed in the middle, and the processes that it had started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def assert_no_process_outlives(command: Sequence[str], *, begun: bytes) -> None:
+    """Run `python -m command`, kill it once its standard error shows `begun`, look for orphans.
+
+    SIGINT is ignored, as in what a shell script starts with `&`.
+    """
+    job = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$0" "$@"', sys.executable, "-m", *command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    assert job.stderr is not None
+    shown = b""
+    while begun not in shown:
+        shown += job.stderr.read1()
+        assert job.poll() is None, shown.decode()
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    pids = [int(pid) for pid in children.stdout.split()]
+    assert len(pids) >= 2
+    job.kill()
+    job.wait()
+    deadline_s = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)

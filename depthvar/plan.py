@@ -169,6 +169,10 @@ def mean_depth(sides: tuple[int, ...], reference: int, index: int, allocation: A
     if allocation == "least":
         return 0.0
     spent = sides[reference] ** 2
+    if allocation == "coarse-first":
+        in_sum = spent * (len(sides) - 1 - reference)
+        left = in_sum - sum(side * side for side in sides[reference + 1 : index])
+        return min(1.0, max(0, left) / sides[index] ** 2)
     if allocation == "reference":
         return min(1.0, spent / sides[index] ** 2)
     later = sides[reference + 1 :]

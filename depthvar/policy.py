@@ -1,7 +1,7 @@
 """Depth policies as values: how many blocks each token runs, and what stands in for the rest.
 
-One frozen value describes every policy the engine can run; the published method, the baselines and
-our default are presets of it. (P) marks what the paper fixes, (R) our reading where it leaves room.
+One frozen value describes every policy the engine can run; the published method, ours and the
+baselines are presets of it. (P) marks what the paper fixes, (R) our reading where it leaves room.
 
 Source: Li, Zhao, Cao, "Depth Adaptive Efficient Visual Autoregressive Modeling" (arXiv 2604.17286).
 """
@@ -19,7 +19,7 @@ Proxy = Literal["none", "raw", "calibrated", "output"]
 Blending = Literal["none", "score", "mean"]
 SkippedKeysValues = Literal["none", "proxy"]
 BlockOrder = Literal["bit-reversal", "first", "ends"]
-Allocation = Literal["reference", "equal", "least"]
+Allocation = Literal["reference", "equal", "coarse-first", "least"]
 
 MAX_COMPENSATION = 4 / 3
 
@@ -32,8 +32,9 @@ class DepthPolicy:
     reference_scale: R, the last scale at full depth, 0-based; later scales may spend what scale R
         spent (P). None: every scale runs at full depth.
     allocation: how the later scales share what they may spend in sum: each what scale R spends, so
-        that the mean depth falls as scales grow (P), all at the same mean depth, or nothing: every
-        token runs `min_depth` blocks.
+        that the mean depth falls as scales grow (P), all at the same mean depth, each in turn as
+        much as full depth takes until nothing is left, or nothing: every token runs `min_depth`
+        blocks.
     schedule: family of the scheduling function G (P). `octaves` gives every token one of two
         neighbouring depths of L, L/2, L/4 ..., whose bit-reversed blocks are evenly spaced.
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
@@ -142,6 +143,7 @@ _PRESETS: dict[str, DepthPolicy] = {
         DepthPolicy(
             "spread-pruning",
             reference_scale=4,
+            allocation="coarse-first",
             schedule="step",
             ranking="spread",
             proxy="output",
@@ -167,6 +169,9 @@ _PRESETS: dict[str, DepthPolicy] = {
 }
 
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
+
+DEFAULT_PRESET = "uniform"
+"""What wins on the bundled model: see the README."""
 
 
 def make_policy(

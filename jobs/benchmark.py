@@ -28,7 +28,7 @@ from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
 from depthvar.timing import Lap, time_policies
 from jobs._entry import EXIT_DONE, run_job
 
@@ -90,19 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, DepthPolicy]:
     """Policies by the words that name them, `preset` or `preset:R`; full depth comes first.
 
-    Without words, our default at the three reference scales that end two to four scales early.
+    Without words, the default at the three reference scales that end two to four scales early.
     """
     last = len(config.sides) - 1
-    words = words or [f"depthvar:{last - skipped}" for skipped in (2, 3, 4) if last > skipped]
+    words = words or [
+        f"{DEFAULT_PRESET}:{last - skipped}" for skipped in (2, 3, 4) if last > skipped
+    ]
     policies = {FULL: make_policy(FULL)}
     for word in words:
-        preset, colon, reference = word.partition(":")
-        if colon and not reference.isdecimal():
+        preset, colon, given = word.partition(":")
+        if colon and not given.isdecimal():
             raise InputError(
                 f"--policies: got {word!r}, wanted a policy such as depthvar:3, with its "
                 "reference scale after the colon"
             )
-        policies[word] = make_policy(preset, reference_scale=int(reference) if colon else None)
+        policies[word] = make_policy(preset, reference_scale=int(given) if colon else None)
     return policies
 
 

@@ -31,7 +31,7 @@ from depthvar.config import ModelConfig, SamplingSettings, model_config
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DEFAULT_PRESET, DepthPolicy, make_policy
 from pipeline.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.weights import local_weights
 
@@ -78,7 +78,7 @@ class GenerateConfig(JobConfig):
         " (default: none)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
-    policy: str = Field("depthvar", description="depth policy by preset name")
+    policy: str = Field(DEFAULT_PRESET, description="depth policy by preset name")
     reference_scale: int | None = Field(
         None,
         description="last scale at full depth, from 0: the budget (default: the policy's own)",

@@ -93,7 +93,7 @@ class StudyConfig(JobConfig):
         description="methods by name, with their budgets"
     )
     ablations: Annotated[dict[str, StudyMethod], FileOnly()] = Field(
-        default_factory=dict, description="variants of the default by name (default: none)"
+        default_factory=dict, description="variants of a method by name (default: none)"
     )
     seeds: list[int] = Field(default=[1, 2, 3], min_length=2, description="job seeds")
     samples: int = Field(5000, ge=100, description="images per method, budget and seed")

@@ -30,7 +30,8 @@ from pipeline.study import (
 
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
-DEFAULT = "depthvar"
+BASE = "depthvar"
+"""The method that others are compared with at its budgets: depth per token."""
 LOSS = "held_out_loss"
 _PERCENT = ("label_accuracy", "cas")
 
@@ -270,14 +271,14 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
 
 
 def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
-    """A row per method and budget, with differences to full depth and to the default there."""
+    """A row per method and budget, with differences to full depth and to depth per token there."""
     full = findings.find("methods", FULL)
     assert full is not None
     shown = findings.measured("methods")
     compared = [name for name in ("frechet_distance", "cas", DISTANCE, LOSS) if name in shown]
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
     columns += [_MEASURES[name][0] for name in shown]
-    columns += [f"{_SHORT[name]} - {base}" for base in ("full", "default") for name in compared]
+    columns += [f"{_SHORT[name]} - {base}" for base in (FULL, BASE) for name in compared]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in by_budget(findings.cells("methods")):
         share = cell.depth.token_layers / cell.depth.full_token_layers
@@ -286,7 +287,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
         for measure in shown:
             runs = f" ({cell.cas_runs})" if measure == "cas" and cell.cas_runs else ""
             values.append(findings.text(cell, measure) + runs)
-        for base in (full, findings.find("methods", DEFAULT, cell.budget)):
+        for base in (full, findings.find("methods", BASE, cell.budget)):
             values += [findings.difference_text(cell, base, measure) for measure in compared]
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
@@ -301,17 +302,17 @@ def by_budget(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def ablation_table(findings: Findings) -> str:
-    """A row per variant, with paired differences to the unchanged default."""
+    """A row per variant, with paired differences to the unchanged `BASE`."""
     shown = findings.measured("ablations")
     columns = ["variant", "token-layers", "GFLOP", *(_MEASURES[name][0] for name in shown)]
-    columns += [f"{_SHORT[name]} - default" for name in _ABLATED]
+    columns += [f"{_SHORT[name]} - {BASE}" for name in _ABLATED]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in findings.cells("ablations"):
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [f"{cell.method} ({cell.budget})", f"{share:.1%}"]
         values.append(f"{cell.cost.total_flops / 1e9:.2f}")
         values += [findings.text(cell, measure) for measure in shown]
-        base = findings.find("ablations", DEFAULT, cell.budget)
+        base = findings.find("ablations", BASE, cell.budget)
         values += [findings.difference_text(cell, base, measure) for measure in _ABLATED]
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
@@ -397,7 +398,7 @@ def budget_plot(findings: Findings) -> bytes:
                 [interval.mean * factor for _, interval in points],
                 yerr=[interval.half_width * factor for _, interval in points],
                 marker="*" if method == FULL else "o",
-                linewidth=2.4 if method == DEFAULT else 1.0,
+                linewidth=2.4 if method == BASE else 1.0,
                 markersize=12 if method == FULL else 4,
                 capsize=2,
                 label=method,
@@ -412,12 +413,12 @@ def budget_plot(findings: Findings) -> bytes:
 
 
 def ablation_plot(findings: Findings) -> bytes:
-    """Differences of every variant to the unchanged default, a panel per measure, as PNG."""
+    """Differences of every variant to the unchanged `BASE`, a panel per measure, as PNG."""
     from matplotlib.figure import Figure
 
     rows = []
     for cell in findings.cells("ablations"):
-        base = findings.find("ablations", DEFAULT, cell.budget)
+        base = findings.find("ablations", BASE, cell.budget)
         found = [findings.difference(cell, base, name) for name in _ABLATED]
         intervals = [interval for interval in found if interval is not None]
         if cell is not base and len(intervals) == len(_ABLATED):
@@ -439,7 +440,7 @@ def ablation_plot(findings: Findings) -> bytes:
         axes.axvline(0, color="grey", linewidth=1)
         if better == "left":
             axes.set_xscale("symlog", linthresh=_LINEAR_TO[measure])
-        axes.set_xlabel(f"{_MEASURES[measure][0]}\nless the default's ({better} is better)")
+        axes.set_xlabel(f"{_MEASURES[measure][0]}\nless that of {BASE} ({better} is better)")
         axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)
 

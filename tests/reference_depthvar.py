@@ -76,7 +76,12 @@ def scores_and_depths_of_scale(
     mean = spends[scale - reference - 1] / count
     if policy.allocation == "equal":
         mean = sum(spends) / sum(side**2 for side in sides[reference + 1 :])
-    if policy.allocation == "least":
+    if policy.allocation == "coarse-first":
+        left = sum(spends)
+        for side in sides[reference + 1 : scale]:
+            left -= min(left, side**2)
+        mean = min(left, count) / count
+    if policy.allocation == "least" or mean == 0.0:
         return [policy.min_depth / num_blocks] * count, [policy.min_depth] * count
     if mean == 1.0:
         return [1.0] * count, [num_blocks] * count

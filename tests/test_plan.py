@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ policies = st.builds(
     block_order=st.sampled_from(["bit-reversal", "first", "ends"]),
     min_depth=st.integers(0, 1),
     skip_last_scales=st.integers(0, 3),
-    allocation=st.sampled_from(["reference", "equal"]),
+    allocation=st.sampled_from(["reference", "equal", "coarse-first"]),
     skipped_keys_values=st.sampled_from(["none", "proxy"]),
     compensation=st.booleans(),
 )
@@ -115,6 +116,16 @@ def test_equal_allocation_spends_as_much_in_sum_with_one_mean_depth():
     for scale in plan.scales[3:]:
         assert scale.scores.tolist() == pytest.approx([mean] * scale.count)
     assert plan.mean_depth_per_scale == (16, 16, 16, 4, 4, 4, 4)
+
+
+def test_coarse_first_allocation_fills_scale_after_scale():
+    sides = (1, 2, 3, 4, 6, 8)
+    policy = DepthPolicy(reference_scale=3, allocation="coarse-first", schedule="step")
+    plan = DepthPlan.build(sides, 8, policy)  # 2 x 16 tokens at full depth: 32 of the 36
+    assert [min(scale.prefix) for scale in plan.scales] == [1, 4, 9, 16, 32, 0]
+    deeper = DepthPlan.build(sides, 8, replace(policy, reference_scale=2))
+    assert [min(scale.prefix) for scale in deeper.scales] == [1, 4, 9, 16, 11, 0]
+    assert [scale.adaptive for scale in deeper.scales] == [False] * 4 + [True] * 2
 
 
 def test_least_allocation_gives_every_later_token_the_least_depth():

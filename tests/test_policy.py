@@ -39,7 +39,9 @@ def test_the_baselines_are_what_their_names_say():
     for preset, ranking in (("hard-pruning", "distance"), ("random-pruning", "random")):
         policy = make_policy(preset)
         assert (policy.schedule, policy.proxy, policy.ranking) == ("step", "output", ranking)
-    mended = make_policy("hard-pruning", ranking="spread", blending="mean")
+    mended = make_policy(
+        "hard-pruning", allocation="coarse-first", ranking="spread", blending="mean"
+    )
     assert make_policy("spread-pruning") == dataclasses.replace(mended, preset="spread-pruning")
     assert make_policy("uniform").schedule == "constant"
     assert make_policy("skip-scales").reference_scale is None

@@ -127,21 +127,21 @@ def test_a_measure_that_was_not_taken_has_no_column(findings: Findings):
     assert "precision" not in titles
 
 
-def test_ablations_are_compared_with_the_default_at_their_budget(tmp_path: Path):
+def test_ablations_are_compared_with_depth_per_token_at_their_budget(tmp_path: Path):
     ablations = {"depthvar": METHODS["depthvar"], "flat": METHODS["uniform"]}
     given = {"out": tmp_path, "methods": METHODS, "ablations": ablations, "seeds": [1, 2]}
     study = resolve_study(StudyConfig.model_validate(given))
-    default, flat = study.cells[3:]
+    depthvar, flat = study.cells[3:]
     measures = {"frechet_distance": 0.5, "label_accuracy": 0.99, "precision": 0.9}
     worse = {"frechet_distance": 0.6, "label_accuracy": 0.98, "precision": 0.9}
     by_cell = {
-        default.name: dict.fromkeys((1, 2), measures),
+        depthvar.name: dict.fromkeys((1, 2), measures),
         flat.name: dict.fromkeys((1, 2), worse),
     }
     rows = ablation_table(Findings(study, by_cell, {})).splitlines()
     assert rows[2].endswith("|  |  |  |")
     assert "| **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |" in rows[3]
-    losses = {default.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
+    losses = {depthvar.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
     assert ablation_plot(Findings(study, by_cell, losses)).startswith(b"\x89PNG")
 
 

@@ -138,7 +138,7 @@ def states(model: LoadedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 POLICY_VALUES: dict[str, tuple[Any, ...]] = {
     "reference_scale": (0, 1, 2),
-    "allocation": ("reference", "equal", "least"),
+    "allocation": ("reference", "equal", "coarse-first", "least"),
     "schedule": ("constant", "linear", "power", "cosine", "octaves", "step"),
     "steepness": (0.3, 1.0),
     "rotation": (0.0, 0.381966, 0.9),

@@ -244,6 +244,9 @@ _ABLATED = {
     LOSS: "left",
 }
 """Measures that ablations are compared by, and where the better ones are in a plot."""
+_COLOURS = 10
+_MARKERS = "os^"
+"""Of the methods in a plot: the next one after as many as there are colours."""
 _LINEAR_TO = {DISTANCE: 0.01, LOSS: 0.01, "frechet_distance": 0.1}
 """Differences on a logarithmic scale in a plot, and up to where it is linear."""
 
@@ -384,7 +387,7 @@ def budget_plot(findings: Findings) -> bytes:
         axes = figure.add_subplot(1, len(measures), place + 1)
         factor = 100 if measure in _PERCENT else 1
         methods = dict.fromkeys(cell.method for cell in findings.cells("methods"))
-        for method in methods:
+        for number, method in enumerate(methods):
             cells = [c for c in findings.cells("methods") if c.method == method]
             cells.sort(key=lambda c: c.depth.token_layers)
             intervals = [findings.interval(cell, measure) for cell in cells]
@@ -397,7 +400,7 @@ def budget_plot(findings: Findings) -> bytes:
                 [share for share, _ in points],
                 [interval.mean * factor for _, interval in points],
                 yerr=[interval.half_width * factor for _, interval in points],
-                marker="*" if method == FULL else "o",
+                marker="*" if method == FULL else _MARKERS[number // _COLOURS % len(_MARKERS)],
                 linewidth=2.4 if method == BASE else 1.0,
                 markersize=12 if method == FULL else 4,
                 capsize=2,

@@ -60,7 +60,7 @@ def test_distances_are_to_the_first_policys_images_of_the_same_round():
 
 
 def test_policies_come_with_full_depth_and_by_default_at_three_budgets():
-    assert list(chosen_policies(DIGITS, [])) == ["full", "uniform:4", "uniform:3", "uniform:2"]
+    assert list(chosen_policies(DIGITS, [])) == ["full", "depthvar:4", "depthvar:3", "depthvar:2"]
     chosen = chosen_policies(DIGITS, ["hard-pruning:3", "skip-scales"])
     assert list(chosen) == ["full", "hard-pruning:3", "skip-scales"]
     assert chosen["hard-pruning:3"].reference_scale == 3

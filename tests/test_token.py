@@ -40,6 +40,8 @@ def address() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets want a short path
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
+    # The agent that takes jobs never comes up on the usual port while another test's Ray has it.
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     with (folder / "log").open("w") as log:
         head = subprocess.Popen(
             [str(part) for part in (*command, f"--temp-dir={folder}")],

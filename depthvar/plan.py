@@ -168,15 +168,15 @@ def mean_depth(sides: tuple[int, ...], reference: int, index: int, allocation: A
     """Mean depth of a scale after the reference scale, as a share of the blocks, in [0, 1]."""
     if allocation == "least":
         return 0.0
-    spent = sides[reference] ** 2
-    if allocation == "coarse-first":
-        in_sum = spent * (len(sides) - 1 - reference)
-        left = in_sum - sum(side * side for side in sides[reference + 1 : index])
-        return min(1.0, max(0, left) / sides[index] ** 2)
+    each = sides[reference] ** 2
     if allocation == "reference":
-        return min(1.0, spent / sides[index] ** 2)
-    later = sides[reference + 1 :]
-    return min(1.0, len(later) * spent / sum(side * side for side in later))
+        return min(1.0, each / sides[index] ** 2)
+    tokens = [side * side for side in sides[reference + 1 :]]
+    in_sum = each * len(tokens)
+    if allocation == "equal":
+        return min(1.0, in_sum / sum(tokens))
+    left = max(0, in_sum - sum(tokens[: index - reference - 1]))
+    return min(1.0, left / sides[index] ** 2)
 
 
 def _plan_scale(

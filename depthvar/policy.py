@@ -171,7 +171,7 @@ _PRESETS: dict[str, DepthPolicy] = {
 PRESETS: tuple[str, ...] = tuple(_PRESETS)
 
 DEFAULT_PRESET = "depthvar"
-"""Level with the best on the bundled model, or better: see the README."""
+"""What the jobs use unless they are told another; the README says why."""
 
 
 def make_policy(

@@ -98,13 +98,13 @@ def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, Dept
     ]
     policies = {FULL: make_policy(FULL)}
     for word in words:
-        preset, colon, given = word.partition(":")
-        if colon and not given.isdecimal():
+        preset, colon, reference = word.partition(":")
+        if colon and not reference.isdecimal():
             raise InputError(
                 f"--policies: got {word!r}, wanted a policy such as depthvar:3, with its "
                 "reference scale after the colon"
             )
-        policies[word] = make_policy(preset, reference_scale=int(given) if colon else None)
+        policies[word] = make_policy(preset, reference_scale=int(reference) if colon else None)
     return policies
 
 

@@ -95,6 +95,11 @@ class StudyConfig(JobConfig):
     ablations: Annotated[dict[str, StudyMethod], FileOnly()] = Field(
         default_factory=dict, description="variants of a method by name (default: none)"
     )
+    compare_with: Annotated[list[str], FileOnly()] = Field(
+        default_factory=list,
+        description="methods that the others are compared with at their budgets, besides full "
+        "depth; ablations with those of the names (default: none)",
+    )
     seeds: list[int] = Field(default=[1, 2, 3], min_length=2, description="job seeds")
     samples: int = Field(5000, ge=100, description="images per method, budget and seed")
     ablation_samples: int = Field(2000, ge=100, description="images per ablation and seed")
@@ -114,6 +119,12 @@ class StudyConfig(JobConfig):
         """Every comparison needs full depth."""
         if FULL not in self.methods:
             raise ValueError(f"methods lacks {FULL!r}, to which the others are compared: add it")
+        others = [name for name in self.methods if name != FULL]
+        if unknown := [name for name in self.compare_with if name not in others]:
+            raise ValueError(
+                f"compare_with names {', '.join(unknown)}, wanted some of the methods besides "
+                f"{FULL!r}, {', '.join(others) or 'of which there are none'}: correct it"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}, wanted different ones: drop the repeats")
         return self

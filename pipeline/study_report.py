@@ -30,8 +30,6 @@ from pipeline.study import (
 
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
-BASE = "depthvar"
-"""The method that others are compared with at its budgets: depth per token."""
 LOSS = "held_out_loss"
 _PERCENT = ("label_accuracy", "cas")
 
@@ -114,6 +112,10 @@ class Findings:
             if cell.method == method and budget in (None, cell.budget):
                 return cell
         return None
+
+    def bases(self, section: str) -> list[str]:
+        """The methods of a section that the others are compared with, besides full depth."""
+        return [name for name in self.study.config.compare_with if self.find(section, name)]
 
     def interval(self, cell: Cell, measure: str) -> Interval | None:
         """A measure over the seeds, or over the real held-out images."""
@@ -274,14 +276,15 @@ def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
 
 
 def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
-    """A row per method and budget, with differences to full depth and to depth per token there."""
+    """A row per method and budget, with differences to full depth and to `compare_with` there."""
     full = findings.find("methods", FULL)
     assert full is not None
     shown = findings.measured("methods")
     compared = [name for name in ("frechet_distance", "cas", DISTANCE, LOSS) if name in shown]
+    bases = findings.bases("methods")
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
     columns += [_MEASURES[name][0] for name in shown]
-    columns += [f"{_SHORT[name]} - {base}" for base in (FULL, BASE) for name in compared]
+    columns += [f"{_SHORT[name]} - {base}" for base in (FULL, *bases) for name in compared]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in by_budget(findings.cells("methods")):
         share = cell.depth.token_layers / cell.depth.full_token_layers
@@ -290,7 +293,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
         for measure in shown:
             runs = f" ({cell.cas_runs})" if measure == "cas" and cell.cas_runs else ""
             values.append(findings.text(cell, measure) + runs)
-        for base in (full, findings.find("methods", BASE, cell.budget)):
+        for base in (full, *(findings.find("methods", name, cell.budget) for name in bases)):
             values += [findings.difference_text(cell, base, measure) for measure in compared]
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
@@ -305,18 +308,20 @@ def by_budget(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def ablation_table(findings: Findings) -> str:
-    """A row per variant, with paired differences to the unchanged `BASE`."""
+    """A row per variant, with paired differences to the unchanged ones at its budget."""
     shown = findings.measured("ablations")
     columns = ["variant", "token-layers", "GFLOP", *(_MEASURES[name][0] for name in shown)]
-    columns += [f"{_SHORT[name]} - {BASE}" for name in _ABLATED]
+    bases = findings.bases("ablations")
+    columns += [f"{_SHORT[name]} - {base}" for base in bases for name in _ABLATED]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for cell in findings.cells("ablations"):
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [f"{cell.method} ({cell.budget})", f"{share:.1%}"]
         values.append(f"{cell.cost.total_flops / 1e9:.2f}")
         values += [findings.text(cell, measure) for measure in shown]
-        base = findings.find("ablations", BASE, cell.budget)
-        values += [findings.difference_text(cell, base, measure) for measure in _ABLATED]
+        for name in bases:
+            base = findings.find("ablations", name, cell.budget)
+            values += [findings.difference_text(cell, base, measure) for measure in _ABLATED]
         lines.append(_row(values))
     return "\n".join(lines) + "\n"
 
@@ -401,7 +406,7 @@ def budget_plot(findings: Findings) -> bytes:
                 [interval.mean * factor for _, interval in points],
                 yerr=[interval.half_width * factor for _, interval in points],
                 marker="*" if method == FULL else _MARKERS[number // _COLOURS % len(_MARKERS)],
-                linewidth=2.4 if method == BASE else 1.0,
+                linewidth=2.4 if method in findings.study.config.compare_with else 1.0,
                 markersize=12 if method == FULL else 4,
                 capsize=2,
                 label=method,
@@ -416,12 +421,13 @@ def budget_plot(findings: Findings) -> bytes:
 
 
 def ablation_plot(findings: Findings) -> bytes:
-    """Differences of every variant to the unchanged `BASE`, a panel per measure, as PNG."""
+    """Differences of variants to the unchanged one at their budget, a panel per measure, as PNG."""
     from matplotlib.figure import Figure
 
-    rows = []
+    rows, bases = [], findings.bases("ablations")
     for cell in findings.cells("ablations"):
-        base = findings.find("ablations", BASE, cell.budget)
+        at_budget = (findings.find("ablations", name, cell.budget) for name in bases)
+        base = next((found for found in at_budget if found), None)
         found = [findings.difference(cell, base, name) for name in _ABLATED]
         intervals = [interval for interval in found if interval is not None]
         if cell is not base and len(intervals) == len(_ABLATED):
@@ -443,7 +449,9 @@ def ablation_plot(findings: Findings) -> bytes:
         axes.axvline(0, color="grey", linewidth=1)
         if better == "left":
             axes.set_xscale("symlog", linthresh=_LINEAR_TO[measure])
-        axes.set_xlabel(f"{_MEASURES[measure][0]}\nless that of {BASE} ({better} is better)")
+        axes.set_xlabel(
+            f"{_MEASURES[measure][0]}\nless that of {' or '.join(bases)} ({better} is better)"
+        )
         axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)
 

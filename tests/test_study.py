@@ -108,6 +108,15 @@ def test_a_study_without_full_depth_is_refused():
         config(methods={"uniform": {"policy": "uniform", "budgets": {"2x": 3}}})
 
 
+def test_a_comparison_with_an_unknown_method_is_refused():
+    methods = {"full": FULL, "even": {"policy": "uniform", "budgets": {"2x": 3}}}
+    assert config(methods=methods, compare_with=["even"]).compare_with == ["even"]
+    with pytest.raises(ValidationError, match="names ours, wanted some .* besides 'full', even"):
+        config(methods=methods, compare_with=["even", "ours"])
+    with pytest.raises(ValidationError, match="names full, wanted some"):
+        config(methods=methods, compare_with=["full"])
+
+
 def test_headroom_after_the_last_scale_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="headroom_after is 6, wanted a scale before the last"):
         resolve_study(config(out=str(tmp_path), headroom_after=6))

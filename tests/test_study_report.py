@@ -34,7 +34,9 @@ METHODS = {
 @pytest.fixture
 def findings(tmp_path) -> Findings:
     study = resolve_study(
-        StudyConfig.model_validate({"out": tmp_path, "methods": METHODS, "seeds": [1, 2, 3]})
+        StudyConfig.model_validate(
+            {"out": tmp_path, "methods": METHODS, "compare_with": ["depthvar"], "seeds": [1, 2, 3]}
+        )
     )
     full, depthvar, uniform = study.cells
     values = {
@@ -127,20 +129,31 @@ def test_a_measure_that_was_not_taken_has_no_column(findings: Findings):
     assert "precision" not in titles
 
 
-def test_ablations_are_compared_with_depth_per_token_at_their_budget(tmp_path: Path):
-    ablations = {"depthvar": METHODS["depthvar"], "flat": METHODS["uniform"]}
+def test_ablations_are_compared_with_the_unchanged_method_at_their_budget(tmp_path: Path):
+    ablations = {
+        "depthvar": METHODS["depthvar"],
+        "flat": METHODS["uniform"],
+        "uniform": {"policy": "uniform", "budgets": {"2x": 3}},
+        "short": {"policy": "uniform", "budgets": {"2x": 3}, "options": {"block_order": "ends"}},
+    }
     given = {"out": tmp_path, "methods": METHODS, "ablations": ablations, "seeds": [1, 2]}
+    given["compare_with"] = ["depthvar", "uniform"]
     study = resolve_study(StudyConfig.model_validate(given))
-    depthvar, flat = study.cells[3:]
+    depthvar, flat, uniform, short = study.cells[3:]
     measures = {"frechet_distance": 0.5, "label_accuracy": 0.99, "precision": 0.9}
     worse = {"frechet_distance": 0.6, "label_accuracy": 0.98, "precision": 0.9}
     by_cell = {
-        depthvar.name: dict.fromkeys((1, 2), measures),
-        flat.name: dict.fromkeys((1, 2), worse),
+        cell.name: dict.fromkeys((1, 2), measures if cell in (depthvar, uniform) else worse)
+        for cell in (depthvar, flat, uniform, short)
     }
-    rows = ablation_table(Findings(study, by_cell, {})).splitlines()
-    assert rows[2].endswith("|  |  |  |")
-    assert "| **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |" in rows[3]
+    titles, _, *rows = ablation_table(Findings(study, by_cell, {})).splitlines()
+    assert titles.endswith("precision - uniform | loss - uniform |")
+    none = "|  |  |  |  |  "
+    changed = "|  | **+0.100 ± 0.000** | **-1.00 ± 0.00** | +0.000 ± 0.000 |  "
+    assert rows[0].endswith(none * 2 + "|")
+    assert rows[1].endswith(changed + none + "|")
+    assert rows[2].endswith(none * 2 + "|")
+    assert rows[3].endswith(none + changed + "|")
     losses = {depthvar.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
     assert ablation_plot(Findings(study, by_cell, losses)).startswith(b"\x89PNG")
 

@@ -111,7 +111,7 @@ def test_a_study_without_full_depth_is_refused():
 def test_a_comparison_with_an_unknown_method_is_refused():
     methods = {"full": FULL, "even": {"policy": "uniform", "budgets": {"2x": 3}}}
     assert config(methods=methods, compare_with=["even"]).compare_with == ["even"]
-    with pytest.raises(ValidationError, match="names ours, wanted some .* besides 'full', even"):
+    with pytest.raises(ValidationError, match=r"names ours, wanted some .* besides 'full', even"):
         config(methods=methods, compare_with=["even", "ours"])
     with pytest.raises(ValidationError, match="names full, wanted some"):
         config(methods=methods, compare_with=["full"])

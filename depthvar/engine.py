@@ -112,7 +112,7 @@ class _ScaleTensors:
     identity_T: Tensor
     rank_of_slot_T: Tensor
     parents_T: Tensor
-    scores_T: Tensor
+    code_weights_T: Tensor
     compensation_T1: Tensor
 
 
@@ -149,12 +149,13 @@ class DepthEngine(Generic[ConditionT]):
         for i, scale in enumerate(plan.scales):
             previous_side = plan.scales[max(i - 1, 0)].side
             compensation = torch.as_tensor(scale.compensation, dtype=dtype, device=device)
+            code_weights = torch.as_tensor(scale.code_weights(plan.policy.blending), device=device)
             self._tensors.append(
                 _ScaleTensors(
                     identity_T=torch.arange(scale.count, device=device),
                     rank_of_slot_T=torch.as_tensor(scale.rank_of_slot, device=device),
                     parents_T=parent_positions(scale.side, previous_side, device),
-                    scores_T=torch.as_tensor(scale.scores.copy(), device=device),
+                    code_weights_T=code_weights,
                     compensation_T1=compensation[:, None],
                 )
             )
@@ -163,16 +164,16 @@ class DepthEngine(Generic[ConditionT]):
         """Values (B, T, ...) of the scale before at the tokens of this one that they cover."""
         return values_BT[:, self._tensors[index].parents_T]
 
-    def scores_raster(self, index: int, trace: ScaleTrace) -> Tensor:
-        """Depth score S of every token of a scale (B, T), raster order, float64.
+    def code_weights_raster(self, index: int, trace: ScaleTrace) -> Tensor:
+        """Weight of the drawn code of every token of a scale (B, T), raster order, float64.
 
         Where the streams of a sample are ranked apart, the mean of theirs.
         """
         batch, count = trace.change_BT.shape
-        scores_GT = self._tensors[index].scores_T[trace.slot_of_raster_GT]
+        weights_GT = self._tensors[index].code_weights_T[trace.slot_of_raster_GT]
         if not self._plan.policy.separate_ranking:
-            return scores_GT[:batch]
-        return scores_GT.view(-1, batch, count).mean(0)
+            return weights_GT[:batch]
+        return weights_GT.view(-1, batch, count).mean(0)
 
     def run_scale(
         self,
@@ -205,7 +206,7 @@ class DepthEngine(Generic[ConditionT]):
         if self._plan.policy.proxy == "output":
             restored = self.upsampled(index, previous.hidden_GTC)
             restored = restored.take_along_dim(order_GT[:, :, None], dim=1)
-            slots_GTC[:, min(scale.prefix) :] = restored[:, min(scale.prefix) :]
+            slots_GTC[:, scale.kept :] = restored[:, scale.kept :]
         change_GT = total_GT.gather(1, slot_of_raster_GT)
         hidden_GTC = slots_GTC.take_along_dim(slot_of_raster_GT[:, :, None], dim=1)
         change_BT = _sum_of_streams(change_GT, streams)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from depthvar.errors import InputError
-from depthvar.policy import MAX_COMPENSATION, Allocation, BlockOrder, DepthPolicy
+from depthvar.policy import MAX_COMPENSATION, Blending, BlockOrder, DepthPolicy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -42,7 +42,8 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
     """Depth scores G at the percentiles of `count` tokens, ascending, with the given mean.
 
     The percentiles are the midpoints (r + 1/2) / n. Every family is monotone, within [0, 1], and
-    has mean `mean` over the tokens; the step and octaves families to within half a token.
+    has mean `mean` over the tokens; the step and octaves families to within half a token at the
+    greater of their two depths.
     """
     percentiles = (np.arange(count) + 0.5) / count
     reach = policy.steepness * min(mean, 1 - mean)
@@ -53,7 +54,8 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
     if policy.schedule == "cosine":
         return mean - reach * np.cos(np.pi * percentiles)
     if policy.schedule == "step":
-        return (np.arange(count) >= count - round(mean * count)).astype(np.float64)
+        kept = max(policy.kept_depth, mean)
+        return np.where(np.arange(count) >= count - round(mean / kept * count), kept, 0.0)
     if policy.schedule == "octaves":
         shallow = 0.5 ** math.ceil(math.log2(1 / mean))
         num_deep = round((mean / shallow - 1) * count)
@@ -97,9 +99,22 @@ class ScalePlan:
         return self.side * self.side
 
     @property
+    def kept(self) -> int:
+        """Tokens that run any block; the others are pruned."""
+        return max(self.prefix)
+
+    @property
     def token_layers(self) -> int:
         """Blocks run, summed over the tokens, for one stream."""
         return sum(self.prefix)
+
+    def code_weights(self, blending: Blending) -> Floats:
+        """Weight of the drawn code of every slot, in [0, 1]."""
+        if blending == "none":
+            return np.ones(self.count)
+        if blending == "pruned":
+            return (np.arange(self.count) < self.kept).astype(np.float64)
+        return self.scores.copy()
 
 
 @dataclass(frozen=True)
@@ -164,19 +179,23 @@ class DepthPlan:
         )
 
 
-def mean_depth(sides: tuple[int, ...], reference: int, index: int, allocation: Allocation) -> float:
+def mean_depth(sides: tuple[int, ...], index: int, policy: DepthPolicy) -> float:
     """Mean depth of a scale after the reference scale, as a share of the blocks, in [0, 1]."""
-    if allocation == "least":
+    reference = policy.reference_scale
+    assert reference is not None
+    if policy.allocation == "least":
         return 0.0
     each = sides[reference] ** 2
-    if allocation == "reference":
+    if policy.allocation == "reference":
         return min(1.0, each / sides[index] ** 2)
     tokens = [side * side for side in sides[reference + 1 :]]
     in_sum = each * len(tokens)
-    if allocation == "equal":
-        return min(1.0, in_sum / sum(tokens))
-    left = max(0, in_sum - sum(tokens[: index - reference - 1]))
-    return min(1.0, left / sides[index] ** 2)
+    equal = min(1.0, in_sum / sum(tokens))
+    if policy.allocation == "equal":
+        return equal
+    most = max(policy.kept_depth, equal)
+    left = max(0.0, in_sum - most * sum(tokens[: index - reference - 1]))
+    return min(most, left / sides[index] ** 2)
 
 
 def _plan_scale(
@@ -187,7 +206,7 @@ def _plan_scale(
     scores, percentiles, shift = np.ones(count), np.zeros(count), 0
     if adaptive:
         assert reference is not None
-        mean = mean_depth(sides, reference, index, policy.allocation)
+        mean = mean_depth(sides, index, policy)
         scores = schedule_scores(policy, mean, count)[::-1]
         scores = np.maximum(scores, policy.min_depth / num_blocks)
         if policy.dither:

@@ -16,7 +16,7 @@ from depthvar.errors import InputError
 Schedule = Literal["constant", "linear", "power", "cosine", "octaves", "step"]
 Ranking = Literal["change", "distance", "entropy", "log-probability", "spread", "random"]
 Proxy = Literal["none", "raw", "calibrated", "output"]
-Blending = Literal["none", "score", "mean"]
+Blending = Literal["none", "score", "mean", "pruned"]
 SkippedKeysValues = Literal["none", "proxy"]
 BlockOrder = Literal["bit-reversal", "first", "ends"]
 Allocation = Literal["reference", "equal", "coarse-first", "least"]
@@ -33,11 +33,13 @@ class DepthPolicy:
         spent (P). None: every scale runs at full depth.
     allocation: how the later scales share what they may spend in sum: each what scale R spends, so
         that the mean depth falls as scales grow (P), all at the same mean depth, each in turn as
-        much as full depth takes until nothing is left, or nothing: every token runs `min_depth`
-        blocks.
+        much as full depth (or `kept_depth`) takes until nothing is left, or nothing: every token
+        runs `min_depth` blocks.
     schedule: family of the scheduling function G (P). `octaves` gives every token one of two
         neighbouring depths of L, L/2, L/4 ..., whose bit-reversed blocks are evenly spaced.
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
+    kept_depth: share of the blocks that a kept token of schedule `step` runs, in (0, 1]; more
+        where the budget could not be spent otherwise. 1 is pruning, the mean depth uniform depth.
     rotation: fraction of a turn by which the percentiles move on from one scale to the next (R).
     ranking: what orders the tokens, lowest first: the feature change of the previous scale (P), the
         distance from the scale's mean feature (FastVAR), or, of the distribution that the previous
@@ -47,8 +49,9 @@ class DepthPolicy:
         change or distance, in place of the sum of both (R).
     proxy: what a skipped token takes at a block: nothing, the previous scale's change (P), that
         change after a least-squares fit, or, at the end, the previous scale's output (FastVAR).
-    blending: weight of the drawn code: full, the depth score S (P), or S with the expected code in
-        place of the rest.
+    blending: weight of the drawn code: full, the depth score S (P), S with the expected code in
+        place of the rest, or full but for pruned tokens, those that run no block, which take the
+        expected code.
     skipped_keys_values: whether skipped tokens still make keys and values, from their proxies.
     compensation: scale what a block adds by min(4/3, sqrt(L / depth)).
     block_order: which blocks a token of depth d runs: bit-reversed (P), the first d, or
@@ -64,6 +67,7 @@ class DepthPolicy:
     allocation: Allocation = "reference"
     schedule: Schedule = "constant"
     steepness: float = 1.0
+    kept_depth: float = 1.0
     rotation: float = 0.0
     ranking: Ranking = "change"
     separate_ranking: bool = False
@@ -86,6 +90,15 @@ class DepthPolicy:
                 raise InputError(f"policy {name} is {value!r}, wanted one of {wanted}: correct it")
         if not 0.0 <= self.steepness <= 1.0:
             raise InputError(f"policy steepness is {self.steepness}, wanted 0..1: correct it")
+        if not 0.0 < self.kept_depth <= 1.0:
+            raise InputError(
+                f"policy kept_depth is {self.kept_depth}, wanted 0 < x <= 1: correct it"
+            )
+        if self.kept_depth < 1.0 and self.schedule != "step":
+            raise InputError(
+                f"policy kept_depth {self.kept_depth} with schedule {self.schedule!r}, which keeps "
+                "and prunes nothing: use schedule 'step' or leave kept_depth out"
+            )
         if not 0.0 <= self.rotation < 1.0:
             raise InputError(f"policy rotation is {self.rotation}, wanted 0 <= x < 1: correct it")
         if self.min_depth < 0 or self.skip_last_scales < 0:

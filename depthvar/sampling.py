@@ -230,14 +230,15 @@ class Sampler:
         drawn = draw_tokens(logits_BTV, uniforms_BN[:, here], self.settings)
         if on_scale:
             on_scale(i, logits_BTV, trace)
-        # The code vectors, weighted by the depth of their tokens, add to the feature map.
+        # The code vectors, weighted as the policy says, add to the feature map.
         codes_BTZ = quantizer.embedding(drawn.tokens_BT if forced_BT is None else forced_BT)
         if scale.adaptive and policy.blending != "none":
-            score_BT1 = self._engine.scores_raster(i, trace)[:, :, None].to(codes_BTZ.dtype)
-            codes_BTZ = codes_BTZ * score_BT1
-            if policy.blending == "mean":
+            weight_BT = self._engine.code_weights_raster(i, trace)
+            weight_BT1 = weight_BT[:, :, None].to(codes_BTZ.dtype)
+            codes_BTZ = codes_BTZ * weight_BT1
+            if policy.blending != "score":
                 expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
-                codes_BTZ = codes_BTZ + (1 - score_BT1) * expected_BTZ
+                codes_BTZ = codes_BTZ + (1 - weight_BT1) * expected_BTZ
         state.feature_map_BZHW = state.feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
         state.trace, state.drawn = trace, drawn
         state.tokens.append(drawn.tokens_BT)

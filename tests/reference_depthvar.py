@@ -77,10 +77,11 @@ def scores_and_depths_of_scale(
     if policy.allocation == "equal":
         mean = sum(spends) / sum(side**2 for side in sides[reference + 1 :])
     if policy.allocation == "coarse-first":
-        left = sum(spends)
+        left, tokens = sum(spends), sum(side**2 for side in sides[reference + 1 :])
+        share = policy.kept_depth if policy.kept_depth * tokens > left else left / tokens
         for side in sides[reference + 1 : scale]:
-            left -= min(left, side**2)
-        mean = min(left, count) / count
+            left -= min(left, share * side**2)
+        mean = min(left / count, share)
     if policy.allocation == "least" or mean == 0.0:
         return [policy.min_depth / num_blocks] * count, [policy.min_depth] * count
     if mean == 1.0:
@@ -90,7 +91,8 @@ def scores_and_depths_of_scale(
     all_percentiles = [(rank + 0.5) / count for rank in range(count)]
     reach = policy.steepness * min(mean, 1 - mean)
     power = power_with_mean(all_percentiles, mean) if policy.schedule == "power" else 0.0
-    num_deep = round(mean * count)
+    kept = policy.kept_depth if policy.kept_depth > mean else mean
+    num_kept = round(mean / kept * count)
     shallow = 1.0
     while shallow > mean:
         shallow /= 2
@@ -105,7 +107,7 @@ def scores_and_depths_of_scale(
             "power": percentile**power,
             "octaves": shallow
             * (2 if rotated >= count - round((mean - shallow) / shallow * count) else 1),
-            "step": 1.0 if rotated >= count - num_deep else 0.0,
+            "step": kept if rotated >= count - num_kept else 0.0,
         }[policy.schedule]
         score = max(score, policy.min_depth / num_blocks)
         scores.append(score)
@@ -158,7 +160,7 @@ class ScaleResult:
     hidden_GTC: Tensor
     changes: list[Tensor]
     change_GT: Tensor
-    scores_T: Tensor
+    code_weights_T: Tensor
     depths: list[list[int]]
     active: list[list[list[bool]]]
 
@@ -222,8 +224,14 @@ class DenseDepth:
             restored = previous.hidden_GTC[:, cover]
             x_GTC = torch.where(untouched_GT[:, :, None], restored, x_GTC)
         change_GT = sum(change.abs().mean(2) for change in changes)
-        scores_T = torch.tensor(scores, dtype=x_GTC.dtype).mean(0)
-        result = ScaleResult(side, x_GTC, changes, change_GT, scores_T, list(depths), masks)
+        weights = [
+            [float(depth > 0) for depth in depths_T] if policy.blending == "pruned" else scores_T
+            for scores_T, depths_T in zip(scores, depths, strict=True)
+        ]
+        weights_T = torch.tensor(weights, dtype=x_GTC.dtype).mean(0)
+        if policy.blending == "none":
+            weights_T = torch.ones_like(weights_T)
+        result = ScaleResult(side, x_GTC, changes, change_GT, weights_T, list(depths), masks)
         self.scales.append(result)
         return result
 
@@ -613,12 +621,12 @@ def _sample_one(
             for logits_V, uniform in zip(logits_TV.tolist(), uniforms_N[begin:end], strict=True)
         ]
         codes_TZ = codebook_VZ[[d.code for d in draws]]
-        score_T1 = result.scores_T[:, None]
+        weight_T1 = result.code_weights_T[:, None]
         if policy.blending == "score":
-            codes_TZ = score_T1 * codes_TZ
-        if policy.blending == "mean":
+            codes_TZ = weight_T1 * codes_TZ
+        if policy.blending in ("mean", "pruned"):
             probs_TV = torch.tensor([d.probs_V for d in draws], dtype=codebook_VZ.dtype)
-            codes_TZ = score_T1 * codes_TZ + (1 - score_T1) * (probs_TV @ codebook_VZ)
+            codes_TZ = weight_T1 * codes_TZ + (1 - weight_T1) * (probs_TV @ codebook_VZ)
         f_hat_ZHW = f_hat_ZHW + feature_of_codes(tokenizer, config.tokenizer, i, codes_TZ)
         scales.append(
             SampledScale(

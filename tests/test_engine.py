@@ -136,8 +136,8 @@ def test_a_backbone_with_rotary_positions_and_text_equals_the_dense_reference(nu
             close = {"rtol": 0, "atol": 1e-9}
             torch.testing.assert_close(traces[i].hidden_GTC[rows], want.hidden_GTC, **close)
             torch.testing.assert_close(traces[i].change_BT[sample], want.change_T, **close)
-            scores_T = engine.scores_raster(i, traces[i])[sample]
-            torch.testing.assert_close(scores_T, want.scores_T, **close)
+            weights_T = engine.code_weights_raster(i, traces[i])[sample]
+            torch.testing.assert_close(weights_T, want.code_weights_T, **close)
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))

@@ -128,6 +128,37 @@ def test_coarse_first_allocation_fills_scale_after_scale():
     assert [scale.adaptive for scale in deeper.scales] == [False] * 4 + [True] * 2
 
 
+def test_kept_tokens_run_the_kept_depth_and_so_reach_further_for_the_same_budget():
+    sides = (1, 2, 3, 4, 6, 8)
+    policy = DepthPolicy(reference_scale=3, allocation="coarse-first", schedule="step")
+    pruning, half = (
+        DepthPlan.build(sides, 8, replace(policy, kept_depth=depth)) for depth in (1.0, 0.5)
+    )
+    # 32 tokens at full depth: most of the 36 of side 6, or all of them at half depth, whose other
+    # half reaches 28 of the 64 of side 8.
+    assert [scale.kept for scale in pruning.scales[4:]] == [32, 0]
+    assert [scale.kept for scale in half.scales[4:]] == [36, 28]
+    assert half.scales[5].depths.tolist() == [4] * 28 + [0] * 36
+    assert half.scales[5].scores.tolist() == [0.5] * 28 + [0.0] * 36
+    assert half.token_layers == pruning.token_layers
+
+
+def test_a_budget_above_the_kept_depth_is_spent_as_uniform_depth_spends_it():
+    sides = (1, 2, 3, 4, 6, 8)
+    policy = DepthPolicy(reference_scale=4, schedule="step", kept_depth=0.25)
+    for allocation in ("reference", "equal", "coarse-first"):
+        plan = DepthPlan.build(sides, 8, replace(policy, allocation=allocation))
+        assert set(plan.scales[5].depths.tolist()) == {8 * 36 // 64}  # 36 in place of 64 tokens
+
+
+def test_pruned_tokens_alone_are_blended_or_every_token_by_its_score():
+    policy = DepthPolicy(reference_scale=1, schedule="step", kept_depth=0.5)
+    scale = DepthPlan.build((1, 2, 4), 4, policy).scales[2]  # a mean of 1/4: half the tokens
+    assert scale.code_weights("pruned").tolist() == [1.0] * 8 + [0.0] * 8
+    assert scale.code_weights("mean").tolist() == [0.5] * 8 + [0.0] * 8
+    assert scale.code_weights("none").tolist() == [1.0] * 16
+
+
 def test_least_allocation_gives_every_later_token_the_least_depth():
     for schedule in SCHEDULES:
         policy = DepthPolicy(reference_scale=1, allocation="least", schedule=schedule, min_depth=5)

@@ -141,11 +141,12 @@ POLICY_VALUES: dict[str, tuple[Any, ...]] = {
     "allocation": ("reference", "equal", "coarse-first", "least"),
     "schedule": ("constant", "linear", "power", "cosine", "octaves", "step"),
     "steepness": (0.3, 1.0),
+    "kept_depth": (0.4, 1.0),
     "rotation": (0.0, 0.381966, 0.9),
     "ranking": ("change", "distance", "entropy", "log-probability", "spread", "random"),
     "separate_ranking": (False, True),
     "proxy": ("none", "raw", "calibrated", "output"),
-    "blending": ("none", "score", "mean"),
+    "blending": ("none", "score", "mean", "pruned"),
     "skipped_keys_values": ("none", "proxy"),
     "compensation": (False, True),
     "block_order": ("bit-reversal", "first", "ends"),
@@ -156,8 +157,6 @@ POLICY_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def _policy(values: dict[str, Any]) -> DepthPolicy | None:
-    if values["proxy"] == "output" and values["min_depth"]:
-        return None  # what is restored then, the documents leave open
     try:
         return DepthPolicy("covering", **values)
     except InputError:
@@ -178,8 +177,8 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
             values = {name: chance.choice(POLICY_VALUES[name]) for name in names}
             if values["separate_ranking"] and values["ranking"] not in ("change", "distance"):
                 values["separate_ranking"] = False
-            if values["proxy"] == "output":
-                values |= {"schedule": "step", "min_depth": 0}
+            if values["proxy"] == "output" or values["kept_depth"] < 1.0:
+                values["schedule"] = "step"
             if _policy(values):
                 return values
 
@@ -196,7 +195,8 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
 def label_of(policy: DepthPolicy) -> str:
     """A short test id."""
     return (
-        f"{policy.preset}-R{policy.reference_scale}-{policy.schedule}-{policy.ranking}-"
+        f"{policy.preset}-R{policy.reference_scale}-{policy.schedule}-{policy.kept_depth}-"
+        f"{policy.ranking}-"
         f"{'apart-' if policy.separate_ranking else ''}"
         f"{policy.proxy}-{policy.blending}-kv_{policy.skipped_keys_values}-{policy.block_order}"
     )

@@ -163,6 +163,16 @@ _PRESETS: dict[str, DepthPolicy] = {
             blending="mean",
         ),
         DepthPolicy(
+            "half-depth-pruning",
+            reference_scale=4,
+            allocation="coarse-first",
+            schedule="step",
+            kept_depth=0.5,
+            ranking="spread",
+            proxy="output",
+            blending="pruned",
+        ),
+        DepthPolicy(
             "random-pruning",
             reference_scale=4,
             schedule="step",

@@ -165,10 +165,9 @@ _PRESETS: dict[str, DepthPolicy] = {
         DepthPolicy(
             "half-depth-pruning",
             reference_scale=4,
-            allocation="coarse-first",
             schedule="step",
             kept_depth=0.5,
-            ranking="spread",
+            ranking="distance",
             proxy="output",
             blending="pruned",
         ),

@@ -43,7 +43,7 @@ def test_the_baselines_are_what_their_names_say():
         "hard-pruning", allocation="coarse-first", ranking="spread", blending="mean"
     )
     assert make_policy("spread-pruning") == dataclasses.replace(mended, preset="spread-pruning")
-    half = make_policy("spread-pruning", kept_depth=0.5, blending="pruned")
+    half = make_policy("hard-pruning", kept_depth=0.5, blending="pruned")
     assert make_policy("half-depth-pruning") == dataclasses.replace(
         half, preset="half-depth-pruning"
     )

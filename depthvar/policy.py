@@ -163,10 +163,10 @@ _PRESETS: dict[str, DepthPolicy] = {
             blending="mean",
         ),
         DepthPolicy(
-            "half-depth-pruning",
+            "shallow-pruning",
             reference_scale=4,
             schedule="step",
-            kept_depth=0.5,
+            kept_depth=0.75,
             ranking="distance",
             proxy="output",
             blending="pruned",

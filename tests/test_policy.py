@@ -43,10 +43,8 @@ def test_the_baselines_are_what_their_names_say():
         "hard-pruning", allocation="coarse-first", ranking="spread", blending="mean"
     )
     assert make_policy("spread-pruning") == dataclasses.replace(mended, preset="spread-pruning")
-    half = make_policy("hard-pruning", kept_depth=0.5, blending="pruned")
-    assert make_policy("half-depth-pruning") == dataclasses.replace(
-        half, preset="half-depth-pruning"
-    )
+    shallow = make_policy("hard-pruning", kept_depth=0.75, blending="pruned")
+    assert make_policy("shallow-pruning") == dataclasses.replace(shallow, preset="shallow-pruning")
     assert make_policy("uniform").schedule == "constant"
     assert make_policy("skip-scales").reference_scale is None
     assert make_policy("skip-scales").skip_last_scales == 1

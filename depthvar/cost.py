@@ -50,7 +50,7 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
     num_adaln = 1 if shape.shared_adaln else plan.num_blocks
     flops += 2 * 6 * width**2 * num_adaln + 2 * 2 * width**2
     expected_codes = 0
-    if plan.policy.blending in ("mean", "pruned"):
+    if plan.policy.uses_expected_codes:
         tokens = sum(scale.count for scale in plan.scales if scale.adaptive)
         expected_codes = 2 * tokens * shape.codebook_size * shape.code_channels
     spreads = 0

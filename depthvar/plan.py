@@ -113,7 +113,7 @@ class ScalePlan:
         if blending == "none":
             return np.ones(self.count)
         if blending == "pruned":
-            return (np.arange(self.count) < self.kept).astype(np.float64)
+            return (self.depths > 0).astype(np.float64)
         return self.scores.copy()
 
 
@@ -145,6 +145,11 @@ class DepthPlan:
                 "lower it"
             )
         sampled = sides[: len(sides) - skipped]
+        if round(policy.kept_depth * num_blocks, 9) < 1:
+            raise InputError(
+                f"policy kept_depth is {policy.kept_depth}, which is no whole block of the model's "
+                f"{num_blocks}: give at least 1/{num_blocks}, rounded up"
+            )
         scales = tuple(_plan_scale(i, sampled, num_blocks, policy) for i in range(len(sampled)))
         return cls(sides, num_blocks, policy, scales)
 

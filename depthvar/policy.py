@@ -122,6 +122,11 @@ class DepthPolicy:
                 "pruned tokens, so use schedule 'step' or another proxy"
             )
 
+    @property
+    def uses_expected_codes(self) -> bool:
+        """Whether some tokens take the expected code in place of the drawn one, or of a part."""
+        return self.blending in ("mean", "pruned")
+
 
 GOLDEN_ROTATION = 0.381966
 """Fraction of a turn whose multiples spread most evenly over the circle."""

@@ -236,7 +236,7 @@ class Sampler:
             weight_BT = self._engine.code_weights_raster(i, trace)
             weight_BT1 = weight_BT[:, :, None].to(codes_BTZ.dtype)
             codes_BTZ = codes_BTZ * weight_BT1
-            if policy.blending != "score":
+            if policy.uses_expected_codes:
                 expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
                 codes_BTZ = codes_BTZ + (1 - weight_BT1) * expected_BTZ
         state.feature_map_BZHW = state.feature_map_BZHW + quantizer.contribution(i, codes_BTZ)

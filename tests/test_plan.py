@@ -391,6 +391,13 @@ def test_a_least_depth_beyond_the_blocks_is_refused():
         DepthPlan.build((1, 2), 5, DepthPolicy(reference_scale=0, min_depth=6))
 
 
+def test_a_kept_depth_of_no_whole_block_is_refused():
+    policy = DepthPolicy(reference_scale=1, schedule="step", kept_depth=0.2)
+    with pytest.raises(InputError, match=r"kept_depth is 0\.2, which is no whole block of the"):
+        DepthPlan.build((1, 2, 3), 4, policy)
+    assert DepthPlan.build((1, 2, 3), 5, policy).scales[2].kept == 9
+
+
 def test_planning_needs_no_torch():
     import subprocess
     import sys

@@ -56,8 +56,10 @@ FORMAT = "depthvar-study/1"
 FULL = "full"
 DISTANCE = "distance_to_full"
 HEADROOM_IMAGES = 500
+AT_RANDOM = "at random"
 _BATCHES_OF_PART = 10
 _FILTER_SHARES = (0.05, 0.10)
+_FILTER_SIGNALS = ("surprise", "change")
 
 Section = Literal["methods", "ablations"]
 
@@ -182,7 +184,7 @@ class Study:
 
     def _stem(self, kind: str, cell: Cell, seed: int) -> str:
         """Name of a piece of work; the digest covers all that it depends on."""
-        inputs: dict[str, Any] = {"with_cas": cell.cas_runs > 0} if kind == "signals" else {}
+        inputs: dict[str, Any] = {"cas_runs": cell.cas_runs} if kind == "signals" else {}
         digest = self._digest(
             policy=asdict(cell.policy),
             samples=cell.num_samples,
@@ -353,7 +355,9 @@ def run_study(study: Study) -> None:
         if run < cell.cas_runs and study.storage.size(study.cas_file(cell, seed, run)) is None
     ]
     _in_processes(study, _train_classifier, runs, "cas", "run", len(runs))
-    _for_each(study, "signals", _ask_signals, [pair for pair in pairs if pair[0].signals])
+    unasked = [p for p in pairs if p[0].signals and _is_missing(study, "signals", *p)]
+    filters = len(unasked) * (len(_FILTER_SIGNALS) + 1) * len(_FILTER_SHARES)
+    _in_processes(study, ask_signals, [[pair] for pair in unasked], "signals", "filter", filters)
     if study.storage.size(study.times_file) is None:
         rounds = config.timing_rounds
         total = (rounds + 1) * len(study.timed)  # one that is not counted comes first
@@ -530,30 +534,31 @@ def _train_classifier(
     advance(1)
 
 
-def _ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
+def ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
     """AUROC of every signal, and the quality when the worst by a signal are left out.
 
     The comparison drops as many at random (by global index, which knows nothing of the image).
-    CAS takes a training, so it is asked for the larger share alone.
+    CAS is the mean of as many classifiers as the cell has.
     """
     from depthvar.study import badness, best_of_each_class, cas
 
     judge = _judge(study)
     for cell, seed in pairs:
         samples = load_samples(study, cell, seed)
-        suspects = {name: badness(samples)[name] for name in ("surprise", "change")}
-        suspects["at random"] = np.arange(len(samples.labels_N))
+        suspects = {name: badness(samples)[name] for name in _FILTER_SIGNALS}
+        suspects[AT_RANDOM] = np.arange(len(samples.labels_N))
         filtered: dict[str, dict[str, float]] = {}
         for name, values_N in suspects.items():
             for share in _FILTER_SHARES:
                 rest = best_of_each_class(samples, values_N, share)
                 quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
-                if cell.cas_runs and share == max(_FILTER_SHARES):
-                    quality["cas"] = cas(rest, run=0, real_set=study.real_set)
+                runs = [cas(rest, run=r, real_set=study.real_set) for r in range(cell.cas_runs)]
+                if runs:
+                    quality["cas"] = float(np.mean(runs))
                 filtered[f"{name} {share:.0%}"] = quality
+                advance(1)
         content = {"auroc": judge.signals(samples), "without_worst": filtered}
         _publish_json(study, study.file("signals", cell, seed), content)
-        advance(1)
 
 
 def _take_times(study: Study, rounds: int, advance: Callable[[int], object]) -> None:

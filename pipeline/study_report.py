@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.study import (
+    AT_RANDOM,
     DISTANCE,
     FULL,
     HEADROOM_IMAGES,
@@ -142,11 +143,7 @@ class Findings:
     def difference_text(self, cell: Cell, base: Cell | None, measure: str) -> str:
         """A difference as it stands in a table, bold where its interval excludes zero."""
         found = None if cell is base else self.difference(cell, base, measure)
-        if found is None:
-            return ""
-        digits = _MEASURES[measure][1]
-        text = found.text(digits, percent=measure in _PERCENT, signed=True)
-        return f"**{text}**" if found.excludes_zero else text
+        return "" if found is None else _difference_text(found, measure)
 
     def difference(self, cell: Cell, base: Cell | None, measure: str) -> Interval | None:
         """A measure less that of another cell, paired by seed, or by real held-out image."""
@@ -341,13 +338,21 @@ def signal_tables(study: Study, cell: Cell) -> str:
             found = [value for value in values if value is not None]
             verdicts.append(Interval.of(found).text(2) if len(found) == len(read) else "")
         lines.append(_row([signal, *verdicts]))
-    lines += ["", _row(["left out: the worst by", "Frechet distance", "CAS, %"]), _row(["---"] * 3)]
-    for name in read[0]["without_worst"]:
-        values = [content["without_worst"][name] for content in read]
-        frechet = Interval.of([value["frechet_distance"] for value in values]).text(3)
-        has_cas = all("cas" in value for value in values)
-        cas = Interval.of([value["cas"] for value in values]) if has_cas else None
-        lines.append(_row([name, frechet, _text(cas, "cas")]))
+    filters = [content["without_worst"] for content in read]
+    measures = [m for m in _MEASURES if all(m in q for f in filters for q in f.values())]
+    columns = ["left out: the worst by", *(_MEASURES[name][0] for name in measures)]
+    columns += [f"{_SHORT[name]} - {AT_RANDOM}" for name in measures]
+    lines += ["", _row(columns), _row(["---"] * len(columns))]
+    for name in filters[0]:
+        base = f"{AT_RANDOM} {name.rsplit(maxsplit=1)[-1]}"
+        values = [name]
+        for measure in measures:
+            found = [by_filter[name][measure] for by_filter in filters]
+            values.append(_text(Interval.of(found), measure))
+        for measure in measures:
+            gains = [by_filter[name][measure] - by_filter[base][measure] for by_filter in filters]
+            values.append("" if name == base else _difference_text(Interval.of(gains), measure))
+        lines.append(_row(values))
     return "\n".join(lines) + "\n"
 
 
@@ -379,6 +384,12 @@ def _text(interval: Interval | None, measure: str) -> str:
     if interval is None:
         return ""
     return interval.text(_MEASURES[measure][1], percent=measure in _PERCENT)
+
+
+def _difference_text(interval: Interval, measure: str) -> str:
+    digits = _MEASURES[measure][1]
+    text = interval.text(digits, percent=measure in _PERCENT, signed=True)
+    return f"**{text}**" if interval.excludes_zero else text
 
 
 def budget_plot(findings: Findings) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from depthvar.tokenizer import Tokenizer
 from depthvar.transformer import Transformer
 from jobs.study import main
 from pipeline.config import load_config
-from pipeline.study import StudyConfig, resolve_study
+from pipeline.study import StudyConfig, ask_signals, read_json_file, resolve_study
 from tests.killed_jobs import assert_no_process_outlives
 from tests.tiny_models import random_fit, tiny_model
 
@@ -179,6 +180,8 @@ def test_a_changed_policy_or_seed_never_meets_old_numbers(tmp_path: Path):
     pairs = [(c, seed) for c in (cell, other, more) for seed in (1, 2)]
     assert len({study.file("measures", c, seed) for c, seed in pairs}) == 6
     assert len({study.samples_file(c, seed, range(100)) for c, seed in pairs}) == 6
+    filters = [study.file("signals", replace(cell, cas_runs=runs), 1) for runs in (0, 1, 2)]
+    assert len(set(filters)) == 3, "their CAS is a mean over the runs"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +209,35 @@ def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
         assert share == pytest.approx(1 / float(cell.budget.rstrip("x")), rel=0.15), cell.name
 
 
+def test_cas_of_filtered_samples_is_the_mean_of_as_many_classifiers_as_the_cell_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = resolve_study(config(out=str(tmp_path), samples=200, batch_size=100))
+    cell = replace(study.cells[0], cas_runs=2)
+    made = samples([i % 10 for i in range(200)], [[-0.1 * i, 0.0] for i in range(200)])
+    made = replace(made, images_NHWC=np.zeros((200, 32, 32, 1), np.uint8))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **vars(made))
+    study.storage.publish_bytes(buffer.getvalue(), study.samples_file(cell, 7, range(200)))
+    asked = []
+
+    def cas(rest: PolicySamples, *, run: int, real_set: str) -> float:
+        asked.append((len(rest.labels_N), float(rest.mean_log_prob_NS[:, 0].min()), run))
+        return 0.5 + run / 10
+
+    monkeypatch.setattr("depthvar.study.cas", cas)
+    steps: list[int] = []
+    ask_signals(study, [(cell, 7)], steps.append)
+    filtered = read_json_file(study, study.file("signals", cell, 7))["without_worst"]
+    assert list(filtered) == [
+        f"{name} {share}" for name in ("surprise", "change", "at random") for share in ("5%", "10%")
+    ]
+    assert all(quality["cas"] == pytest.approx(0.55) for quality in filtered.values())
+    assert len(steps) == len(filtered)
+    assert [(count, run) for count, _, run in asked] == [(190, 0), (190, 1), (180, 0), (180, 1)] * 3
+    assert [worst for _, worst, _ in asked[:4]] == pytest.approx([-18.9, -18.9, -17.9, -17.9])
+
+
 # A whole study, on very few images.
 
 
@@ -215,13 +247,14 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
         "samples: 120\nbatch_size: 10\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
         "methods:\n"
         "  full: {policy: full, budgets: {1x: null}}\n"
-        "  depthvar: {policy: depthvar, budgets: {3x: 2}}\n"
+        "  depthvar: {policy: depthvar, budgets: {3x: 2}, signals: [3x]}\n"
     )
     assert main(argv) == 0
     done = {file: file.read_bytes() for file in (tmp_path / "study").rglob("*") if file.is_file()}
     table = (tmp_path / "study" / "table.md").read_text()
     assert "| 3x | depthvar | 32.3% |" in table
     assert "| distance to full depth | held-out loss |" in table
+    assert "| left out: the worst by | Frechet distance | Frechet - at random |" in table
     (full,) = [row for row in table.splitlines() if row.startswith("| 1x | full")]
     assert "| 0.0000 ± 0.0000 |" in full
     parts = sorted((tmp_path / "study" / "samples").iterdir())

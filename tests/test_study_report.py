@@ -21,6 +21,7 @@ from pipeline.study_report import (
     headroom_table,
     method_table,
     results_table,
+    signal_tables,
     time_ratio,
 )
 
@@ -156,6 +157,24 @@ def test_ablations_are_compared_with_the_unchanged_method_at_their_budget(tmp_pa
     assert rows[3].endswith(none + changed + "|")
     losses = {depthvar.name: np.array([1.0, 2.0]), flat.name: np.array([1.5, 2.4])}
     assert ablation_plot(Findings(study, by_cell, losses)).startswith(b"\x89PNG")
+
+
+def test_what_a_filter_gains_is_paired_with_leaving_out_as_many_at_random(findings: Findings):
+    study, cell = findings.study, findings.study.cells[1]
+    for seed, gain in ((1, 0.01), (2, 0.02), (3, 0.03)):
+        filtered = {
+            "surprise 5%": {"frechet_distance": 0.2 * seed, "cas": 0.9 + gain},
+            "surprise 10%": {"frechet_distance": 0.3 * seed, "cas": 0.9 - gain},
+            "at random 5%": {"frechet_distance": 0.2 * seed + 0.1, "cas": 0.9},
+            "at random 10%": {"frechet_distance": 0.3 * seed, "cas": 0.9 + gain},
+        }
+        content = {"auroc": {"surprise": {"poor": 0.8}}, "without_worst": filtered}
+        study.storage.publish_bytes(json.dumps(content).encode(), study.file("signals", cell, seed))
+    rows = {row.split(" | ")[0]: row for row in signal_tables(study, cell).splitlines()}
+    assert rows["| surprise"] == "| surprise |  | 0.80 ± 0.00 |"
+    assert rows["| surprise 5%"].endswith("| **-0.100 ± 0.000** | +2.00 ± 2.48 |")
+    assert rows["| surprise 10%"].endswith("| +0.000 ± 0.000 | -4.00 ± 4.97 |")
+    assert rows["| at random 5%"].endswith("| 90.00 ± 0.00 |  |  |")
 
 
 def test_headroom_is_shown_by_scale_and_depth(findings: Findings):

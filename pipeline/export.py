@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from depthvar.errors import InputError
-from pipeline.loader import Dataset, iterate_samples
-from pipeline.manifest import tar_name
-from pipeline.samples import ShardError, decode_image, encode_image, read_tar
+from pipeline.loader import Dataset, iterate_samples, iterate_stored, stored_image
+from pipeline.samples import ShardError, encode_image
 from pipeline.storage import TEMP_PREFIX
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: equal datasets give equal files
@@ -80,20 +79,9 @@ def _png_files(dataset: Dataset) -> Iterator[tuple[str, int, bytes]]:
         for sample in iterate_samples(dataset):
             yield sample.key, sample.label, encode_image(sample.image, "png").image
         return
-    for shard_id, record in sorted(dataset.records.items()):
-        num_read = 0
-        try:
-            with dataset.storage.open_input(tar_name(shard_id)) as stream:
-                for stored in read_tar(stream, "png"):
-                    decode_image(stored.image, settings.image_channels)  # a damaged file stops here
-                    yield stored.key, stored.label, stored.image
-                    num_read += 1
-            if num_read != record.num_samples:
-                raise ShardError(f"got {num_read} samples, wanted {record.num_samples}")
-        except ShardError as error:
-            raise ShardError(
-                f"{tar_name(shard_id)}: {error}; run verify --deep, then generate again"
-            ) from error
+    for stored in iterate_stored(dataset):
+        stored_image(stored, settings.image_channels)  # a damaged file stops here
+        yield stored.key, stored.label, stored.image
 
 
 @contextmanager

@@ -121,12 +121,29 @@ def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
 
     Errors: `ShardError` where a shard does not hold what its record says.
     """
-    settings = dataset.plan.settings
+    for stored in iterate_stored(dataset):
+        image = stored_image(stored, dataset.plan.settings.image_channels)
+        with _named(stored.key):
+            metadata = _metadata(stored)
+        yield Sample(stored.key, stored.label, image, metadata)
+
+
+def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
+    """The same samples as the bytes of their files.
+
+    Errors: `ShardError` where a shard does not hold what its record says.
+    """
     for part in shard_parts(dataset):
-        for stored in _read_shard(dataset.storage, part, settings.image_format):
-            with _named(stored.key):
-                sample = _decoded(stored, settings.image_channels)
-            yield sample
+        yield from _read_shard(dataset.storage, part, dataset.plan.settings.image_format)
+
+
+def stored_image(stored: TarSample, channels: int) -> np.ndarray:
+    """The pixels of a stored sample: uint8 (height, width, channels).
+
+    Errors: `ShardError`, with the sample's key, where the file is damaged.
+    """
+    with _named(stored.key):
+        return decode_image(stored.image, channels)
 
 
 def stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -268,8 +285,7 @@ def _training_pairs(
     transform: Callable[[np.ndarray], Any] | None,
 ) -> Iterator[tuple[Any, int]]:
     for sample in samples:
-        with _named(sample.key):
-            image = decode_image(sample.image, channels)
+        image = stored_image(sample, channels)
         yield (image if transform is None else transform(image)), sample.label
 
 
@@ -278,9 +294,9 @@ def _first_share(pairs: Iterable[Any], *, num_samples: int) -> Iterator[Any]:
     return islice(iter(pairs), num_samples // (num_ranks * num_workers))
 
 
-def _decoded(stored: TarSample, channels: int) -> Sample:
+def _metadata(stored: TarSample) -> dict[str, Any]:
     try:
-        metadata = json.loads(stored.metadata)
+        metadata: dict[str, Any] = json.loads(stored.metadata)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"the .json member of {stored.key} does not parse") from error
-    return Sample(stored.key, stored.label, decode_image(stored.image, channels), metadata)
+        raise ShardError("its .json member does not parse") from error
+    return metadata

@@ -70,7 +70,6 @@ class StudyMethod(JobConfig):
     policy: str
     budgets: dict[str, int | None]
     options: dict[str, Scalar] = Field(default_factory=dict)
-    cas_runs: int | None = Field(None, ge=0, description="more or fewer than the study's")
     signals: list[str] = Field(
         default_factory=list, description="budgets at which to ask what the recorded signals say"
     )
@@ -299,7 +298,6 @@ def _cell(
     budget: str,
 ) -> Cell:
     is_method = section == "methods"
-    cas_runs = config.cas_runs if method.cas_runs is None else method.cas_runs
     try:
         policy = make_policy(
             method.policy,
@@ -317,7 +315,7 @@ def _cell(
         depth=depth,
         cost=image_cost(model, depth, streams=model.sampling.streams),
         num_samples=config.samples if is_method else config.ablation_samples,
-        cas_runs=cas_runs if is_method else 0,
+        cas_runs=config.cas_runs if is_method else 0,
         signals=budget in method.signals,
     )
 

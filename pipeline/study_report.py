@@ -251,16 +251,16 @@ _LINEAR_TO = {DISTANCE: 0.01, LOSS: 0.01, "frechet_distance": 0.1}
 
 
 def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
-    """All tables, as they stand in the README."""
+    """All tables."""
     config = findings.study.config
+    cas = f" CAS: mean of {config.cas_runs} classifiers a seed." if config.cas_runs else ""
     head = (
         f"{len(config.seeds)} seeds x {config.samples:,} images (ablations"
         f" {config.ablation_samples:,}); mean ± half the 95% interval over seeds. Differences are"
-        " paired by seed; **bold**: the interval excludes zero. CAS: in brackets the number"
-        " of classifiers for every seed. Distance to full depth: mean squared difference of the"
-        " pixels, in [-1, 1], from the full-depth images of the same noise. Held-out loss: nats a"
-        " token that the real held-out images cost the model under the policy, with the interval,"
-        " and paired, over images.\n"
+        f" paired by seed; **bold**: the interval excludes zero.{cas} Distance to full depth: mean"
+        " squared difference of the pixels, in [-1, 1], from the full-depth images of the same"
+        " noise. Held-out loss: nats a token that the real held-out images cost the model under the"
+        " policy, with the interval, and paired, over images.\n"
     )
     parts = [head, "## Methods\n", method_table(findings, times)]
     if findings.cells("ablations"):
@@ -287,9 +287,7 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
         share = cell.depth.token_layers / cell.depth.full_token_layers
         values = [cell.budget, cell.method, f"{share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
         values.append(time_ratio(cell, full, times))
-        for measure in shown:
-            runs = f" ({cell.cas_runs})" if measure == "cas" and cell.cas_runs else ""
-            values.append(findings.text(cell, measure) + runs)
+        values += [findings.text(cell, measure) for measure in shown]
         for base in (full, *(findings.find("methods", name, cell.budget) for name in bases)):
             values += [findings.difference_text(cell, base, measure) for measure in compared]
         lines.append(_row(values))

@@ -549,7 +549,7 @@ def ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) ->
         for name, values_N in suspects.items():
             for share in _FILTER_SHARES:
                 rest = best_of_each_class(samples, values_N, share)
-                quality = {"frechet_distance": judge.frechet(judge.read(rest).features_NF)}
+                quality = judge.measure(rest)
                 runs = [cas(rest, run=r, real_set=study.real_set) for r in range(cell.cas_runs)]
                 if runs:
                     quality["cas"] = float(np.mean(runs))

@@ -243,6 +243,8 @@ _ABLATED = {
     LOSS: "left",
 }
 """Measures that ablations are compared by, and where the better ones are in a plot."""
+_FILTERED = ("label_accuracy", "frechet_distance", "cas", "precision")
+"""Measures of what is left when the worst are left out."""
 _COLOURS = 10
 _MARKERS = "os^"
 """Of the methods in a plot: the next one after as many as there are colours."""
@@ -337,7 +339,7 @@ def signal_tables(study: Study, cell: Cell) -> str:
             verdicts.append(Interval.of(found).text(2) if len(found) == len(read) else "")
         lines.append(_row([signal, *verdicts]))
     filters = [content["without_worst"] for content in read]
-    measures = [m for m in _MEASURES if all(m in q for f in filters for q in f.values())]
+    measures = [m for m in _FILTERED if all(m in q for f in filters for q in f.values())]
     columns = ["left out: the worst by", *(_MEASURES[name][0] for name in measures)]
     columns += [f"{_SHORT[name]} - {AT_RANDOM}" for name in measures]
     lines += ["", _row(columns), _row(["---"] * len(columns))]

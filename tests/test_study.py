@@ -254,7 +254,9 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     table = (tmp_path / "study" / "table.md").read_text()
     assert "| 3x | depthvar | 32.3% |" in table
     assert "| distance to full depth | held-out loss |" in table
-    assert "| left out: the worst by | Frechet distance | Frechet - at random |" in table
+    assert (
+        "| left out: the worst by | read as its label, % | Frechet distance | precision |" in table
+    )
     (full,) = [row for row in table.splitlines() if row.startswith("| 1x | full")]
     assert "| 0.0000 ± 0.0000 |" in full
     parts = sorted((tmp_path / "study" / "samples").iterdir())

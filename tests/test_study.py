@@ -196,7 +196,7 @@ def test_parts_are_whole_batches(tmp_path: Path, samples: int, batch_size: int, 
     assert [i for part in parts for i in part] == list(range(samples))
 
 
-@pytest.mark.parametrize("name", ["study", "study_scenes"])
+@pytest.mark.parametrize("name", ["study", "study_other_seeds", "study_scenes"])
 def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
     """With budgets that are what they are called."""
     file = Path(__file__).parent.parent / "jobs" / f"{name}.yaml"

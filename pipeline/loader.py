@@ -129,7 +129,7 @@ def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
 
 
 def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
-    """The same samples as the bytes of their files.
+    """Every sample of the shards that are done as the bytes of its files, in key order.
 
     Errors: `ShardError` where a shard does not hold what its record says.
     """

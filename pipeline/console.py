@@ -10,7 +10,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from depthvar.plan import DepthPlan
-from pipeline.manifest import CommitRecord
+from pipeline.manifest import CommitRecord, mixed_environments
 from pipeline.plan import JobPlan
 
 _MAX_RANGES = 12
@@ -135,6 +135,18 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
         f"where     {where}",
     ]
     return "\n".join(lines)
+
+
+def mixture_lines(records: Iterable[CommitRecord]) -> list[str]:
+    """What differs between the shards' environments, a line each: every value with its shards."""
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(shards)})"
+            for value, shards in values.items()
+        )
+        for name, values in mixed_environments(records).items()
+    ]
 
 
 def time_line(records: Mapping[int, CommitRecord]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -172,6 +172,11 @@ class CommitRecord:
             committed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
+    @property
+    def made_with(self) -> dict[str, str]:
+        """All that is recorded of what may decide a last bit: versions, device, threads."""
+        return {**self.environment, "device": self.device, "threads": str(self.threads)}
+
     def to_json(self) -> bytes:
         """The bytes of the record file."""
         return (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode()
@@ -254,6 +259,25 @@ def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]
         done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
     doubtful = doubtful_shards(storage)
     return {i: r for i, r in sorted(done.items()) if _is_whole(storage, r, doubtful)}
+
+
+def mixed_environments(
+    records: Iterable[CommitRecord],
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What the shards were made with that is not one value in all: name -> value -> shard ids.
+
+    Empty where one environment made them all. A name that a record lacks has the value `none`.
+    """
+    made_with = {record.shard_id: record.made_with for record in records}
+    mixed: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name in sorted({name for environment in made_with.values() for name in environment}):
+        shards: dict[str, tuple[int, ...]] = {}
+        for shard_id in sorted(made_with):
+            value = made_with[shard_id].get(name, "none")
+            shards[value] = (*shards.get(value, ()), shard_id)
+        if len(shards) > 1:
+            mixed[name] = shards
+    return mixed
 
 
 def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:

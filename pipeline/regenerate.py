@@ -110,7 +110,7 @@ def _stored(
 
 
 def _differs(record: CommitRecord, now: Mapping[str, str]) -> tuple[str, ...]:
-    then = {**record.environment, "device": record.device, "threads": str(record.threads)}
+    then = record.made_with
     names = sorted({*then, *now})
     return tuple(
         f"{name}: {then.get(name, 'none')} then, {now.get(name, 'none')} now"

@@ -1,4 +1,6 @@
-from pipeline.console import time_line
+from dataclasses import replace
+
+from pipeline.console import mixture_lines, time_line
 from pipeline.manifest import committed_shards
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
@@ -19,3 +21,13 @@ def test_the_time_per_image_is_that_of_the_recorded_batches(tmp_path):
 
 def test_nothing_committed_has_no_time():
     assert time_line({}) == "nothing made yet"
+
+
+def test_shards_of_other_library_versions_are_counted_and_named(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    (tmp_path / "scratch").mkdir()
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
+    records = committed_shards(storage, plan)
+    assert mixture_lines(records.values()) == []
+    records[1] = replace(records[1], environment={"torch": "3"})
+    assert mixture_lines(records.values()) == ["torch: 2 in 2 shards (0, 2), 3 in 1 shard (1)"]

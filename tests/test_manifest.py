@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.labels import LabelCounts
 from pipeline.manifest import (
     CommitRecord,
     committed_shards,
+    mixed_environments,
     planned_shard,
     publish_shard,
     read_commit,
@@ -265,3 +267,21 @@ def test_a_shard_is_published_record_last(tmp_path, monkeypatch):
     assert names[0].startswith(".claims/0-"), "others are told before the first byte"
     assert names[1:] == ["train/00000.tar", "meta/00000.parquet", "meta/00000.json"]
     assert Storage.open(str(tmp_path / "out")).list(".claims") == {}
+
+
+def test_shards_made_in_different_environments_are_told_apart_by_what_differs(finished):
+    record = CommitRecord.from_json(finished.read(record_name(0)))
+    assert record is not None
+    same = {"python": "3.12.1", "torch": "2.13.0"}
+    records = [
+        replace(record, shard_id=2, environment=same, device="NVIDIA H100"),
+        replace(record, shard_id=0, environment=same, threads=2),
+        replace(record, shard_id=1, environment={**same, "torch": "2.9.0", "pillow": "11"}),
+    ]
+    assert mixed_environments(records) == {
+        "device": {"cpu": (0, 1), "NVIDIA H100": (2,)},
+        "pillow": {"none": (0, 2), "11": (1,)},
+        "threads": {"2": (0,), "1": (1, 2)},
+        "torch": {"2.13.0": (0, 2), "2.9.0": (1,)},
+    }
+    assert mixed_environments(records[:1]) == mixed_environments([]) == {}

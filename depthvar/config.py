@@ -14,6 +14,7 @@ from typing import Any
 
 from depthvar import imagenet
 from depthvar.errors import InputError
+from depthvar.names import comparable
 from depthvar.strict_json import from_json, read_json
 
 CONFIG_FILE = "config.json"
@@ -360,7 +361,8 @@ def model_config(name: str, weights: str | None = None) -> ModelConfig:
     """
     stored = None if weights is None else stored_config(_folder_of(Path(weights)))
     if stored is not None:
-        if name != stored.name and not _is_same_folder(name, weights):
+        is_other = comparable(name) != comparable(stored.name)
+        if is_other and not _is_same_folder(name, weights):
             raise InputError(
                 f"{weights} holds the model {stored.name!r}, wanted {name!r}: pass --model "
                 f"{_folder_of(Path(str(weights)))}, or the weights of {name!r}"

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored or plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
     )
     print(report)
+    for note in job.notes:
+        print(f"note: {note}")
     need = memory_need(
         job.model,
         job.depth,

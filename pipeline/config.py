@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
@@ -32,7 +32,7 @@ from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, DepthPolicy, make_policy
-from pipeline.labels import LabelCounts, parse_classes, read_labels_file
+from pipeline.labels import LabelCounts, parse_classes, quoted, read_labels_file
 from pipeline.weights import local_weights
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class GenerateConfig(JobConfig):
     )
     classes: str = Field(
         "all",
-        description="classes by id, range, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven",
+        description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
+        " id:3 and name:3 where 3 is the id of one and the name of another",
     )
     per_class: int = Field(100, gt=0, description="samples of each class")
     labels_file: Path | None = Field(
@@ -138,7 +139,7 @@ class GenerateConfig(JobConfig):
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, list):
-            return ",".join(str(item) for item in value)
+            return ",".join(quoted(str(item)) for item in value)
         return value
 
     @model_validator(mode="after")
@@ -174,7 +175,10 @@ class VerifyConfig(JobConfig):
 
 @dataclass(frozen=True)
 class ResolvedJob:
-    """A generation request checked against its model; costs are per image, all streams."""
+    """A generation request checked against its model; costs are per image, all streams.
+
+    `notes` say what of the request may have been meant otherwise.
+    """
 
     model: ModelConfig
     policy: DepthPolicy
@@ -184,6 +188,7 @@ class ResolvedJob:
     full_cost: Cost
     weights: WeightsIdentity
     counts: LabelCounts
+    notes: tuple[str, ...]
 
 
 def resolve_job(config: GenerateConfig) -> ResolvedJob:
@@ -198,7 +203,8 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
     sampling = _sampling(config, model.sampling)
     depth = DepthPlan.build(model.sides, model.num_blocks, policy)
     full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
-    counts = _label_counts(config, model)
+    notes: list[str] = []
+    counts = _label_counts(config, model, notes.append)
     weights = identify_weights(config.model, local)
     if policy.proxy == "calibrated" and weights.calibration is None:
         raise InputError(
@@ -214,6 +220,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
         full_cost=image_cost(model, full, streams=sampling.streams),
         weights=weights,
         counts=counts,
+        notes=tuple(notes),
     )
 
 
@@ -247,9 +254,11 @@ def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSett
     )
 
 
-def _label_counts(config: GenerateConfig, model: ModelConfig) -> LabelCounts:
+def _label_counts(
+    config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]
+) -> LabelCounts:
     if config.labels_file is not None:
-        return read_labels_file(config.labels_file, model.class_names, model.other_names)
+        return read_labels_file(config.labels_file, model.class_names, model.other_names, note=note)
     class_ids = parse_classes(config.classes, model.class_names, model.other_names)
     return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
 

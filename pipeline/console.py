@@ -14,6 +14,8 @@ from pipeline.manifest import CommitRecord, mixed_environments
 from pipeline.plan import JobPlan
 
 _MAX_RANGES = 12
+_MAX_CLASSES = 10  # above it the first and the last ones stand for all
+_MAX_NAME = 40
 
 
 def say(text: str) -> None:
@@ -218,6 +220,7 @@ def plan_report(
         f"model     {settings.model}, weights {settings.weights_sha256[:12]}, {settings.precision}",
         f"policy    {settings.preset}, {drawing}, seed {settings.seed}",
         f"dataset   {images} {settings.image_format}",
+        class_line(plan),
         f"shards    {plan.num_shards:,} of {settings.samples_per_shard:,} images",
         f"done      {done:,} images in {len(records):,} shards",
         f"bytes     {_expected_bytes(plan, records)}",
@@ -238,6 +241,28 @@ def _expected_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> str:
         return "not known before the first shard is committed"
     tar_bytes = sum(record.files.tar.size for record in records.values())
     return f"about {human_bytes(tar_bytes / done * plan.num_samples)} of images"
+
+
+def class_line(plan: JobPlan) -> str:
+    """Which class each id stands for and how many images it gets, in one line."""
+    counts = plan.total_counts.as_mapping()
+    names = plan.settings.class_names
+    equal = len(set(counts.values())) == 1
+    shown = [
+        f"{class_id} {_name(names[class_id])}" + ("" if equal else f" x {count:,}")
+        for class_id, count in counts.items()
+    ]
+    if len(shown) > _MAX_CLASSES:
+        half = _MAX_CLASSES // 2
+        shown = [*shown[:half], f"... {len(shown) - 2 * half:,} more ...", *shown[-half:]]
+    count = next(iter(counts.values()))
+    each = f"{count:,} {'image' if count == 1 else 'images'} each: " if equal else ""
+    return f"classes   {each}{', '.join(shown)}"
+
+
+def _name(name: str) -> str:
+    text = repr(name)
+    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 3]}..."
 
 
 def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:

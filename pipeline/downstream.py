@@ -26,8 +26,10 @@ from depthvar.features import (
     fit_classifier,
     new_classifier,
 )
+from depthvar.names import comparable
 from depthvar.training.data import image_folder
 from pipeline.evaluation import shows_digits
+from pipeline.labels import ClassIndex
 from pipeline.loader import (
     Dataset,
     check_enough_shards,
@@ -308,9 +310,9 @@ def _real_digits(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _folder_images(folder: Path, dataset: Dataset) -> HeldOut:
     settings = dataset.plan.settings
-    ids = {name: class_id for class_id, name in enumerate(settings.class_names)}
+    index = ClassIndex(settings.class_names)
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    unknown = [name for name in names if name not in ids]
+    unknown = [name for name in names if len(index.ids_named(name)) != 1]
     if unknown or not names:
         got = f"a class folder {unknown[0]!r}" if unknown else "no class folder"
         raise InputError(
@@ -318,7 +320,7 @@ def _folder_images(folder: Path, dataset: Dataset) -> HeldOut:
             f"names of {settings.model}, such as {settings.class_names[0]!r}: correct it"
         )
     images = image_folder(folder, side=settings.image_side, channels=settings.image_channels)
-    ids_of_folders = np.array([ids[name] for name in images.class_names], dtype=np.int64)
+    ids_of_folders = np.array([index.ids_named(name)[0] for name in images.class_names], np.int64)
     return HeldOut(
         f"images of {folder}",
         np.ascontiguousarray(images.images_NCHW.permute(0, 2, 3, 1).numpy()),
@@ -328,8 +330,14 @@ def _folder_images(folder: Path, dataset: Dataset) -> HeldOut:
 
 def _dataset_images(test: Dataset, dataset: Dataset) -> HeldOut:
     ours, theirs = dataset.plan.settings, test.plan.settings
-    for field in ("class_names", "image_side", "image_channels"):
-        if getattr(ours, field) != getattr(theirs, field):
+    our_names, their_names = ([*map(comparable, s.class_names)] for s in (ours, theirs))
+    differing = {
+        "class_names": our_names != their_names,
+        "image_side": ours.image_side != theirs.image_side,
+        "image_channels": ours.image_channels != theirs.image_channels,
+    }
+    for field, differs in differing.items():
+        if differs:
             raise InputError(
                 f"--test {test.storage} and {dataset.storage} differ in {field}: test on a dataset "
                 "of the same classes and image format"

@@ -25,7 +25,14 @@ from depthvar.errors import InputError
 from pipeline.actor import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec, job_plan
 from pipeline.claims import sweep_claims
 from pipeline.config import GenerateConfig, resolve_job
-from pipeline.console import ProgressBar, dataset_summary, missing_summary, run_summary, say
+from pipeline.console import (
+    ProgressBar,
+    class_line,
+    dataset_summary,
+    missing_summary,
+    run_summary,
+    say,
+)
 from pipeline.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.faults import reach
 from pipeline.loader import Dataset
@@ -68,7 +75,8 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     `sampler_factory` replaces the sampler (`module:function`, see `WorkerSpec`). Raises
     `InputError` before anything is written for a request that cannot work.
     """
-    plan = job_plan(config, resolve_job(config))
+    job = resolve_job(config)
+    plan = job_plan(config, job)
     storage = Storage.open(config.out)
     stored = check_output(storage, plan, extend=config.extend)
     plan = stored or plan
@@ -88,6 +96,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
         with _crew(config, storage, spec, stop) as make:
             plan = open_plan(storage, plan, extend=config.extend)
             num_done = sum(record.num_samples for record in done.values())
+            say("\n".join([class_line(plan), *(f"note: {note}" for note in job.notes)]))
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
                 run = ShardRun(storage, plan, queue, bar)
                 problem = _made(make, run)

@@ -245,6 +245,25 @@ def test_a_folder_of_images_is_read_by_class_name(colours: Dataset, tmp_path: Pa
     assert held_out.images_NHWC.shape == (3, 9, 9, 3)
 
 
+@pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301"])
+def test_class_folders_are_matched_in_any_unicode_form(tmp_path: Path, name: str):
+    names = ("2", "caf\u00e9", "1")
+    dataset = written(tmp_path, make_plan({0: 8, 1: 8, 2: 8}, class_names=names, image_side=9))
+    folder = class_folders(tmp_path / "real", {"1": 10, "2": 20, name: 30})
+    held_out = open_held_out(str(folder), dataset)
+    greys = held_out.images_NHWC[:, 0, 0, 0].tolist()
+    assert dict(zip(held_out.labels_N.tolist(), greys, strict=True)) == {0: 20, 1: 30, 2: 10}
+
+
+def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Path):
+    plans = [
+        make_plan({0: 8, 1: 8}, class_names=("a", name), image_side=9, seed=seed)
+        for seed, name in enumerate(("caf\u00e9", "cafe\u0301"))
+    ]
+    ours, theirs = (written(tmp_path / str(plan.settings.seed), plan) for plan in plans)
+    assert len(open_held_out(theirs.storage.uri, ours).labels_N) == 16
+
+
 def test_a_folder_of_other_classes_is_refused(colours: Dataset, tmp_path: Path):
     other = class_folders(tmp_path / "other", {"a": 1, "zebra": 2})
     with pytest.raises(InputError, match=r"a class folder 'zebra', wanted .* such as 'c'"):

@@ -15,6 +15,7 @@ PIPELINE_ORDER = (
     "storage",
     "claims",
     "weights",
+    "text_file",
     "labels",
     "schema",
     "settings",
@@ -105,7 +106,7 @@ def test_only_the_actor_touches_what_runs_a_model():
     """The pure parts of depthvar (numbers and names) are open to all of the pipeline."""
     for file in modules("pipeline"):
         parts = {i.split(".")[1] for i in imported(file) if i.startswith("depthvar.")}
-        pure = {"errors", "config", "policy", "plan", "cost"}
+        pure = {"errors", "names", "config", "policy", "plan", "cost"}
         more = {
             "weights": {"weights_files"},
             "config": {"checkpoint"},

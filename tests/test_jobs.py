@@ -178,6 +178,7 @@ def test_plan_prints_the_dry_run_and_writes_nothing(
     assert jobs.plan.main(argv) == 0
     text = capsys.readouterr().out
     assert "6 images of 3 classes, 32x32 png" in text
+    assert "classes   2 images each: 1 'one', 4 'four', 7 'seven'\n" in text
     assert "2 of 4 images" in text
     assert "GFLOP per image, full depth" in text
     assert "not known before the first shard" in text
@@ -219,6 +220,23 @@ def test_images_from_numbers_that_are_not_finite_are_never_committed(
     assert [(row["shard_id"], row["set_aside"]) for row in ledger] == [(1, False)] * 2 + [(1, True)]
     assert all("drew tokens from numbers that are not finite" in row["error"] for row in ledger)
     assert sorted(file.name for file in out.glob("train/*")) == ["00000.tar", "00002.tar"]
+
+
+def test_generate_says_which_classes_it_makes_before_it_begins(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("# mine\nseven,1\n1,2\nseven,1\n4,0\n")
+    argv = ["--out", str(tmp_path / "out"), "--weights", str(weights), "--labels-file", str(labels)]
+    assert jobs.generate.main([*argv, "--workers", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().err
+    added_up = "names 1 class more than once, whose counts add up: 'seven' 2 from 2 lines"
+    notes = f"classes   2 images each: 1 'one', 7 'seven'\nnote: {labels} {added_up}\n"
+    assert notes in shown
+    assert shown.index(notes) < shown.index("image/s")
+    assert jobs.plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert all(line in text.splitlines() for line in notes.splitlines())
 
 
 def test_verify_accepts_what_generate_made(dataset: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,8 +17,41 @@ from torch import Tensor, nn
 from depthvar.config import TokenizerConfig
 
 
-def _norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Group norm that keeps its digits in every layout.
+
+    On CPUs torch sums a whole channels-last map in one float32 chain, which costs the image two
+    digits at 512x512. Half precision rounds more than that away, and is left to torch.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape and layout."""
+        is_summed_badly = (
+            x_BCHW.is_cpu and x_BCHW.dtype == torch.float32 and not x_BCHW.is_contiguous()
+        )
+        if not is_summed_badly:
+            return super().forward(x_BCHW)
+        batch, channels, height, width = x_BCHW.shape
+        groups, size = self.num_groups, channels // self.num_groups * height * width
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+
+        def mean_BG1(values_BHWC: Tensor) -> Tensor:
+            sums_BC = values_BHWC.sum(dim=2).sum(dim=1, dtype=torch.float64)
+            return sums_BC.view(batch, groups, -1).sum(dim=2, keepdim=True) / size
+
+        mean = mean_BG1(x_BHWC)
+        variance = (mean_BG1(x_BHWC.square()) - mean.square()).clamp(min=0)
+        scale_BGN = self.weight.view(groups, -1) / (variance + self.eps).sqrt()
+        shift_BGN = self.bias.view(groups, -1) - mean * scale_BGN
+        shift, scale = (
+            values_BGN.to(x_BCHW.dtype).view(batch, channels, 1, 1)
+            for values_BGN in (shift_BGN, scale_BGN)
+        )
+        return torch.addcmul(shift, x_BCHW, scale)
+
+
+def _norm(channels: int, config: TokenizerConfig) -> GroupNorm:
+    return GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

@@ -6,13 +6,14 @@ Shape legend: B images, Z code channels, H W sides of a map, T tokens of a scale
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from depthvar.config import model_config
-from depthvar.tokenizer import Tokenizer
+from depthvar.tokenizer import GroupNorm, Tokenizer
 from tests import reference_depthvar as reference
 from tests.tiny_models import SHAPES, TOLERANCE, fill_with_noise, states, tiny_config, tiny_model
 
@@ -252,8 +253,6 @@ def test_the_decoder_equals_the_plain_one(channels):
 
 def three_level_tokenizer() -> Tokenizer:
     """Two changes of width and resolution, two residual blocks, as the published one has."""
-    from dataclasses import replace
-
     config = replace(tiny_config().tokenizer, multipliers=(1, 2, 2), num_res_blocks=2)
     model = Tokenizer(config).double().requires_grad_(False)
     fill_with_noise(model, torch.Generator().manual_seed(5))
@@ -278,3 +277,45 @@ def test_decoded_images_are_clamped():
     assert (images[:, 0] == 1).all()
     assert (images[:, 1] == -1).all()
     assert (images[:, 2].abs() < 1).any()
+
+
+def decoder_of_large_images() -> Tokenizer:
+    """512x512 pixels out of 16x16 tokens, four channels wide."""
+    config = replace(
+        tiny_config().tokenizer,
+        sides=(1, 16),
+        phi_of_scale=(0, 0),
+        code_channels=4,
+        multipliers=(1,) * 6,
+        norm_groups=1,
+    )
+    model = Tokenizer(config).requires_grad_(False)
+    fill_with_noise(model, torch.Generator().manual_seed(0))
+    model.decoder.to(memory_format=torch.channels_last)
+    return model
+
+
+def test_a_large_image_in_float32_is_that_of_float64():
+    """In the layout that decoders run in; torch's own group norm is off by 1e-4 there."""
+    model, feature_map = decoder_of_large_images(), noise(1, 4, 16, 16)
+    got = model.decode(feature_map.float())
+    want = model.double().decode(feature_map)
+    assert got.shape == (1, 3, 512, 512)
+    assert want.std() > 0.2
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_is_its_definition_in_every_layout(layout, mean):
+    norm = GroupNorm(2, 6, eps=1e-6).requires_grad_(False)
+    norm.weight[:], norm.bias[:] = noise(6, seed=1), noise(6, seed=2)
+    x_BCHW = noise(3, 6, 40, 50) + mean
+    parts = x_BCHW.unflatten(1, (2, 3))
+    centred = parts - parts.mean(dim=(2, 3, 4), keepdim=True)
+    normed = centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-6).sqrt()
+    weight, bias = (v.double()[:, None, None] for v in (norm.weight, norm.bias))
+    got = norm(x_BCHW.float().to(memory_format=layout))
+    assert got.is_contiguous(memory_format=layout)
+    want = normed.flatten(1, 2) * weight + bias
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6 if mean == 0 else 5e-5)

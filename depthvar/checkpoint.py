@@ -65,6 +65,7 @@ __all__ = [
     "LoadedModel",
     "WeightsIdentity",
     "assemble",
+    "check_new_folder",
     "convert_weights",
     "load_model",
     "random_model",
@@ -160,14 +161,19 @@ def load_model(
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
-    elif not holds_encoder(read_header(identity.tokenizer)):
-        raise InputError(
-            f"{identity.tokenizer} holds no encoder, wanted one: give the weights that this file "
-            "was converted from"
-        )
+    else:
+        _require_encoder(identity.tokenizer)
     _fill(transformer, "transformer", identity.transformer, device, dtype)
     _fill(tokenizer, "tokenizer", identity.tokenizer, device, dtype, with_encoder=with_encoder)
     return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+
+
+def _require_encoder(path: Path) -> None:
+    if not holds_encoder(read_header(path)):
+        raise InputError(
+            f"{path} holds no encoder, wanted one: give the weights that this file was converted "
+            "from"
+        )
 
 
 def random_model(
@@ -289,8 +295,11 @@ def save_model(
     _write_config(folder, config)
 
 
-def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: t.detach().to(precision_of(name, dtype)) for name, t in tensors.items()}
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to(tensor.dtype if dtype is None else precision_of(name, dtype))
+        for name, tensor in tensors.items()
+    }
 
 
 def _save(
@@ -299,11 +308,14 @@ def _save(
     """Write a file that appears whole: a process that mapped the one it replaces keeps that."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the umask has it; the library makes a file of 0600
         save_file(
             {name: _on_its_own(tensor) for name, tensor in tensors.items()},
             unfinished,
             metadata=metadata,
         )
+        unfinished.chmod(mode)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -319,18 +331,32 @@ def _write_config(folder: Path, config: ModelConfig) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config_json(config), indent=2) + "\n")
 
 
-def convert_weights(
-    name: str, weights: str | None, folder: Path, *, dtype: torch.dtype, decoder_only: bool = False
-) -> tuple[WeightsIdentity, WeightsIdentity]:
-    """Write a model's weights as a folder of half-precision safetensors; returns both identities.
-
-    `decoder_only` leaves out the encoder, which sampling does not use. A calibration goes along,
-    under the name of the new files. Raises `InputError` for weights that do not fit, values that
-    are too large for `dtype`, and a folder that is not empty.
-    """
+def check_new_folder(folder: Path) -> None:
+    """`InputError` where a model folder cannot begin: something is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose a new --out")
+
+
+def convert_weights(
+    name: str,
+    weights: str | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    with_encoder: bool = False,
+) -> tuple[WeightsIdentity, WeightsIdentity]:
+    """Write a model's weights as a model folder of safetensors; returns both identities.
+
+    `dtype` is half precision, or None for the precision that every tensor has. Without
+    `with_encoder` the tokenizer's encoder is left out, which sampling does not use. A calibration
+    goes along, under the name of the new files. Raises `InputError` for weights that do not fit,
+    values that `dtype` cannot hold, an encoder that is asked for and not there, and a folder that
+    is not empty.
+    """
+    check_new_folder(folder)
     source = weights_identity(name, weights)
+    if with_encoder:
+        _require_encoder(source.tokenizer)
     config = model_config(name, str(source.transformer))
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -342,7 +368,7 @@ def convert_weights(
             "tokenizer",
             unfinished / TOKENIZER_FILE,
             dtype,
-            with_encoder=not decoder_only,
+            with_encoder=with_encoder,
         )
         _write_config(unfinished, config)
         if source.calibration is not None:
@@ -359,7 +385,12 @@ def convert_weights(
 
 
 def _convert(
-    source: Path, part: Part, target: Path, dtype: torch.dtype, *, with_encoder: bool = True
+    source: Path,
+    part: Part,
+    target: Path,
+    dtype: torch.dtype | None,
+    *,
+    with_encoder: bool = False,
 ) -> None:
     tensors = read_tensors(source)
     names = parameter_names(part, tensors, with_encoder=with_encoder)

@@ -35,12 +35,12 @@ class GroupNorm(nn.GroupNorm):
         groups, size = self.num_groups, channels // self.num_groups * height * width
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
 
-        def mean_BG1(values_BHWC: Tensor) -> Tensor:
+        def grouped_mean(values_BHWC: Tensor) -> Tensor:
             sums_BC = values_BHWC.sum(dim=2).sum(dim=1, dtype=torch.float64)
             return sums_BC.view(batch, groups, -1).sum(dim=2, keepdim=True) / size
 
-        mean = mean_BG1(x_BHWC)
-        variance = (mean_BG1(x_BHWC.square()) - mean.square()).clamp(min=0)
+        mean = grouped_mean(x_BHWC)
+        variance = (grouped_mean(x_BHWC.square()) - mean.square()).clamp(min=0)
         scale_BGN = self.weight.view(groups, -1) / (variance + self.eps).sqrt()
         shift_BGN = self.bias.view(groups, -1) - mean * scale_BGN
         shift, scale = (

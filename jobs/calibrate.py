@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from depthvar.calibration import calibrate
-from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_proxy_fit
+from depthvar.checkpoint import (
+    BUNDLED,
+    CALIBRATION_FILE,
+    check_new_folder,
+    convert_weights,
+    load_model,
+    save_proxy_fit,
+    weights_identity,
+)
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
@@ -20,36 +28,68 @@ class CalibrateConfig(JobConfig):
     """What `jobs.calibrate` can be told."""
 
     model: str = Field("digits", description="model to calibrate")
-    weights: str | None = Field(None, description="weights file or folder (default: the model's)")
+    weights: str | None = Field(
+        None,
+        description="weights as a folder, file, URI or Hugging Face repository (default: the"
+        " model's own)",
+    )
+    out: Path | None = Field(
+        None,
+        description="new model folder for a copy of the weights with the calibration; sample from"
+        " it with --model (default: the calibration goes beside the weights, where these are in a"
+        " folder of your own)",
+    )
     samples: int = Field(400, gt=0, description="full-depth samples to fit on")
     batch_size: int = Field(50, gt=0, description="images sampled at once")
     device: str = Field("cpu", description="where the model runs: cpu or cuda")
-    overwrite: bool = Field(False, description="replace a calibration that is there")
+    overwrite: bool = Field(False, description="replace a calibration that is beside the weights")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the calibration beside the weights and print what it explains."""
+    """Write the calibration and print what it explains."""
     job = load_config(
         CalibrateConfig, argv, prog="python -m jobs.calibrate", description=__doc__ or ""
     )
-    model = load_model(job.model, local_weights(job.model, job.weights), device=job.device)
-    target = model.identity.transformer.parent / CALIBRATION_FILE
+    weights = local_weights(job.model, job.weights)
+    identity = weights_identity(job.model, weights)
+    if job.out is None:
+        _check_own_folder(job, identity.transformer.parent)
+    else:
+        check_new_folder(job.out)
+    model = load_model(job.model, weights, device=job.device, identity=identity)
+    fit, explained_SL = calibrate(
+        model, model.config.sampling, num_samples=job.samples, batch_size=job.batch_size
+    )
+    if job.out is not None:
+        _, identity = convert_weights(job.model, weights, job.out, dtype=None)
+    target = identity.transformer.parent / CALIBRATION_FILE
+    save_proxy_fit(target, fit, identity)
+    for scale, share in enumerate(explained_SL.mean(1).tolist()):
+        side = model.config.sides[scale]
+        print(f"scale {scale} ({side}x{side}): {share:.0%} of the change's energy explained")
+    print(f"wrote {target}: sample with it by --model {job.out or _flags(job)}")
+    return EXIT_DONE
+
+
+def _check_own_folder(job: CalibrateConfig, folder: Path) -> None:
+    """`InputError` unless a calibration may be written beside the weights."""
+    given = Path(job.weights or job.model)
+    is_own = given.exists() and BUNDLED.resolve() not in given.resolve().parents
+    if not is_own or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"the weights are in {folder}, wanted a folder of your own to write beside them: give "
+            "--out with a new folder, which gets a copy of them"
+        )
+    target = folder / CALIBRATION_FILE
     if target.exists() and not job.overwrite:
         raise InputError(
             f"{target} exists, wanted a model without calibration: pass --overwrite; datasets "
             "begun with the old one can then not be resumed with the new"
         )
-    fit, explained_SL = calibrate(
-        model, model.config.sampling, num_samples=job.samples, batch_size=job.batch_size
-    )
-    unfinished = target.with_suffix(".tmp")
-    save_proxy_fit(unfinished, fit, model.identity)
-    shutil.move(unfinished, target)
-    for scale, share in enumerate(explained_SL.mean(1).tolist()):
-        side = model.config.sides[scale]
-        print(f"scale {scale} ({side}x{side}): {share:.0%} of the change's energy explained")
-    print(f"wrote {Path(target)}")
-    return EXIT_DONE
+
+
+def _flags(job: CalibrateConfig) -> str:
+    return job.model if job.weights is None else f"{job.model} --weights {job.weights}"
 
 
 if __name__ == "__main__":

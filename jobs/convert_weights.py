@@ -25,8 +25,10 @@ class ConvertConfig(JobConfig):
     precision: Literal["float16", "bfloat16"] = Field(
         "float16", description="number type of the files; what runs in float32 stays float32"
     )
-    decoder_only: bool = Field(
-        False, description="leave out the tokenizer's encoder, which sampling does not use"
+    keep_encoder: bool = Field(
+        False,
+        description="keep the tokenizer's encoder, which training from it and jobs.study use and"
+        " sampling does not",
     )
 
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         local_weights(job.model, job.weights),
         job.out,
         dtype=getattr(torch, job.precision),
-        decoder_only=job.decoder_only,
+        with_encoder=job.keep_encoder,
     )
     for part in ("transformer", "tokenizer"):
         before, after = getattr(source, part), getattr(written, part)

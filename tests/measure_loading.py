@@ -71,7 +71,7 @@ def main(model: str = "var-d16", folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         published, half = Path(scratch) / "pth", Path(scratch) / "half"
         write_published(published, model, full_size=True)
-        convert_weights(model, str(published), half, dtype=torch.float16, decoder_only=True)
+        convert_weights(model, str(published), half, dtype=torch.float16)
         for place in (published, half):
             total = sum(path.stat().st_size for path in place.iterdir())
             print(f"{place.name}: {total / 1e6:,.0f} MB on disk")

@@ -24,6 +24,7 @@ from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
 from jobs.convert_weights import main
+from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.published_weights import BUFFERS, random_tensors, small_transformer_shapes
 from tests.random_weights import write_random_weights
 
@@ -47,7 +48,10 @@ def convert(model: str, weights: Path, out: Path, *flags: str) -> int:
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_every_tensor_is_rounded_but_those_that_run_in_float32(wide: Path, tmp_path, precision):
     dtype = getattr(torch, precision)
-    assert convert("digits", wide, tmp_path / "out", "--precision", precision) == 0
+    out = tmp_path / "out"
+    with umask(0o002):
+        assert convert("digits", wide, out, "--precision", precision, "--keep-encoder") == 0
+    assert_as_the_umask_has_it(out, 0o002)
     for file in (TRANSFORMER_FILE, TOKENIZER_FILE):
         before, after = load_file(wide / file), load_file(tmp_path / "out" / file)
         assert after.keys() == before.keys()
@@ -77,10 +81,10 @@ def test_a_calibration_goes_along_and_belongs_to_the_new_files(wide: Path, tmp_p
     assert torch.equal(after.proxy_fit.slope_SLC, before.proxy_fit.slope_SLC)
 
 
-def test_the_encoder_may_be_left_out(wide: Path, tmp_path: Path):
+def test_the_encoder_is_left_out_unless_asked_for(wide: Path, tmp_path: Path):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    convert("digits", wide, whole)
-    convert("digits", wide, half, "--decoder-only")
+    convert("digits", wide, whole, "--keep-encoder")
+    convert("digits", wide, half)
     with safe_open(half / TOKENIZER_FILE, framework="pt") as file:
         assert not any(name.startswith(("encoder.", "quant_conv.")) for name in file.keys())  # noqa: SIM118
     images = [
@@ -93,6 +97,9 @@ def test_the_encoder_may_be_left_out(wide: Path, tmp_path: Path):
     load_model("digits", str(whole), with_encoder=True)
     with pytest.raises(InputError, match="holds no encoder, wanted one"):
         load_model("digits", str(half), with_encoder=True)
+    with pytest.raises(InputError, match="holds no encoder, wanted one"):
+        convert("digits", half, tmp_path / "again", "--keep-encoder")
+    assert not (tmp_path / "again").exists()
 
 
 def test_published_names_become_a_model_folder(wide: Path, tmp_path, monkeypatch):

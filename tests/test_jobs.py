@@ -16,6 +16,7 @@ import jobs.generate
 import jobs.plan
 import jobs.verify
 from pipeline.plan import JobPlan
+from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.random_weights import write_random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six images of three classes in two shards, made in this process by the real sampler."""
     out = tmp_path_factory.mktemp("dataset") / "out"
-    assert jobs.generate.main([*flags(out, weights), "--workers", "0"]) == 0
+    with umask(0o002):
+        assert jobs.generate.main([*flags(out, weights), "--workers", "0"]) == 0
     return out
 
 
@@ -237,6 +239,10 @@ def test_generate_says_which_classes_it_makes_before_it_begins(
     assert jobs.plan.main(argv) == 0
     text = capsys.readouterr().out
     assert all(line in text.splitlines() for line in notes.splitlines())
+
+
+def test_what_generate_makes_has_the_permissions_of_the_umask(dataset: Path):
+    assert_as_the_umask_has_it(dataset, 0o002)
 
 
 def test_verify_accepts_what_generate_made(dataset: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,6 +16,7 @@ from depthvar.training.loop import Process, Schedule, train
 from depthvar.training.run import Recipe, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
+from tests.file_modes import assert_as_the_umask_has_it, current_umask
 from tests.killed_jobs import assert_no_process_outlives
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -100,6 +101,7 @@ def _recipe() -> Recipe:
 def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
     config, data = model_config("digits"), _small_set()
     folder = train_model(config, data, data, _recipe(), tmp_path, processes=2, threads=1)
+    assert_as_the_umask_has_it(tmp_path, current_umask())
     model = load_model(str(folder))
     batch = Sampler(model, make_policy("depthvar"), SamplingSettings(1.0, 0, 1.0))(
         [3, 4], seed=0, indices=[0, 1]

@@ -1,6 +1,7 @@
 """Check a dataset against its plan: `python -m jobs.verify DIR [--deep]`.
 
-Changes nothing, unless `--repair` is given.
+Changes nothing, unless `--repair` is given: it takes back the shards that are damaged, and the
+generate command of the dataset makes them again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from tqdm import tqdm
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.config import VerifyConfig, load_config
-from pipeline.console import ranges
-from pipeline.manifest import committed_shards, shard_name
+from pipeline.console import mixture_lines, ranges
+from pipeline.manifest import shard_name
 from pipeline.plan import JobPlan, read_plan
 from pipeline.regenerate import Comparison, regenerate
 from pipeline.repair import Repair, repair
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
         print(comparison_text(compared))
         is_sound = is_sound and all(c.is_exact or c.differs for c in compared)
     if config.repair:
-        print(repair_text(repair(storage, plan, report), report))
+        print(repair_text(repair(storage, plan, report)))
+    if steps := next_steps(report, str(storage), is_repaired=config.repair):
+        print("\n".join(steps))
     return EXIT_DONE if is_sound else EXIT_INCOMPLETE
 
 
@@ -61,7 +64,7 @@ def _regenerated(
     sampler_factory: str | None,
 ) -> list[Comparison]:
     bad = set(report.shards_to_make)
-    records = {i: r for i, r in committed_shards(storage, plan).items() if i not in bad}
+    records = {i: r for i, r in report.records.items() if i not in bad}
     num_images = min(config.regenerate, sum(record.num_samples for record in records.values()))
     with tqdm(total=num_images, unit="image", desc="regenerate", file=sys.stderr) as bar:
         return regenerate(
@@ -77,11 +80,23 @@ def _regenerated(
 
 
 def report_text(report: Report, where: str) -> str:
-    """One line per problem, then the verdict and what to do."""
+    """One line per problem and note, how far the job is, then the verdict."""
     lines = [
         f"{'-' if p.shard is None else shard_name(p.shard)}  {p.kind}: {p.message}"
         for p in report.problems
     ]
+    notes = [
+        *report.notes,
+        *(f"made with {line}" for line in mixture_lines(report.records.values())),
+    ]
+    lines += [f"note: {note}" for note in notes]
+    if report.not_made:
+        done, planned = len(report.records), report.num_shards
+        lines.append(
+            f"{where}: {done:,} of {planned:,} shards committed ({100 * done // planned}%),"
+            f" {len(report.not_made):,} not made yet ({ranges(report.not_made)}):"
+            " run the generate command to go on"
+        )
     depth = "hashes, contents and labels" if report.is_deep else _SHALLOW
     lines.append(
         f"{where}: {report.num_sound:,} of {report.num_shards:,} shards sound"
@@ -107,18 +122,30 @@ def comparison_text(compared: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def repair_text(done: Repair, report: Report) -> str:
-    """What was put right and what to run now."""
+def repair_text(done: Repair) -> str:
+    """What was put right."""
     lines = [f"removed {done.num_swept:,} leftovers of killed runs"]
     if done.unmarked:
         lines.append(f"unmarked the shards {ranges(done.unmarked)}")
-    if report.shards_to_make:
-        lines.append("now run the generate command of this dataset: it makes the missing shards")
-    elif any(problem.kind == "index" for problem in report.problems):
-        lines.append("now run the generate command of this dataset: it writes the indexes again")
-    if any(problem.kind == "stray" for problem in report.problems):
-        lines.append("files that are not part of the dataset stay: remove them by hand")
     return "\n".join(lines)
+
+
+def next_steps(report: Report, where: str, *, is_repaired: bool) -> list[str]:
+    """What to run now, so that nothing is left to be found; what `report_text` told is left out."""
+    steps, now = [], "now"
+    if not is_repaired and any(problem.is_hidden for problem in report.problems):
+        now = "then"
+        steps.append(
+            f"first run `python -m jobs.verify {where} --deep --repair`: records and sizes of"
+            " damaged shards are right, so generate alone takes them for done"
+        )
+    if any(problem.shard is not None for problem in report.problems):
+        steps.append(f"{now} run the generate command of this dataset: it makes these shards again")
+    elif any(problem.kind == "index" for problem in report.problems):
+        steps.append(f"{now} run the generate command of this dataset: it writes the indexes again")
+    if any(problem.kind == "stray" for problem in report.problems):
+        steps.append("files that are not part of the dataset stay: remove them by hand")
+    return steps
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ for image, label, metadata in dataset.to_tuple("$format", "cls", "json"):
 ```
 
 One row per sample, with labels, pixel hashes and the compute it took:
-`pyarrow.dataset.dataset("meta", format="parquet", exclude_invalid_files=True)`.
+`pandas.read_parquet("meta")`, and so with polars, DuckDB and pyarrow.
 
 ## Columns
 

@@ -36,10 +36,9 @@ from pipeline.console import (
 from pipeline.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.faults import reach
 from pipeline.loader import Dataset
-from pipeline.manifest import CommitRecord, committed_shards, write_indexes
+from pipeline.manifest import LEDGER_NAME, CommitRecord, committed_shards, write_indexes
 from pipeline.plan import JobPlan, check_output, open_plan
 from pipeline.run import (
-    LEDGER_NAME,
     JobStopped,
     ShardRun,
     StopSignals,

@@ -275,7 +275,9 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except ShardError as error:
-        raise ShardError(f"{what}: {error}; run verify --deep, then generate again") from error
+        raise ShardError(
+            f"{what}: {error}; run verify --deep --repair, then generate again"
+        ) from error
 
 
 def _training_pairs(

@@ -1,9 +1,12 @@
 """Which shards are done: a fact on disk, written last.
 
-A shard is done if and only if `meta/{shard}.json` parses strictly, carries the shard's id and
+A shard is done if and only if `commits/{shard}.json` parses strictly, carries the shard's id and
 fingerprint, and the sizes it names match one listing of `train/` and `meta/`. Everything else, a
 half-written record or a foreign file included, means the shard is made again and overwritten.
 Where a claim says that two workers may have published it at once, the files are hashed too.
+
+`train/` holds tars and `meta/` Parquet alone, because readers of a folder open whatever is in it.
+Earlier releases kept the records and the ledger in `meta/`: they count where there is no newer one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +31,16 @@ from pipeline.plan import JobPlan
 from pipeline.settings import STRICT, PositiveInt, Sha256
 from pipeline.storage import Storage
 
-TRAIN_FOLDER, META_FOLDER = "train", "meta"
-CARD_NAME, INDEX_NAME, SIZES_NAME = "README.md", "index.json", "sizes.json"
-FAILURES_NAME = "failures.jsonl"
+TRAIN_FOLDER, META_FOLDER, COMMITS_FOLDER = "train", "meta", "commits"
+FOLDERS = (TRAIN_FOLDER, META_FOLDER, COMMITS_FOLDER)
+CARD_NAME, INDEX_NAME, SIZES_NAME, INFO_NAME = (
+    "README.md",
+    "index.json",
+    "sizes.json",
+    "_info.json",
+)
+LEDGER_NAME = f"{COMMITS_FOLDER}/failures.jsonl"
+OLD_LEDGER_NAME = f"{META_FOLDER}/failures.jsonl"
 _SHARD_DIGITS = 5
 _MAX_ROUNDS = 5  # of publishing a shard that another worker publishes at the same moment
 _READERS = 16  # records are small: an object store answers many at once
@@ -55,16 +66,32 @@ def parquet_name(shard_id: int) -> str:
 
 def record_name(shard_id: int) -> str:
     """Where the commit record of a shard is, relative to the dataset."""
+    return f"{COMMITS_FOLDER}/{shard_name(shard_id)}.json"
+
+
+def old_record_name(shard_id: int) -> str:
+    """Where earlier releases put the commit record: it counts where there is no newer one."""
     return f"{META_FOLDER}/{shard_name(shard_id)}.json"
+
+
+def record_in(names: Collection[str], shard_id: int) -> str | None:
+    """Which of some files is the commit record of a shard; None without one."""
+    places = (record_name(shard_id), old_record_name(shard_id))
+    return next((name for name in places if name in names), None)
 
 
 def planned_shard(name: str, plan: JobPlan) -> int | None:
     """The shard of the plan that a file belongs to by its name; None for a foreign name."""
-    match = re.fullmatch(r"(?:train|meta)/([0-9]{5,18})\.[a-z]+", name)
+    match = re.fullmatch(r"(?:train|meta|commits)/([0-9]{5,18})\.[a-z]+", name)
     shard_id = int(match[1]) if match else plan.num_shards
     if shard_id >= plan.num_shards:
         return None
-    names = (tar_name(shard_id), parquet_name(shard_id), record_name(shard_id))
+    names = (
+        tar_name(shard_id),
+        parquet_name(shard_id),
+        record_name(shard_id),
+        old_record_name(shard_id),
+    )
     return shard_id if name in names else None
 
 
@@ -121,8 +148,9 @@ class BuiltShard:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """The content of `meta/{shard}.json`: what was made, and by whom, when and with what.
+    """The content of `commits/{shard}.json`: what was made, and by whom, when and with what.
 
+    `fingerprint` is `JobPlan.shard_fingerprint`, which extending the plan does not change.
     `environment` holds versions and hardware, never variables of the process environment.
     """
 
@@ -130,7 +158,6 @@ class CommitRecord:
 
     shard_id: Count
     fingerprint: Sha256
-    plan_fingerprint: Sha256
     num_samples: PositiveInt
     num_blank: Count
     num_duplicates: Count
@@ -158,7 +185,6 @@ class CommitRecord:
         return CommitRecord(
             shard_id=built.shard_id,
             fingerprint=plan.shard_fingerprint(built.shard_id),
-            plan_fingerprint=plan.fingerprint,
             num_samples=built.num_samples,
             num_blank=built.num_blank,
             num_duplicates=built.num_duplicates,
@@ -190,7 +216,16 @@ class CommitRecord:
             return None
 
 
-_RECORD = TypeAdapter(CommitRecord)
+@dataclass(frozen=True)
+class _OldCommitRecord(CommitRecord):
+    """As earlier releases wrote it: with the fingerprint of the whole plan too."""
+
+    __pydantic_config__ = STRICT
+
+    plan_fingerprint: Sha256
+
+
+_RECORD: TypeAdapter[CommitRecord] = TypeAdapter(CommitRecord | _OldCommitRecord)
 
 
 def publish_shard(storage: Storage, plan: JobPlan, built: BuiltShard, record: CommitRecord) -> None:
@@ -232,30 +267,38 @@ def publish_record(storage: Storage, record: CommitRecord) -> None:
     reach("record-published")
 
 
+def stored_sizes(storage: Storage) -> dict[str, int]:
+    """Bytes of every file of the shards, by name, from one listing of each folder."""
+    return {
+        f"{folder}/{name}": size
+        for folder in FOLDERS
+        for name, size in storage.list(folder).items()
+    }
+
+
 def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
     """The shards of the plan that are done, by id, from one listing of each folder.
 
     Errors: `OSError` where the storage does not answer; never for what a file holds.
     """
-    sizes = {f"{TRAIN_FOLDER}/{name}": n for name, n in storage.list(TRAIN_FOLDER).items()}
-    sizes |= {f"{META_FOLDER}/{name}": n for name, n in storage.list(META_FOLDER).items()}
-    candidates = [
-        shard_id
-        for name in sorted(sizes)
-        if (shard_id := planned_shard(name, plan)) is not None
-        and name == record_name(shard_id)
+    sizes = stored_sizes(storage)
+    named = {planned_shard(name, plan) for name in sizes}
+    candidates = {
+        shard_id: record
+        for shard_id in sorted(shard_id for shard_id in named if shard_id is not None)
+        if (record := record_in(sizes, shard_id)) is not None
         and tar_name(shard_id) in sizes
         and parquet_name(shard_id) in sizes
-    ]
+    }
 
-    def read(shard_id: int) -> CommitRecord | None:
+    def read(name: str) -> CommitRecord | None:
         try:
-            return CommitRecord.from_json(storage.read(record_name(shard_id)))
+            return CommitRecord.from_json(storage.read(name))
         except FileNotFoundError:  # taken away since the listing
             return None
 
     with ThreadPoolExecutor(_READERS) as pool:
-        records = zip(candidates, pool.map(read, candidates), strict=True)
+        records = zip(candidates, pool.map(read, candidates.values()), strict=True)
         done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
     doubtful = doubtful_shards(storage)
     return {i: r for i, r in sorted(done.items()) if _is_whole(storage, r, doubtful)}
@@ -282,15 +325,23 @@ def mixed_environments(
 
 def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:
     """The record of one shard if it is done, else None. Errors: as `committed_shards`."""
-    try:
-        record = CommitRecord.from_json(storage.read(record_name(shard_id)))
-    except FileNotFoundError:
-        return None
-    names = (tar_name(shard_id), parquet_name(shard_id))
-    sizes = {name: size for name in names if (size := storage.size(name)) is not None}
+    sizes = {}
+    for name in (tar_name(shard_id), parquet_name(shard_id)):
+        size = storage.size(name)
+        if size is None:
+            return None
+        sizes[name] = size
+    record = _read_record(storage, shard_id)
     if record is None or not _is_done(record, shard_id, plan, sizes):
         return None
     return record if _is_whole(storage, record, doubtful_shards(storage)) else None
+
+
+def _read_record(storage: Storage, shard_id: int) -> CommitRecord | None:
+    for name in (record_name(shard_id), old_record_name(shard_id)):
+        with suppress(FileNotFoundError):
+            return CommitRecord.from_json(storage.read(name))
+    return None
 
 
 def _is_whole(storage: Storage, record: CommitRecord, doubtful: Collection[int]) -> bool:
@@ -322,7 +373,13 @@ def _is_done(record: CommitRecord, shard_id: int, plan: JobPlan, sizes: Mapping[
 
 
 def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str, bytes]:
-    """The content of index.json (wids), sizes.json (open_clip) and the dataset card, by name."""
+    """The content of the indexes and the dataset card, by name.
+
+    index.json is read by wids (0.1.11), `_info.json` by timm (1.0.31) and sizes.json by open_clip
+    (3.3.0), which looks beside the tars: there it would stop `datasets` (5.2.0), whose
+    `load_dataset("webdataset", data_dir=...)` opens every file below `train/` as a tar, so it is
+    left to be copied there.
+    """
     done = [records[shard_id] for shard_id in sorted(records)]
     index = {
         "wids_version": 1,
@@ -337,11 +394,18 @@ def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str,
         ],
     }
     sizes = {Path(record.files.tar.name).name: record.num_samples for record in done}
+    split = {
+        "name": TRAIN_FOLDER,
+        "num_samples": sum(sizes.values()),
+        "filenames": [record.files.tar.name for record in done],
+        "shard_lengths": list(sizes.values()),
+    }
     num_samples = sum(record.num_samples for record in done)
     tar_bytes = sum(record.files.tar.size for record in done)
     return {
         INDEX_NAME: (json.dumps(index, indent=1) + "\n").encode(),
         SIZES_NAME: (json.dumps(sizes, indent=1) + "\n").encode(),
+        INFO_NAME: (json.dumps({"splits": {TRAIN_FOLDER: split}}, indent=1) + "\n").encode(),
         CARD_NAME: dataset_card(plan, len(done), num_samples, tar_bytes).encode(),
     }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.claims import STALE_AFTER, sweep_claims
-from pipeline.manifest import META_FOLDER, TRAIN_FOLDER, record_name
+from pipeline.manifest import FOLDERS, old_record_name, record_name
 from pipeline.plan import JobPlan
 from pipeline.storage import TEMP_PREFIX, Storage
 from pipeline.verify import Report
@@ -25,17 +24,24 @@ def repair(storage: Storage, plan: JobPlan, report: Report) -> Repair:
 
     Data files stay where they are: making a shard again replaces them. Errors: `OSError`.
     """
-    unmarked = []
-    for shard_id in report.shards_to_make:
-        with suppress(FileNotFoundError):
-            storage.remove(record_name(shard_id))
-            unmarked.append(shard_id)
+    unmarked = [
+        shard_id
+        for shard_id in report.shards_to_make
+        if _removed(storage, record_name(shard_id)) | _removed(storage, old_record_name(shard_id))
+    ]
     num_swept = 0
-    for folder in ("", TRAIN_FOLDER, META_FOLDER):
+    for folder in ("", *FOLDERS):
         for name in storage.list_older(folder, STALE_AFTER):
             if name.startswith(TEMP_PREFIX):
-                with suppress(FileNotFoundError):
-                    storage.remove(f"{folder}/{name}" if folder else name)
-                    num_swept += 1
+                num_swept += _removed(storage, f"{folder}/{name}" if folder else name)
     sound = set(range(plan.num_shards)) - set(report.shards_to_make)
     return Repair(tuple(unmarked), num_swept + sweep_claims(storage, sound))
+
+
+def _removed(storage: Storage, name: str) -> bool:
+    """Remove a file; whether there was one."""
+    try:
+        storage.remove(name)
+    except FileNotFoundError:
+        return False
+    return True

@@ -16,12 +16,11 @@ from typing import Any
 from depthvar.errors import InputError
 from pipeline.actor import Progress, ShardDone, ShardStopped, Worker, WorkerSpec
 from pipeline.console import ProgressBar, say
-from pipeline.manifest import FAILURES_NAME, META_FOLDER, read_commit, shard_name
+from pipeline.manifest import LEDGER_NAME, OLD_LEDGER_NAME, read_commit, shard_name
 from pipeline.plan import JobPlan
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 
-LEDGER_NAME = f"{META_FOLDER}/{FAILURES_NAME}"
 _STORAGE = "storage"
 _MAX_STORAGE_FAILURES = 5  # in a row, without a shard committed in between
 
@@ -77,7 +76,7 @@ class StopSignals:
 class ShardRun:
     """Bookkeeping of one run: what is heard of a shard goes to the queue, the bar and the ledger.
 
-    The ledger is `meta/failures.jsonl`, one line per charged failure with its traceback, and one
+    The ledger is `commits/failures.jsonl`, one line per charged failure with its traceback, and one
     per charge that was taken back.
     """
 
@@ -201,10 +200,7 @@ class ShardRun:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            try:
-                earlier = self._storage.read(LEDGER_NAME)
-            except FileNotFoundError:
-                earlier = b""
+            earlier = _read_or_nothing(self._storage, LEDGER_NAME)
             line = json.dumps(entry).encode() + b"\n"
             self._storage.publish_bytes(earlier + line, LEDGER_NAME)
         except OSError as error:
@@ -216,10 +212,8 @@ def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
 
     Lines that are no entry of this plan say nothing. Errors: `OSError`.
     """
-    try:
-        lines = storage.read(LEDGER_NAME).splitlines()
-    except FileNotFoundError:
-        return frozenset()
+    ledgers = [_read_or_nothing(storage, name) for name in (OLD_LEDGER_NAME, LEDGER_NAME)]
+    lines = [line for ledger in ledgers for line in ledger.splitlines()]
     last: dict[int, bool] = {}
     for line in lines:
         try:
@@ -232,6 +226,13 @@ def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
         if is_ours and fingerprint == plan.shard_fingerprint(shard_id):
             last[shard_id] = is_given_up
     return frozenset(shard_id for shard_id, is_given_up in last.items() if is_given_up)
+
+
+def _read_or_nothing(storage: Storage, name: str) -> bytes:
+    try:
+        return storage.read(name)
+    except FileNotFoundError:
+        return b""
 
 
 def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bool]) -> None:

@@ -56,7 +56,7 @@ def main() -> int:
             job = [f"--out={folder / 'out'}", f"--address={cluster.address}", "--workers=2", *FLAGS]
             set_faults(folder / "faults.json", hog=HOG_INDEX, hog_bytes=2 * ROOM_BYTES)
             first = fake_job.main(job)
-            rows = [json.loads(row) for row in (folder / "out/meta/failures.jsonl").open()]
+            rows = [json.loads(row) for row in (folder / "out/commits/failures.jsonl").open()]
             set_faults(folder / "faults.json")
             second = fake_job.main([*job, "--retry-failed"])
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -121,6 +122,24 @@ def write_dataset(storage: Storage, plan: JobPlan, scratch: Path) -> JobPlan:
         publish_one(storage, plan, shard_id, scratch)
     write_indexes(storage, plan, committed_shards(storage, plan))
     return plan
+
+
+def to_old_layout(out: Path) -> None:
+    """Turn a dataset into what earlier releases left: records and ledger in `meta/`, one more field
+    in every record, another card, and no `_info.json`."""
+    for file in sorted((out / "commits").iterdir()):
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            fields = iter(json.loads(data).items())
+            head = dict(next(fields) for _ in range(2))
+            old = {**head, "plan_fingerprint": head["fingerprint"], **dict(fields)}
+            data = (json.dumps(old, indent=1) + "\n").encode()
+        (out / "meta" / file.name).write_bytes(data)
+        file.unlink()
+    (out / "commits").rmdir()
+    (out / "_info.json").unlink(missing_ok=True)
+    if (out / "README.md").exists():
+        (out / "README.md").write_text("# The card of an earlier release\n")
 
 
 def write_images(folder: Path, plan: JobPlan, images_NHWC: np.ndarray) -> Dataset:

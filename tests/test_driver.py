@@ -78,12 +78,12 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
-    file = out / "meta" / "failures.jsonl"
+    file = out / "commits" / "failures.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def attempts(out: Path) -> dict[int, int]:
-    records = [CommitRecord.from_json(f.read_bytes()) for f in out.glob("meta/0*.json")]
+    records = [CommitRecord.from_json(f.read_bytes()) for f in out.glob("commits/0*.json")]
     return {record.shard_id: record.attempt for record in records if record is not None}
 
 

@@ -78,7 +78,7 @@ def start(
 
 
 def records(tmp_path: Path) -> list[CommitRecord]:
-    files = (tmp_path / "out" / "meta").glob("0*.json")
+    files = (tmp_path / "out" / "commits").glob("0*.json")
     found = [CommitRecord.from_json(f.read_bytes()) for f in sorted(files)]
     return [record for record in found if record is not None]
 
@@ -126,7 +126,7 @@ def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
     open_gate(gate)
     assert wait() == 0, "with one attempt per shard a charge would have set the shard aside"
     assert len(records(tmp_path)) == NUM_SHARDS
-    assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()
+    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
     assert joined in {name.rpartition(":")[2] for name in worker_names(tmp_path).values()}
     assert "room for 2 now" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def drain_at_work(
     assert wait() == 0
     by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
     assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
-    assert not (tmp_path / "out" / "meta" / "failures.jsonl").exists()
+    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
 
 
 def test_a_draining_node_gets_no_new_shards(

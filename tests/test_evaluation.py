@@ -115,7 +115,7 @@ def test_cas_trains_on_the_images_alone(real_dataset: Dataset, monkeypatch: pyte
 def test_a_dataset_in_progress_is_measured_and_says_so(tmp_path: Path):
     plan = digit_plan()
     write_images(tmp_path / "data", plan, real_digits(plan)[0])
-    (tmp_path / "data" / "meta" / "00001.json").unlink()
+    (tmp_path / "data" / "commits" / "00001.json").unlink()
     dataset = open_dataset(str(tmp_path / "data"))
     evaluation = evaluate(dataset, NO_CAS)
     assert (evaluation.num_samples, evaluation.num_planned) == (70, 130)

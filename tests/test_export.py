@@ -173,7 +173,7 @@ def test_the_job_writes_both_formats_and_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     data = dataset_of(tmp_path).storage.uri
-    (Path(data) / "meta" / "00001.json").unlink()
+    (Path(data) / "commits" / "00001.json").unlink()
     out = tmp_path / "samples.npz"
     assert main([data, "--format", "adm-npz", "--out", str(out)]) == 0
     shown = capsys.readouterr().out

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,13 +30,21 @@ from pipeline.config import GenerateConfig, load_config
 from pipeline.console import ProgressBar
 from pipeline.driver import generate
 from pipeline.labels import read_labels_file
+from pipeline.loader import open_dataset
 from pipeline.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.plan import JobPlan, read_plan
 from pipeline.run import ShardRun, set_aside_earlier
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fake_shards import data_files, fill, make_plan, record_of, write_dataset
+from tests.fake_shards import (
+    data_files,
+    fill,
+    make_plan,
+    record_of,
+    to_old_layout,
+    write_dataset,
+)
 from tests.fakes import set_faults
 from tests.fault_hook import FAULTS_VARIABLE
 
@@ -61,7 +70,7 @@ def run(out: Path, **changes: Any) -> int:
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
-    file = out / "meta" / "failures.jsonl"
+    file = out / "commits" / "failures.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -125,13 +134,13 @@ def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
     }
     lines: list[object] = [1, [], {}, {**good, "shard_id": 99}, {**good, "fingerprint": "x"}]
     text = "\n".join(["{", "\xff", *map(json.dumps, lines)])
-    storage.publish_bytes(text.encode("latin-1"), "meta/failures.jsonl")
+    storage.publish_bytes(text.encode("latin-1"), "commits/failures.jsonl")
     assert set_aside_earlier(storage, plan) == frozenset()
     more = f"{text}\n{json.dumps(good)}"
-    storage.publish_bytes(more.encode("latin-1"), "meta/failures.jsonl")
+    storage.publish_bytes(more.encode("latin-1"), "commits/failures.jsonl")
     assert set_aside_earlier(storage, plan) == {1}
     retried = json.dumps({**good, "cause": "storage"})
-    storage.publish_bytes(f"{more}\n{retried}".encode("latin-1"), "meta/failures.jsonl")
+    storage.publish_bytes(f"{more}\n{retried}".encode("latin-1"), "commits/failures.jsonl")
     assert set_aside_earlier(storage, plan) == frozenset()
 
 
@@ -183,7 +192,7 @@ def test_an_output_that_turns_full_stops_the_job_with_its_real_error(
 
 
 def damage(out: Path, kind: str) -> None:
-    tar, record = out / "train" / "00001.tar", out / "meta" / "00001.json"
+    tar, record = out / "train" / "00001.tar", out / "commits" / "00001.json"
     if kind == "truncated":
         tar.write_bytes(tar.read_bytes()[:-512])
     elif kind == "flipped":
@@ -210,7 +219,7 @@ def test_damage_is_named_by_verify_unmarked_by_repair_and_made_again(
     said = capsys.readouterr().out
     assert "00001  " in said
     assert "run the generate command" in said
-    assert not (out / "meta" / "00001.json").exists()
+    assert not (out / "commits" / "00001.json").exists()
     assert run(out) == 0
     assert data_files(out) == before
     assert verify_job.main([str(out), "--deep"]) == 0
@@ -249,6 +258,75 @@ def test_repair_sweeps_what_is_old_and_leaves_what_may_be_in_use(out: Path):
         os.utime(file, (time.time() - 4000,) * 2)
     assert verify_job.main([str(out), "--repair"]) == 0
     assert (old.exists(), new.exists(), claim.exists()) == (False, True, False)
+
+
+# Datasets of earlier releases
+
+
+def old_dataset(out: Path) -> dict[str, tuple[bytes, int]]:
+    """Turn the dataset old; its tars and Parquet with the time of their last change."""
+    to_old_layout(out)
+    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
+    return {str(f): (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
+
+
+def test_a_dataset_of_an_earlier_release_is_sound_and_complete(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
+    old_dataset(out)
+    assert verify_job.main([str(out), "--deep"]) == 0
+    assert open_dataset(str(out)).num_samples == 20
+    assert "3 of 3 shards sound (20 images), 0 problems" in capsys.readouterr().out
+
+
+def test_a_dataset_of_an_earlier_release_is_finished_and_extended_in_the_new_layout(out: Path):
+    before = old_dataset(out)
+    for file in (out / "train" / "00001.tar", out / "meta" / "00001.parquet"):
+        file.unlink()
+    (out / "meta" / "00001.json").unlink()
+    assert run(out) == 0
+    assert {f: Path(f).read_bytes() for f in before} == {f: data for f, (data, _) in before.items()}
+    kept = [f for f in before if "00001" not in f]
+    assert [Path(f).stat().st_mtime_ns for f in kept] == [before[f][1] for f in kept]
+    assert [f.name for f in (out / "commits").iterdir()] == ["00001.json"]
+    assert verify_job.main([str(out), "--deep"]) == 0
+    assert run(out, per_class=3, extend=True) == 0
+    names = sorted(f.name for f in (out / "commits").iterdir())
+    assert names == ["00001.json", "00003.json", "00004.json"]
+    assert verify_job.main([str(out), "--deep"]) == 0
+    assert open_dataset(str(out)).num_samples == 30
+
+
+def test_a_damaged_shard_of_an_earlier_release_is_repaired(out: Path):
+    before = data_files(out)
+    old_dataset(out)
+    (out / "commits").mkdir()
+    shutil.copy(out / "meta" / "00001.json", out / "commits")
+    data = bytearray((out / "train" / "00001.tar").read_bytes())
+    data[2000] ^= 1
+    (out / "train" / "00001.tar").write_bytes(data)
+    assert verify_job.main([str(out), "--deep", "--repair"]) == 1
+    assert not (out / "meta" / "00001.json").exists()
+    assert not (out / "commits" / "00001.json").exists()
+    assert run(out) == 0
+    assert data_files(out) == before
+    assert verify_job.main([str(out), "--deep"]) == 0
+
+
+def test_what_an_earlier_release_set_aside_stays_so_until_it_is_asked_for(tmp_path: Path):
+    out = tmp_path / "out"
+    set_faults(tmp_path / "faults.json", poison=9)
+    assert run(out, max_attempts=2) == 1
+    to_old_layout(out)
+    assert (out / "meta" / "failures.jsonl").exists()
+    set_faults(tmp_path / "faults.json")
+    assert run(out) == 1
+    assert ledger(out) == [], "it was not tried"
+    set_faults(tmp_path / "faults.json", poison=9)
+    assert run(out, max_attempts=1, retry_failed=True) == 1
+    assert [e["shard_id"] for e in ledger(out)] == [1]
+    set_faults(tmp_path / "faults.json")
+    assert run(out, retry_failed=True) == 0
 
 
 # Two workers or drivers at once
@@ -358,7 +436,7 @@ def test_images_sampled_again_are_exact_or_the_difference_is_told(
     said = capsys.readouterr().out
     assert "0 exact, largest difference 3 of 255" in said
     assert "nothing that was recorded differs" in said
-    for file in out.glob("meta/0*.json"):
+    for file in out.glob("commits/0*.json"):
         record = json.loads(file.read_text())
         record["environment"]["torch"] = "1.0"
         file.write_text(json.dumps(record))

@@ -218,7 +218,7 @@ def test_images_from_numbers_that_are_not_finite_are_never_committed(
     flags = ["--out", str(out), "--weights", str(tmp_path), "--workers", "0", *labels]
     assert jobs.generate.main(flags) == 1
     assert "missing: 1 shard: 1" in capsys.readouterr().err
-    ledger = [json.loads(row) for row in (out / "meta" / "failures.jsonl").open()]
+    ledger = [json.loads(row) for row in (out / "commits" / "failures.jsonl").open()]
     assert [(row["shard_id"], row["set_aside"]) for row in ledger] == [(1, False)] * 2 + [(1, True)]
     assert all("drew tokens from numbers that are not finite" in row["error"] for row in ledger)
     assert sorted(file.name for file in out.glob("train/*")) == ["00000.tar", "00002.tar"]

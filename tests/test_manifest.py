@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +32,7 @@ from tests.fake_shards import (
     object_store,
     publish_one,
     record_of,
+    to_old_layout,
     write_dataset,
 )
 
@@ -85,7 +87,7 @@ def test_the_record_says_who_made_what_and_holds_the_times(tmp_path):
         record = record_of(plan, fill(writer, plan, plan.shard(0)))
     stored = json.loads(record.to_json())
     assert stored["fingerprint"] == plan.shard_fingerprint(0)
-    assert stored["plan_fingerprint"] == plan.fingerprint
+    assert "plan_fingerprint" not in stored
     assert set(stored["files"]) == {"tar", "parquet"}
     assert [b["start"] for b in stored["batches"]] == [0, 4, 8]
     assert CommitRecord.from_json(record.to_json()) == record
@@ -149,7 +151,7 @@ def _example_record() -> bytes:
     entry = {"name": "train/00000.tar", "size": 5, "sha256": "ab" * 32}
     batch = {"start": 0, "stop": 4, "sampling_s": 0.5, "decoding_s": 0.5, "encoding_s": 0.0}
     record = {
-        "shard_id": 0, "fingerprint": "ab" * 32, "plan_fingerprint": "ab" * 32, "num_samples": 4,
+        "shard_id": 0, "fingerprint": "ab" * 32, "num_samples": 4,
         "num_blank": 0, "num_duplicates": 0, "files": {"tar": entry, "parquet": entry},
         "attempt": 1, "worker": "w", "device": "cpu", "threads": 1, "environment": {},
         "batches": [batch], "committed_at": "2026-01-01T00:00:00+00:00",
@@ -157,6 +159,57 @@ def _example_record() -> bytes:
     data = json.dumps(record).encode()
     assert CommitRecord.from_json(data) is not None
     return data
+
+
+@pytest.fixture
+def old(tmp_path) -> Storage:
+    """A finished dataset as earlier releases left it."""
+    write_dataset(Storage.open(tmp_path / "old"), make_plan(), tmp_path / "scratch")
+    to_old_layout(tmp_path / "old")
+    return Storage.open(tmp_path / "old")
+
+
+def test_the_records_of_earlier_releases_count_where_there_is_no_newer_one(old, finished):
+    plan = make_plan()
+    assert old.list("commits") == {}
+    found, newer = committed_shards(old, plan), committed_shards(finished, plan)
+    assert [record.files for record in found.values()] == [r.files for r in newer.values()]
+    assert [read_commit(old, plan, i) for i in range(3)] == list(found.values())
+    stored = json.loads(old.read("meta/00001.json"))
+    assert list(stored)[:4] == ["shard_id", "fingerprint", "plan_fingerprint", "num_samples"]
+
+
+def test_a_newer_record_wins_over_an_old_one_and_counts_once(old, finished):
+    plan = make_plan()
+    record = json.loads(finished.read("commits/00000.json"))
+    old.publish_bytes(json.dumps({**record, "attempt": 7}).encode(), "commits/00000.json")
+    old.publish_bytes(b"{", "commits/00002.json")
+    assert {i: r.attempt for i, r in committed_shards(old, plan).items()} == {0: 7, 1: 1}
+    assert read_commit(old, plan, 0).attempt == 7
+    assert read_commit(old, plan, 2) is None
+
+
+@pytest.mark.parametrize("edit", [{"plan_fingerprint": None}, {"plan_fingerprint": "x"}, {"x": 1}])
+def test_an_old_record_is_read_as_strictly_as_a_new_one(old, edit):
+    stored = json.loads(old.read("meta/00001.json"))
+    old.publish_bytes(json.dumps({**stored, **edit}).encode(), "meta/00001.json")
+    assert sorted(committed_shards(old, make_plan())) == [0, 2]
+
+
+def test_one_listing_of_each_folder_finds_what_is_done(finished, monkeypatch):
+    asked: list[str] = []
+    for name in ("list", "size", "read"):
+        answer = getattr(Storage, name)
+        monkeypatch.setattr(
+            Storage, name, lambda s, n, a=answer, k=name: (asked.append(f"{k} {n}"), a(s, n))[1]
+        )
+    committed_shards(finished, make_plan())
+    lists = [f"list {folder}" for folder in (".claims", "commits", "meta", "train")]
+    assert sorted(asked) == [*lists, *(f"read commits/0000{i}.json" for i in range(3))]
+    asked.clear()
+    larger = make_plan({0: 80, 1: 60, 2: 80})
+    assert read_commit(finished, larger, 5) is None
+    assert asked == ["size train/00005.tar"], "a shard that is made for the first time"
 
 
 @pytest.mark.parametrize("name", ["train/00000.tar", "meta/00000.parquet"])
@@ -173,7 +226,8 @@ def test_a_file_of_another_size_or_none_means_not_done(finished, name):
         path.write_bytes(good)
 
 
-def test_foreign_files_beside_the_records_change_nothing(finished):
+@pytest.mark.parametrize("folder", ["commits", "meta"])
+def test_foreign_files_beside_the_records_change_nothing(finished, folder):
     plan = make_plan()
     names = [
         "x.json",
@@ -185,18 +239,19 @@ def test_foreign_files_beside_the_records_change_nothing(finished):
         "00000.json.bak",
     ]
     for name in names:
-        Path(finished.root, "meta", name).write_bytes(b"{")
+        Path(finished.root, folder, name).write_bytes(b"{")
     try:
         assert sorted(committed_shards(finished, plan)) == [0, 1, 2]
     finally:
         for name in names:
-            Path(finished.root, "meta", name).unlink()
+            Path(finished.root, folder, name).unlink()
 
 
 @pytest.mark.parametrize(
     ("name", "shard"),
     [
-        ("train/00002.tar", 2), ("meta/00001.parquet", 1), ("meta/00000.json", 0),
+        ("train/00002.tar", 2), ("meta/00001.parquet", 1), ("commits/00000.json", 0),
+        ("meta/00000.json", 0), ("commits/00000.parquet", None), ("train/00000.json", None),
         ("train/00003.tar", None), ("train/2.tar", None), ("train/000002.tar", None),
         ("meta/00002.tar", None), ("train/00002.tar/", None), ("train/00002.tar\n", None),
     ],
@@ -220,6 +275,28 @@ def test_the_indexes_are_those_of_wids_and_open_clip(finished):
     assert sum(s["nsamples"] for s in index["shardlist"]) == 22
     assert all(s["filesize"] == finished.size(s["url"]) for s in index["shardlist"])
     assert sizes == {"00000.tar": 9, "00001.tar": 9, "00002.tar": 4}
+
+
+def test_the_info_file_is_what_timm_reads(finished):
+    """timm 1.0.31, data/readers/reader_wds.py: `_load_info` and `_parse_split_info`, with
+    `--dataset wds/ --data-dir OUT --train-split train`; shards are joined to the data dir."""
+    split = json.loads(finished.read("_info.json"))["splits"]["train"]
+    assert split == {
+        "name": "train",
+        "num_samples": 22,
+        "filenames": ["train/00000.tar", "train/00001.tar", "train/00002.tar"],
+        "shard_lengths": [9, 9, 4],
+    }
+    assert all(finished.size(name) for name in split["filenames"])
+
+
+def test_readers_of_whole_folders_meet_tars_and_parquet_alone(finished):
+    """`datasets` 5.2.0 opens all of `load_dataset("webdataset", data_dir=OUT)` as tars, and polars
+    2.1.0 refuses a folder with two endings."""
+    assert {Path(name).suffix for name in finished.list("train")} == {".tar"}
+    assert {Path(name).suffix for name in finished.list("meta")} == {".parquet"}
+    table = pandas.read_parquet(Path(finished.root, "meta"))
+    assert table["index"].tolist() == list(range(22))
 
 
 def test_the_card_points_the_hub_to_the_shards_and_shows_no_raw_names(finished):
@@ -265,7 +342,7 @@ def test_a_shard_is_published_record_last(tmp_path, monkeypatch):
         built = fill(writer, plan, plan.shard(0))
         publish_shard(Storage.open(str(tmp_path / "out")), plan, built, record_of(plan, built))
     assert names[0].startswith(".claims/0-"), "others are told before the first byte"
-    assert names[1:] == ["train/00000.tar", "meta/00000.parquet", "meta/00000.json"]
+    assert names[1:] == ["train/00000.tar", "meta/00000.parquet", "commits/00000.json"]
     assert Storage.open(str(tmp_path / "out")).list(".claims") == {}
 
 

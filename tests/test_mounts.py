@@ -83,7 +83,7 @@ def done_in(out: Path) -> list[int]:
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
-    file = out / "meta" / "failures.jsonl"
+    file = out / "commits" / "failures.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -73,7 +73,7 @@ def test_the_bundled_model_makes_the_same_pixels_again_and_tells_what_it_did_not
     assert f"regenerated 10 images: 9 exact, largest difference {BRIGHTER} of 255" in said
     assert "nothing that was recorded differs" in said
 
-    record = real / "meta" / "00001.json"
+    record = real / "commits" / "00001.json"
     stored = json.loads(record.read_text())
     stored["environment"]["torch"] = "1.0"
     record.write_text(json.dumps({**stored, "threads": 7}))

@@ -21,7 +21,7 @@ from jobs import verify as verify_job
 from pipeline import storage as storage_module
 from pipeline.config import GenerateConfig
 from pipeline.driver import generate
-from pipeline.manifest import committed_shards
+from pipeline.manifest import FOLDERS, committed_shards
 from pipeline.plan import read_plan
 from pipeline.storage import Storage, is_transient
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -150,7 +150,7 @@ def run(out: str, tmp_path: Path, **changes: object) -> int:
 
 def data_files(storage: Storage) -> dict[str, bytes]:
     names = [f"train/{n}" for n in storage.list("train")]
-    names += [f"meta/{n}" for n in storage.list("meta") if n.endswith(".parquet")]
+    names += [f"meta/{n}" for n in storage.list("meta")]
     return {name: storage.read(name) for name in names}
 
 
@@ -173,9 +173,9 @@ def test_what_is_missing_on_a_store_is_found_and_made_again(uri: str, tmp_path: 
     assert run(uri, tmp_path) == 0
     storage = Storage.open(uri)
     before = data_files(storage)
-    storage.remove("meta/00000.json")
+    storage.remove("commits/00000.json")
     storage.remove("train/00001.tar")
-    storage.publish_bytes(b"{", "meta/00002.json")
+    storage.publish_bytes(b"{", "commits/00002.json")
     assert verify_job.main([uri]) == 1
     assert run(uri, tmp_path) == 0
     assert data_files(storage) == before
@@ -194,7 +194,7 @@ def test_a_store_that_fails_one_request_in_five_loses_nothing(
     assert plan is not None
     assert len(committed_shards(storage, plan)) == 3
     assert data_files(storage) == data_files(Storage.open(str(tmp_path / "out")))
-    assert storage.size("meta/failures.jsonl") is None, "the store's failures charge no shard"
+    assert storage.size("commits/failures.jsonl") is None, "the store's failures charge no shard"
 
 
 def test_two_drivers_at_once_leave_no_shard_half_from_each(uri: str, tmp_path: Path):
@@ -230,10 +230,10 @@ def test_two_drivers_at_once_leave_no_shard_half_from_each(uri: str, tmp_path: P
 def test_nothing_secret_reaches_the_store(uri: str, tmp_path: Path):
     assert run(uri, tmp_path) == 0
     storage = Storage.open(uri)
-    names = [f"{folder}/{name}" for folder in ("train", "meta") for name in storage.list(folder)]
+    names = [f"{folder}/{name}" for folder in FOLDERS for name in storage.list(folder)]
     for name in [*names, *storage.list("")]:
         assert SECRET.encode() not in storage.read(name), name
-    assert {"README.md", "plan.json", "meta/00000.json"} <= {*names, *storage.list("")}
+    assert {"README.md", "plan.json", "commits/00000.json"} <= {*names, *storage.list("")}
 
 
 def test_a_folder_of_more_than_a_thousand_objects_is_listed_whole(uri: str, server: int):

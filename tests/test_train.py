@@ -99,7 +99,7 @@ def test_an_unfinished_dataset_says_so(
 ):
     out = tmp_path / "data"
     write_colours(out, colour_plan())
-    (out / "meta" / "00004.json").unlink()
+    (out / "commits" / "00004.json").unlink()
     assert main([str(out), "--test", held_out, "--runs", "1", *QUICK]) == 0
     assert "not finished: 40 of 48 images are committed" in capsys.readouterr().out
 

@@ -60,8 +60,9 @@ def test_an_unfinished_dataset_names_the_shards_to_make(tmp_path):
     plan = open_plan(storage, make_plan())
     publish_one(storage, plan, 1, tmp_path / "scratch")
     report = verify(storage, plan)
-    assert report.shards_to_make == (0, 2)
-    assert found(report) == [(0, "missing"), (2, "missing")]
+    assert report.shards_to_make == report.not_made == (0, 2)
+    assert found(report) == []
+    assert not report.is_sound
     assert report.num_samples == 9
 
 
@@ -233,7 +234,11 @@ def test_a_parquet_that_is_none_is_found(out):
 
 
 @pytest.mark.parametrize(
-    "name", ["train/notes.txt", "train/00099.tar", "meta/0.json", "train/a/b.tar"]
+    "name",
+    [
+        *("train/notes.txt", "train/00099.tar", "train/a/b.tar", "meta/0.json", "meta/sizes.json"),
+        *("commits/0.json", "commits/00000.parquet", "commits/failures.json"),
+    ],
 )
 def test_files_that_do_not_belong_are_named_and_make_nothing_again(out, name):
     storage, plan = out
@@ -245,7 +250,10 @@ def test_files_that_do_not_belong_are_named_and_make_nothing_again(out, name):
 
 def test_what_the_job_itself_leaves_is_no_stray(out):
     storage, plan = out
-    for name in ("meta/failures.jsonl", "contact_sheet.png", "train/.tmp-0-00000.tar"):
+    for name in (
+        *("commits/failures.jsonl", "meta/failures.jsonl", "contact_sheet.png"),
+        *("train/.tmp-0-00000.tar", "train/sizes.json"),
+    ):
         storage.publish_bytes(b"x", name)
     assert verify(storage, plan, deep=True).is_sound
 

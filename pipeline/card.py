@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import html
-import json
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from string import Template
 
+from depthvar.policy import PRESETS, make_policy
 from pipeline.plan import JobPlan
 from pipeline.schema import markdown_table
 
-_MAX_CLASSES_LISTED = 40
+_MAX_CLASS_ROWS = 20
+_MAX_CLASSES_NAMED = 1000
 # Literal patterns: the hub and `datasets` read the front matter, so nothing is filled in there.
 _CARD = Template("""\
 ---
@@ -100,7 +103,11 @@ def _facts(
             "images",
             f"{settings.image_side} x {settings.image_side} {mode} {settings.image_format}",
         ),
-        ("depth policy", json.dumps(settings.policy)),
+        ("depth policy", _policy(settings.policy)),
+        (
+            "mean depth of the scales",
+            f"{', '.join(f'{depth:.3g}' for depth in compute.depth_per_scale)} blocks",
+        ),
         (
             "token-layers",
             f"{compute.token_layers:,}: {compute.token_layers_ratio:.3f} of full depth",
@@ -111,16 +118,36 @@ def _facts(
     ]
 
 
-def _classes(plan: JobPlan) -> str:
-    counts = plan.total_counts.as_mapping()
-    rows = [
-        f"| {class_id} | {_cell(plan.settings.class_names[class_id])} | {count:,} |"
-        for class_id, count in list(counts.items())[:_MAX_CLASSES_LISTED]
+def _policy(policy: Mapping[str, object]) -> str:
+    """The preset, its reference scale, and the fields that are not as the preset has them."""
+    preset, last_full = str(policy["preset"]), policy["reference_scale"]
+    usual = asdict(make_policy(preset)) if preset in PRESETS else {}
+    words = [preset]
+    if last_full is not None:
+        words.append(f"reference scale {last_full} (the last at full depth, counted from 0)")
+    words += [
+        f"{name} {value}"
+        for name, value in policy.items()
+        if name not in ("preset", "reference_scale") and usual.get(name) != value
     ]
-    table = ["| label | name | planned samples |", "|---|---|---|", *rows]
-    if len(counts) > _MAX_CLASSES_LISTED:
-        table.append(f"\nand {len(counts) - _MAX_CLASSES_LISTED:,} more: see `plan.json`.")
-    return "\n".join(table)
+    return ", ".join(words)
+
+
+def _classes(plan: JobPlan) -> str:
+    """A table of few classes; of many a folded list, and only the first of very many."""
+    names, counts = plan.settings.class_names, plan.total_counts.as_mapping()
+    if len(counts) <= _MAX_CLASS_ROWS:
+        rows = [f"| {i} | {_cell(names[i])} | {count:,} |" for i, count in counts.items()]
+        return "\n".join(["| label | name | planned samples |", "|---|---|---|", *rows])
+    fewest, most = min(counts.values()), max(counts.values())
+    each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    shown = [f"{i} {_cell(names[i])}" for i in list(counts)[:_MAX_CLASSES_NAMED]]
+    if len(counts) > len(shown):
+        shown.append(f"{len(counts) - len(shown):,} more in `plan.json`")
+    return (
+        f"<details>\n<summary>{len(counts):,} classes, {each} planned samples each: label and name"
+        f"</summary>\n\n{' · '.join(shown)}\n\n</details>"
+    )
 
 
 def _cell(text: str) -> str:

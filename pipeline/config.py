@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -34,11 +34,13 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, DepthPolicy, make_policy
 from pipeline.labels import LabelCounts, parse_classes, quoted, read_labels_file
 from pipeline.weights import local_weights
+from pipeline.yaml_file import FieldsOf, Unquoted, fields_from, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from depthvar.checkpoint import WeightsIdentity
 
 Scalar = bool | int | float | str | None
+PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class GenerateConfig(JobConfig):
         None,
         description="last scale at full depth, from 0: the budget (default: the policy's own)",
     )
-    policy_options: dict[str, Scalar] = Field(
+    policy_options: PolicyOptions = Field(
         default_factory=dict,
         description="fields of the policy to change, as key=value (default: none)",
     )
@@ -138,7 +140,7 @@ class GenerateConfig(JobConfig):
         """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        if isinstance(value, list):
+        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
             return ",".join(quoted(str(item)) for item in value)
         return value
 
@@ -276,7 +278,7 @@ def load_config(
     flags = vars(_parser(model, prog, description).parse_args(argv))
     flags = {key: value for key, value in flags.items() if value is not None}
     yaml_path = flags.pop("config", None)
-    from_file = {} if yaml_path is None else _read_yaml(Path(yaml_path), model)
+    from_file = {} if yaml_path is None else _read_config(Path(yaml_path), model)
     values = {**from_file, **_parsed_flags(model, flags)}
     try:
         return model.model_validate(values)
@@ -336,7 +338,9 @@ def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> 
             flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
         )
     elif kind is dict:
-        parser.add_argument(flag, dest=name, nargs="+", metavar="KEY=VALUE", help=text)
+        parser.add_argument(
+            flag, dest=name, nargs="+", action="extend", metavar="KEY=VALUE", help=text
+        )
     elif kind in (list, tuple):
         parser.add_argument(flag, dest=name, nargs="+", metavar="VALUE", help=text)
     else:
@@ -368,49 +372,43 @@ def _parsed_flags(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str,
     parsed = dict(flags)
     for name, words in flags.items():
         if typing.get_origin(model.model_fields[name].annotation) is dict:
-            parsed[name] = dict(_key_value(_flag(name), word) for word in words)
+            pairs = [_key_value(_flag(name), word) for word in words]
+            repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+            if repeated:
+                raise InputError(f"{_flag(name)}: got {repeated[0]} twice: keep one of them")
+            parsed |= fields_from({name: dict(pairs)}, model)
     return parsed
 
 
-def _key_value(flag: str, word: str) -> tuple[str, Any]:
+def _key_value(flag: str, word: str) -> tuple[str, object]:
     key, equals, value = word.partition("=")
     if not key or not equals:
         raise InputError(f"{flag}: got {word!r}, wanted key=value: e.g. {flag} rotation=false")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = parse_yaml(value, word)
+    except InputError:
         return key, value
+    return key, Unquoted.at(f"{flag} {key}", parsed) if isinstance(parsed, Unquoted) else parsed
 
 
-def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
-    """The keys of a YAML file; `InputError` if it is no mapping of known keys."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read --config {path}, wanted a YAML file: {_first_line(error)}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+def _read_config(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The values of a YAML file; `InputError` if it is no mapping of known keys."""
+    content = read_yaml(path, "--config")
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, wanted lines `key: value`")
-    unknown = [str(key) for key in content if key not in model.model_fields]
+        got = "a list" if isinstance(content, list) else "text"
+        raise InputError(f"{path} holds {got}, wanted lines `key: value`")
+    unknown = [key for key in content if key not in model.model_fields]
     if unknown:
         raise InputError("\n".join(_unknown_key(key, model, path) for key in unknown))
-    return content
+    return fields_from(content, model)
 
 
 def _unknown_key(key: str, model: type[BaseModel], path: Path) -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), model.model_fields, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
     return f"unknown key {key!r} in {path}: {hint}"
-
-
-def _first_line(error: BaseException) -> str:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    return reason.splitlines()[0] if reason else type(error).__name__
 
 
 def _error_lines(

@@ -43,7 +43,13 @@ from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.processes import end_with_parent
-from pipeline.config import FileOnly, JobConfig, Scalar, checked_options, identify_weights
+from pipeline.config import (
+    FileOnly,
+    JobConfig,
+    PolicyOptions,
+    checked_options,
+    identify_weights,
+)
 from pipeline.storage import Storage
 from pipeline.weights import local_weights
 
@@ -69,7 +75,7 @@ class StudyMethod(JobConfig):
 
     policy: str
     budgets: dict[str, int | None]
-    options: dict[str, Scalar] = Field(default_factory=dict)
+    options: PolicyOptions = Field(default_factory=dict)
     signals: list[str] = Field(
         default_factory=list, description="budgets at which to ask what the recorded signals say"
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +107,90 @@ def test_classes_in_yaml_may_be_a_number_or_a_list(tmp_path: Path):
     for text, wanted in (("3", "3"), ("[1, seven]", "1,seven"), ("0-4", "0-4")):
         file.write_text(f"out: x\nclasses: {text}\n")
         assert load("--config", str(file)).classes == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("010", "010"), ("no", "no"), ("~", "~"), ("'3'", "3"), ("[0-4, '5-6']", "0-4,5-6"),
+        ("[off, 1_000, 0x10, 1e3, 1:30, 2024-01-01, null, ~, 010]",
+         "off,1_000,0x10,1e3,1:30,2024-01-01,null,~,010"),
+        ('[1, "tench, Tinca tinca", " pad", \'a"b\']', '1,"tench, Tinca tinca"," pad","a""b"'),
+        ("\n  - n01440764\n  - id:3", "n01440764,id:3"),
+    ],
+)  # fmt: skip
+def test_classes_are_what_stands_in_the_file(tmp_path: Path, text: str, wanted: str):
+    file = tmp_path / "job.yaml"
+    file.write_text(f"out: x\nclasses: {text}\n")
+    assert load("--config", str(file)).classes == wanted
+
+
+@pytest.mark.parametrize("text", ["", "[1, ]\n  #", "[[1, 2], 3]", "{a: 1}", "[1, '', [ ]]"])
+def test_classes_that_are_no_list_of_names_are_refused(tmp_path: Path, text: str):
+    file = tmp_path / "job.yaml"
+    file.write_text(f"out: x\nclasses: {text}\n")
+    if text.startswith("[1, ]"):
+        assert load("--config", str(file)).classes == "1"
+    else:
+        assert "classes in " in refused("--config", str(file))[0]
+
+
+def test_every_field_of_a_file_is_read_as_its_type(tmp_path: Path):
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "out: 010\nmodel: no\nweights: null\nlabels_file: 1e3\nseed: 1_000\ncfg: 1e-3\n"
+        "top_k: 0x10\nworkers: ~\nscratch:\nretry_failed: yes\nextend: off\nimage_format: webp\n"
+        "address: 1:30\npolicy_options:\n"
+        "  {compensation: off, blending: none, reference_scale: null, rotation: 1e-3}\n"
+    )
+    config = load("--config", str(file))
+    assert (config.out, config.model, config.weights) == ("010", "no", None)
+    assert (config.labels_file, config.seed, config.cfg, config.top_k) == (
+        Path("1e3"), 1000, 0.001, 16,
+    )  # fmt: skip
+    assert (config.workers, config.scratch, config.retry_failed, config.extend) == (
+        None, None, True, False,
+    )  # fmt: skip
+    assert config.address == "1:30"
+    assert config.policy_options == {
+        "compensation": False, "blending": "none", "reference_scale": None, "rotation": 0.001,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("seed: 1\nout: x\nseed: 2\n", "line 3: the key 'seed' stands in line 1 too"),
+        ("out: x\npolicy_options:\n  a: 1\n  a: 2\n", "line 4: the key 'a' stands in line 3"),
+        ("out: x\nseed: 010\n", "line 2: got 010, wanted a number without a zero in front"),
+        ("out: x\n1: 2\n", "unknown key '1'"),
+        ("out: x\nseed: 1:30\n", "seed in .*: got '1:30', wanted a valid integer"),
+        ("out: x\nimage_format: no\n", "got 'no', wanted 'png', 'jpg' or 'webp'"),
+    ],
+)
+def test_what_a_file_may_not_mean_is_refused_in_one_line(tmp_path: Path, content: str, told: str):
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    (line,) = refused("--config", str(file))
+    assert re.search(told, line)
+    assert str(file) in line
+
+
+def test_policy_options_are_read_as_the_fields_of_a_policy():
+    config = load(
+        "--out", "x", "--policy-options", "ranking=off", "dither=off", "--policy-options",
+        "reference_scale=null", "rotation=1e-3",
+    )  # fmt: skip
+    assert config.policy_options == {
+        "ranking": "off", "dither": False, "reference_scale": None, "rotation": 0.001,
+    }  # fmt: skip
+
+
+def test_a_policy_option_given_twice_is_refused():
+    for words in (["a=1", "a=2"], ["a=1", "--policy-options", "a=1"]):
+        assert refused("--out", "x", "--policy-options", *words) == [
+            "--policy-options: got a twice: keep one of them"
+        ]
 
 
 def test_policy_options_are_typed_words():

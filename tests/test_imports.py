@@ -16,6 +16,7 @@ PIPELINE_ORDER = (
     "claims",
     "weights",
     "text_file",
+    "yaml_file",
     "labels",
     "schema",
     "settings",

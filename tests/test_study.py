@@ -196,6 +196,22 @@ def test_parts_are_whole_batches(tmp_path: Path, samples: int, batch_size: int, 
     assert [i for part in parts for i in part] == list(range(samples))
 
 
+def test_names_and_options_of_a_study_are_what_stands_in_its_file(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(
+        "out: x\nseeds: [1, 2]\ncompare_with: [no]\nmethods:\n"
+        "  full: {policy: full, budgets: {1x: null}}\n"
+        "  no: {policy: depthvar, budgets: {1e3: 2}, options: {dither: on, rotation: 1e-1}}\n"
+    )
+    argv = ["--config", str(tmp_path / "study.yaml")]
+    read = load_config(StudyConfig, argv, prog="study", description="")
+    assert read.methods["full"].budgets == {"1x": None}
+    assert read.methods["no"].budgets == {"1e3": 2}
+    assert read.methods["no"].options == {"dither": True, "rotation": 0.1}
+    (tmp_path / "study.yaml").write_text("methods:\n  full: {}\n  full: {}\n")
+    with pytest.raises(InputError, match="line 3: the key 'full' stands in line 2 too"):
+        load_config(StudyConfig, argv, prog="study", description="")
+
+
 @pytest.mark.parametrize("name", ["study", "study_other_seeds", "study_scenes"])
 def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
     """With budgets that are what they are called."""

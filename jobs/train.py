@@ -44,6 +44,12 @@ class TrainConfig(ReportConfig):
         description="what to test on: `digits` (1,000 real held-out ones), a dataset of the same"
         " classes, or a folder <class name>/<image files>; held in memory",
     )
+    background: str = Field(
+        "white", description="what shows where pictures of a --test folder are transparent"
+    )
+    skip_unreadable: bool = Field(
+        False, description="go on without the pictures of a --test folder that cannot be read"
+    )
     samples: list[Annotated[int, Field(gt=0)]] = Field(
         default_factory=list,
         description="use this many images from the start of the dataset; several numbers give"
@@ -121,13 +127,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from depthvar.features import ClassifierRecipe, to_safetensors
+    from depthvar.pictures import Background
     from pipeline.downstream import open_held_out, training_sets
 
     torch.set_num_threads(config.threads)
+    background = Background.of(config.background)
     recipe = ClassifierRecipe(steps=config.steps, batch=config.batch_size)
     dataset = None if config.out is None else open_dataset(config.out)
     try:
-        held_out = open_held_out(config.test, dataset)
+        held_out = open_held_out(
+            config.test,
+            dataset,
+            background=background,
+            skip_unreadable=config.skip_unreadable,
+        )
         sets = training_sets(
             dataset,
             held_out,
@@ -188,6 +201,8 @@ def _row(
 def _heading(config: TrainConfig, dataset: Dataset | None, held_out: HeldOut) -> str:
     """What is trained on and tested on, and the head of the table."""
     lines = [f"test      {len(held_out.labels_N):,} {held_out.name}"]
+    if held_out.reading is not None:
+        lines += [f"          {line}" for line in held_out.reading.text().splitlines()]
     if dataset is None:
         lines.insert(0, "train on  real training digits")
     else:

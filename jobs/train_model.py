@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,12 +16,15 @@ from depthvar.config import (
     small_model_config,
 )
 from depthvar.errors import InputError
-from depthvar.training.data import REAL_SETS, Augmentation, ImageSet, image_folder
-from depthvar.training.run import Recipe, train_model
+from depthvar.pictures import Background
+from depthvar.training.data import REAL_SETS, Augmentation, ImageSet
+from depthvar.training.folders import PictureFolder, checked_name
+from depthvar.training.run import Recipe, check_run_folder, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.storage import Storage
 
 _DEFAULT = Recipe()
 
@@ -36,6 +39,15 @@ class TrainModelConfig(JobConfig):
         "<class name>/<image files>",
     )
     image_channels: int = Field(3, description="1 for grey or 3 for RGB; folders only")
+    background: str = Field(
+        "white",
+        description="what shows where a picture is transparent, a colour by name or as '#rrggbb'; "
+        "folders only",
+    )
+    skip_unreadable: bool = Field(
+        False,
+        description="go on without the pictures of a folder that cannot be read, and list them",
+    )
     held_out_share: float = Field(
         0.1, gt=0, lt=1, description="share of a folder's images kept out of training"
     )
@@ -81,39 +93,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = load_config(
         TrainModelConfig, argv, prog="python -m jobs.train_model", description=__doc__ or ""
     )
-    model, train_set, held_out = _data(job)
     if job.batch_size % job.processes:
         raise InputError(
             f"batch_size is {job.batch_size} and processes {job.processes}, wanted a multiple: "
             "change either"
         )
+    Storage.open(job.out).check_writable()
+    check_run_folder(job.out)
+    data = _data(job)
     folder = train_model(
-        model,
-        train_set,
-        held_out,
+        data.model,
+        data.train_set,
+        data.held_out,
         _recipe(job),
         job.out,
         processes=job.processes,
         threads=job.threads,
+        data_facts=data.facts,
     )
     print(f"model finished: sample from it with python -m jobs.generate --model {folder} --out DIR")
     return EXIT_DONE
 
 
-def _data(job: TrainModelConfig) -> tuple[ModelConfig, ImageSet, ImageSet]:
+@dataclass(frozen=True)
+class _Data:
+    """What to train: a model of the images' classes; `facts` are for the finished model."""
+
+    model: ModelConfig
+    train_set: ImageSet
+    held_out: ImageSet | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _data(job: TrainModelConfig) -> _Data:
     if job.data in REAL_SETS:
         config = model_config("digits") if job.data == "digits" else scenes_model_config()
-        return config, REAL_SETS[job.data]("train"), REAL_SETS[job.data]("held-out")
+        return _Data(config, REAL_SETS[job.data]("train"), REAL_SETS[job.data]("held-out"))
     if job.image_channels not in (1, 3):
         raise InputError(f"image_channels is {job.image_channels}, wanted 1 or 3: correct it")
-    folder = Path(job.data)
-    side = model_config("digits").image_side
-    images = image_folder(folder, side=side, channels=job.image_channels)
-    train_set, held_out = images.split(job.held_out_share)
+    background = Background.of(job.background)
+    pictures = PictureFolder.open(Path(job.data), flag="--data")
     config = small_model_config(
-        folder.resolve().name, images.class_names, image_channels=job.image_channels
+        checked_name(pictures.path.resolve().name, "the folder of --data"),
+        pictures.class_names,
+        image_channels=job.image_channels,
     )
-    return config, train_set, held_out
+    images, report = pictures.read(
+        side=config.image_side,
+        channels=job.image_channels,
+        background=background,
+        skip_unreadable=job.skip_unreadable,
+    )
+    print(report.text())
+    train_set, held_out = images.split(job.held_out_share)
+    return _Data(config, train_set, held_out if len(held_out) else None, {"data": report.facts()})
 
 
 def _recipe(job: TrainModelConfig) -> Recipe:

@@ -27,7 +27,8 @@ from depthvar.features import (
     new_classifier,
 )
 from depthvar.names import comparable
-from depthvar.training.data import image_folder
+from depthvar.pictures import WHITE, Background
+from depthvar.training.folders import PictureFolder, ReadingReport
 from pipeline.evaluation import shows_digits
 from pipeline.labels import ClassIndex
 from pipeline.loader import (
@@ -52,11 +53,15 @@ _LOADED_BATCH = 100
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """The images to test on: uint8 (N, H, W, C) and int64 labels, with a name for reports."""
+    """The images to test on: uint8 (N, H, W, C) and int64 labels, with a name for reports.
+
+    `reading` says how the pictures of a folder were read.
+    """
 
     name: str
     images_NHWC: np.ndarray
     labels_N: np.ndarray
+    reading: ReadingReport | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,18 @@ class TrainingSet:
         return found
 
 
-def open_held_out(test: str, dataset: Dataset | None) -> HeldOut:
+def open_held_out(
+    test: str,
+    dataset: Dataset | None,
+    *,
+    background: Background = WHITE,
+    skip_unreadable: bool = False,
+) -> HeldOut:
     """The images that `--test` names, held in memory: what a classifier of `dataset` can read.
 
     `digits` are the 1,000 real held-out digits. Else a dataset of the same classes and image
-    format, or a local folder of `<class name>/<image files>`.
+    format, or a local folder of `<class name>/<image files>`, to which alone `background` and
+    `skip_unreadable` apply, as in `PictureFolder.read`.
     Errors: `InputError` for images that do not fit; `ShardError` for a damaged shard.
     """
     if test == DIGITS:
@@ -127,7 +139,7 @@ def open_held_out(test: str, dataset: Dataset | None) -> HeldOut:
         )
     folder = Path(test)
     if folder.is_dir() and not (folder / PLAN_NAME).exists():
-        return _folder_images(folder, dataset)
+        return _folder_images(folder, dataset, background, skip_unreadable)
     return _dataset_images(open_dataset(test), dataset)
 
 
@@ -308,23 +320,31 @@ def _real_digits(number: int) -> tuple[np.ndarray, np.ndarray]:
     return images_NHWC[chosen], labels_N[chosen]
 
 
-def _folder_images(folder: Path, dataset: Dataset) -> HeldOut:
+def _folder_images(
+    folder: Path, dataset: Dataset, background: Background, skip_unreadable: bool
+) -> HeldOut:
     settings = dataset.plan.settings
     index = ClassIndex(settings.class_names)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    unknown = [name for name in names if len(index.ids_named(name)) != 1]
-    if unknown or not names:
-        got = f"a class folder {unknown[0]!r}" if unknown else "no class folder"
+    pictures = PictureFolder.open(folder, flag="--test")
+    unknown = [name for name in pictures.class_names if len(index.ids_named(name)) != 1]
+    if unknown:
         raise InputError(
-            f"--test {folder} has {got}, wanted {folder}/<class name>/<image files> with the class "
-            f"names of {settings.model}, such as {settings.class_names[0]!r}: correct it"
+            f"--test {folder} has a class folder {unknown[0]!r}, wanted {folder}/<class name>/"
+            f"<image files> with the class names of {settings.model}, such as "
+            f"{settings.class_names[0]!r}: correct it"
         )
-    images = image_folder(folder, side=settings.image_side, channels=settings.image_channels)
+    images, report = pictures.read(
+        side=settings.image_side,
+        channels=settings.image_channels,
+        background=background,
+        skip_unreadable=skip_unreadable,
+    )
     ids_of_folders = np.array([index.ids_named(name)[0] for name in images.class_names], np.int64)
     return HeldOut(
         f"images of {folder}",
         np.ascontiguousarray(images.images_NCHW.permute(0, 2, 3, 1).numpy()),
         ids_of_folders[images.labels_N.numpy()],
+        report,
     )
 
 

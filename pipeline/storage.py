@@ -26,6 +26,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from depthvar.errors import InputError
+from depthvar.leftovers import is_leftover
 from pipeline.faults import reach
 
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
@@ -102,8 +103,8 @@ class Storage:
         return tuple(sorted(e.base_name for e in found if e.type == fs.FileType.Directory))
 
     def is_empty(self) -> bool:
-        """Whether nothing but temporary names is in the dataset folder."""
-        return all(entry.base_name.startswith(TEMP_PREFIX) for entry in self._entries(""))
+        """Whether nothing but temporary names and what systems leave is in the dataset folder."""
+        return all(is_leftover(entry.base_name) for entry in self._entries(""))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is no such file."""

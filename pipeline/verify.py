@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from depthvar.leftovers import is_leftover
 from pipeline.claims import doubtful_shards
 from pipeline.manifest import (
     CARD_NAME,
@@ -221,6 +222,7 @@ def _stray_files(storage: Storage, plan: JobPlan) -> list[Problem]:
         f"{folder}/{name}"
         for folder in FOLDERS
         for name in (*storage.list(folder), *(f"{n}/" for n in storage.list_folders(folder)))
+        if not is_leftover(name.rstrip("/"))
     ]
     return [
         Problem(None, "stray", f"{name} is not part of the dataset")

@@ -1,17 +1,13 @@
 import hashlib
 
-import numpy as np
-import pytest
 import torch
-from PIL import Image
 
-from depthvar.errors import InputError
 from depthvar.training.data import (
     Augmentation,
+    ImageSet,
     augment,
     digit_scenes,
     digits,
-    image_folder,
     to_float,
 )
 
@@ -60,35 +56,28 @@ def test_training_scenes_have_every_training_digit_at_four_places():
     assert len(scenes.images_NCHW[::4000].flatten(1).unique(dim=0)) == 4
 
 
-def test_an_image_folder_becomes_labelled_square_images(tmp_path):
-    for name, value in (("dog", 200), ("ant", 10)):
-        (tmp_path / name).mkdir()
-        pixels = np.full((20, 30, 3), value, dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name / "a.png")
-    data = image_folder(tmp_path, side=16, channels=3)
-    assert data.class_names == ("ant", "dog")
-    assert data.images_NCHW.shape == (2, 3, 16, 16)
-    assert data.images_NCHW[1].unique().tolist() == [200]
-    assert data.labels_N.tolist() == [0, 1]
-
-
-def test_a_folder_without_classes_or_with_a_broken_image_is_refused(tmp_path):
-    with pytest.raises(InputError, match="class folders"):
-        image_folder(tmp_path / "absent", side=16, channels=3)
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(InputError, match="no images"):
-        image_folder(tmp_path, side=16, channels=3)
-    (tmp_path / "cat" / "a.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"a\.png is no readable image"):
-        image_folder(tmp_path, side=16, channels=3)
-
-
 def test_a_split_holds_out_the_share_asked_for_and_loses_nothing():
     data = digits("held-out")
     train_set, held_out = data.split(0.1)
     assert len(train_set) == 900
     assert len(held_out) == 100
     assert held_out.labels_N.bincount().min() > 0
+
+
+def test_no_class_is_held_out_whole():
+    """Classes of one image, of two, of nine; the tenth image of all is the first class of one."""
+    labels = torch.tensor([0] * 9 + [1] + [2] * 2 + [3])
+    data = ImageSet(torch.arange(13).view(13, 1, 1, 1), labels, ("a", "b", "c", "d"))
+    for share in (0.01, 0.1, 0.3, 0.5, 0.99):
+        train_set, held_out = data.split(share)
+        assert set(train_set.labels_N.tolist()) == {0, 1, 2, 3}
+        both = torch.cat([train_set.images_NCHW, held_out.images_NCHW]).flatten()
+        assert sorted(both.tolist()) == list(range(13))
+
+
+def test_a_set_of_one_image_is_trained_on_and_nothing_held_out():
+    train_set, held_out = ImageSet(torch.zeros(1, 1, 2, 2), torch.tensor([0]), ("a",)).split(0.1)
+    assert (len(train_set), len(held_out)) == (1, 0)
 
 
 def test_augmentation_of_no_range_changes_nothing():

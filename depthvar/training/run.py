@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from depthvar.calibration import calibrate
 from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 from depthvar.config import ModelConfig, TokenizerConfig, model_config
 from depthvar.errors import InputError
+from depthvar.leftovers import is_leftover
 from depthvar.processes import end_with_parent
+from depthvar.strict_json import read_json
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
 from depthvar.training.loop import Process
@@ -26,6 +31,7 @@ from depthvar.transformer import Transformer, initialise
 
 RECIPE_FILE = "recipe.json"
 _TRAINED = "trained.pt"
+_LONGEST_VALUES = 60  # characters of a difference that is spelled out
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ def train_model(
     *,
     processes: int,
     threads: int,
+    data_facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train, or go on training, in `folder`; returns the finished model folder `folder/model`.
 
     The state after every few hundred steps is kept, and the same command goes on from it.
-    `InputError` if the folder holds a run of another recipe, model or data.
+    `data_facts` are JSON values about the data for the finished model's `facts.json`.
+    `InputError` if the folder holds a run of another recipe, model or data, or anything else.
     """
     if recipe.tokenizer_from is not None:
         _check_start(config.tokenizer, recipe.tokenizer_from)
@@ -82,6 +90,7 @@ def train_model(
         "training_images": len(train_set),
         "proxy_energy_explained_per_scale": [round(v, 3) for v in explained_SL.mean(1).tolist()],
         "recipe": asdict(recipe),
+        **(data_facts or {}),
     }
     if held_out is not None:
         facts["held_out_images"] = len(held_out)
@@ -112,23 +121,75 @@ def _check_start(config: TokenizerConfig, name: str) -> None:
         )
 
 
+def check_run_folder(folder: Path) -> None:
+    """`InputError` unless a run can begin in `folder` or one is there; writes nothing."""
+    if (folder / RECIPE_FILE).is_file():
+        return
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise InputError(f"{folder} is no folder, wanted one for the run: choose another --out")
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
+    if foreign:
+        raise InputError(
+            f"{folder} holds {foreign[0]!r} and no {RECIPE_FILE}, so it is no training run: choose "
+            "an empty or new --out"
+        )
+
+
 def _claim(folder: Path, config: ModelConfig, data: ImageSet, recipe: Recipe) -> None:
     """Write down what this run is, or compare with what is written down."""
+    check_run_folder(folder)
     wanted: dict[str, Any] = json.loads(
-        json.dumps({"model": asdict(config), "images": len(data), "recipe": asdict(recipe)})
+        json.dumps(
+            {
+                "model": asdict(config),
+                "images": len(data),
+                "pixels": _digest(data),
+                "recipe": asdict(recipe),
+            }
+        )
     )
     path = folder / RECIPE_FILE
-    if path.exists():
-        found = json.loads(path.read_text())
-        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if differing:
-            raise InputError(
-                f"{folder} holds a run that differs in {', '.join(differing)}: train with the "
-                "settings it began with, or choose another --out"
-            )
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".{RECIPE_FILE}"
+        unfinished.write_text(json.dumps(wanted, indent=2) + "\n")
+        unfinished.replace(path)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} describes no training run: choose another --out")
+    if "pixels" not in found:  # a run begun by an earlier release
+        del wanted["pixels"]
+    differing = _differences(found, wanted)
+    if differing:
+        raise InputError(
+            f"{folder} holds a run that differs in {', '.join(differing)}: train with the "
+            "settings and pictures it began with, or choose another --out"
+        )
+
+
+def _digest(data: ImageSet) -> str:
+    """SHA-256 of all pixels and labels."""
+    digest = hashlib.sha256(data.images_NCHW.contiguous().numpy().tobytes())
+    digest.update(data.labels_N.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """`recipe.seed (5, was 0)` for every value that is not the one written down."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        inner = f"{name}." if name else ""
+        return [
+            difference
+            for key in sorted({*found, *wanted})
+            for difference in _differences(found.get(key), wanted.get(key), f"{inner}{key}")
+        ]
+    if found == wanted:
+        return []
+    values = f"{json.dumps(wanted)}, was {json.dumps(found)}"
+    return [f"{name} ({values})" if len(values) <= _LONGEST_VALUES else name]
 
 
 def _run_stages(

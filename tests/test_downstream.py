@@ -14,6 +14,7 @@ from torch import Tensor
 from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.features import ClassifierRecipe, to_safetensors, train_classifier
+from depthvar.pictures import Background
 from pipeline import downstream
 from pipeline.downstream import TrainingSet, open_held_out, train_on, training_sets
 from pipeline.loader import Dataset, iterate_samples, open_dataset
@@ -262,6 +263,29 @@ def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Pa
     ]
     ours, theirs = (written(tmp_path / str(plan.settings.seed), plan) for plan in plans)
     assert len(open_held_out(theirs.storage.uri, ours).labels_N) == 16
+
+
+def test_a_folder_is_read_as_for_training(colours: Dataset, tmp_path: Path):
+    folder = class_folders(tmp_path / "real", {"a": 10, "b": 20})
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(folder / "b" / "one.png")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "a" / "Thumbs.db").touch()
+    (folder / "a" / "zero.png").touch()
+    with pytest.raises(InputError, match=r"a/zero\.png is no readable picture: the file is empty"):
+        open_held_out(str(folder), colours)
+    background = Background.of("#070809")
+    held_out = open_held_out(str(folder), colours, background=background, skip_unreadable=True)
+    assert held_out.images_NHWC[:, 0, 0].tolist() == [[10, 10, 10], [7, 8, 9]]
+    assert held_out.reading is not None
+    assert held_out.reading.passed_over == {".*": 1, "Thumbs.db": 1}
+    assert len(held_out.reading.unreadable) == 1
+
+
+def test_a_test_folder_of_splits_is_named_for_what_it_is(colours: Dataset, tmp_path: Path):
+    class_folders(tmp_path / "real" / "train", {"a": 1})
+    class_folders(tmp_path / "real" / "val", {"a": 1})
+    with pytest.raises(InputError, match=r"wanted --test .*real/val"):
+        open_held_out(str(tmp_path / "real"), colours)
 
 
 def test_a_folder_of_other_classes_is_refused(colours: Dataset, tmp_path: Path):

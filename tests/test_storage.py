@@ -61,6 +61,17 @@ def test_temporary_names_are_neither_listed_nor_content(tmp_path):
     assert storage.is_empty()
 
 
+def test_a_folder_is_empty_whatever_systems_leave_in_it(tmp_path):
+    storage = Storage.open(str(tmp_path))
+    for name in ("lost+found", "System Volume Information", ".Trash-1000"):
+        (tmp_path / name).mkdir()
+    for name in (".DS_Store", "Thumbs.db"):
+        (tmp_path / name).touch()
+    assert storage.is_empty()
+    (tmp_path / "notes.txt").touch()
+    assert not storage.is_empty()
+
+
 def test_a_failed_publication_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     storage = Storage.open(str(tmp_path))
     storage.publish_bytes(b"old", "meta/a.json")

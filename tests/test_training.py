@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from depthvar.checkpoint import load_model
-from depthvar.config import SamplingSettings, model_config, scenes_model_config
+from depthvar.config import ModelConfig, SamplingSettings, model_config, scenes_model_config
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
 from depthvar.training.data import REAL_SETS, ImageSet, digits
 from depthvar.training.loop import Process, Schedule, train
-from depthvar.training.run import Recipe, train_model
+from depthvar.training.run import Recipe, _claim, train_model
 from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
 from tests.file_modes import assert_as_the_umask_has_it, current_umask
@@ -110,10 +110,47 @@ def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
     facts = json.loads((folder / "facts.json").read_text())
     assert facts["training_images"] == 100
     assert facts["held_out_reconstruction_mse"] > 0
-    with pytest.raises(InputError, match="differs in recipe"):
-        train_model(
-            config, data, data, replace(_recipe(), seed=5), tmp_path, processes=2, threads=1
-        )
+    _assert_other_runs_are_refused(tmp_path, config, data)
+
+
+def _assert_other_runs_are_refused(run: Path, config: ModelConfig, data: ImageSet) -> None:
+    """Each names what differs from the run that is in the folder."""
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    inverted = replace(data, images_NCHW=255 - data.images_NCHW)
+    fewer = ImageSet(data.images_NCHW[1:], data.labels_N[1:], data.class_names)
+    other = replace(_recipe(), seed=5, tokenizer_from="digits")
+    for images, recipe, differences in (
+        (data, other, r'recipe.seed \(5, was 0\), recipe.tokenizer_from \("digits", was null\)'),
+        (inverted, _recipe(), "pixels"),
+        (fewer, _recipe(), r"images \(99, was 100\), pixels"),
+    ):
+        with pytest.raises(InputError, match=f"holds a run that differs in {differences}: train"):
+            train_model(config, images, images, recipe, run, processes=2, threads=1)
+    recipe_file = run / "recipe.json"
+    for content in ("", "{", "[]"):
+        recipe_file.write_text(content)
+        with pytest.raises(InputError, match=r"recipe\.json"):
+            train_model(config, data, data, _recipe(), run, processes=2, threads=1)
+    recipe_file.write_bytes(before[recipe_file])
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_begun_before_pixels_were_hashed_goes_on(tmp_path):
+    data = _small_set()
+    _claim(tmp_path, model_config("digits"), data, _recipe())
+    path = tmp_path / "recipe.json"
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k != "pixels"}
+    path.write_text(json.dumps(older))
+    _claim(tmp_path, model_config("digits"), data, _recipe())
+    assert json.loads(path.read_text()) == older
+
+
+def test_a_folder_of_other_things_is_not_trained_in(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    _claim(tmp_path / "run", model_config("digits"), _small_set(), _recipe())
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(InputError, match=r"holds 'plan\.json' and no recipe\.json"):
+        _claim(tmp_path, model_config("digits"), _small_set(), _recipe())
 
 
 def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):

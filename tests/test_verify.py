@@ -258,6 +258,16 @@ def test_what_the_job_itself_leaves_is_no_stray(out):
     assert verify(storage, plan, deep=True).is_sound
 
 
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._00000.tar", "Thumbs.db", "desktop.ini", "@eaDir/00000.tar"]
+)
+def test_what_systems_leave_in_a_dataset_is_no_finding(out, name):
+    storage, plan = out
+    for folder in ("train", "meta"):
+        storage.publish_bytes(b"x", f"{folder}/{name}")
+    assert verify(storage, plan, deep=True).is_sound
+
+
 def test_an_index_that_is_not_up_to_date_is_found(out):
     storage, plan = out
     storage.publish_bytes(b"{}", "sizes.json")

@@ -6,10 +6,10 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from depthvar.training.data import ImageSet
 _SHOWN = 10  # of many
 _DEPTH_OF_ADVICE = 3
 _BAR_DELAY_S = 2.0
-_TRAINING_NAMES = ("train", "training")
+_SPLITS = {"--data": ("train", "training"), "--test": ("test", "val", "valid", "validation")}
 _DATASET_PLAN = "plan.json"
 # What people and tools keep beside pictures; anything else that is no picture is an error.
 _SIDECARS = frozenset(
@@ -80,7 +80,7 @@ class PictureFolder:
     passed_over: Mapping[str, int]
 
     @staticmethod
-    def open(folder: Path, *, flag: str) -> PictureFolder:
+    def open(folder: Path, *, flag: Literal["--data", "--test"]) -> PictureFolder:
         """List the classes of a folder that `flag` names, without what systems leave behind.
 
         Errors: `InputError` for a folder without classes, with classes inside classes or without
@@ -252,7 +252,7 @@ def _check_nesting(folder: Path, listings: Mapping[str, _Listing], flag: str) ->
             f"{shown(nested[0])} is a folder inside a class ({len(nested):,} in all), wanted "
             f"picture files alone in {folder}/<class name>: move its pictures up or it away"
         )
-    better = _folder_of_classes(folder, _DEPTH_OF_ADVICE)
+    better = _folder_of_classes(folder, _SPLITS[flag], _DEPTH_OF_ADVICE)
     names = ", ".join(repr(name) for name in _first(list(listings)))
     what_to_do = "move the pictures up" if better is None else f"wanted {flag} {shown(better)}"
     raise InputError(
@@ -260,16 +260,16 @@ def _check_nesting(folder: Path, listings: Mapping[str, _Listing], flag: str) ->
     )
 
 
-def _folder_of_classes(folder: Path, depth: int) -> Path | None:
-    """A folder inside that holds folders with files in them, rather that of a training split."""
+def _folder_of_classes(folder: Path, preferred: Container[str], depth: int) -> Path | None:
+    """A folder inside that holds folders with files in them, rather one of a preferred name."""
     inner = _Listing.of(folder, Counter()).folders
-    inner.sort(key=lambda path: path.name.lower() not in _TRAINING_NAMES)
+    inner.sort(key=lambda path: path.name.lower() not in preferred)
     for path in inner:
         if any(_Listing.of(one, Counter()).files for one in _Listing.of(path, Counter()).folders):
             return path
     if depth > 1:
         for path in inner:
-            found = _folder_of_classes(path, depth - 1)
+            found = _folder_of_classes(path, preferred, depth - 1)
             if found is not None:
                 return found
     return None

@@ -135,22 +135,25 @@ def _assert_other_runs_are_refused(run: Path, config: ModelConfig, data: ImageSe
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+BLANK = ImageSet(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+
+
 def test_a_run_begun_before_pixels_were_hashed_goes_on(tmp_path):
-    data = _small_set()
-    _claim(tmp_path, model_config("digits"), data, _recipe())
+    _claim(tmp_path, model_config("digits"), BLANK, _recipe())
     path = tmp_path / "recipe.json"
     older = {k: v for k, v in json.loads(path.read_text()).items() if k != "pixels"}
     path.write_text(json.dumps(older))
-    _claim(tmp_path, model_config("digits"), data, _recipe())
+    _claim(tmp_path, model_config("digits"), BLANK, _recipe())
     assert json.loads(path.read_text()) == older
 
 
 def test_a_folder_of_other_things_is_not_trained_in(tmp_path):
     (tmp_path / ".DS_Store").touch()
-    _claim(tmp_path / "run", model_config("digits"), _small_set(), _recipe())
-    (tmp_path / "plan.json").touch()
+    (tmp_path / "lost+found").mkdir()
+    _claim(tmp_path, model_config("digits"), BLANK, _recipe())
+    (tmp_path / "recipe.json").rename(tmp_path / "plan.json")
     with pytest.raises(InputError, match=r"holds 'plan\.json' and no recipe\.json"):
-        _claim(tmp_path, model_config("digits"), _small_set(), _recipe())
+        _claim(tmp_path, model_config("digits"), BLANK, _recipe())
 
 
 def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):

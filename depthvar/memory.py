@@ -7,6 +7,7 @@ is not counted.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,6 +37,8 @@ PROCESS_BYTES = 285_000_000
 """Bytes of a worker's process on a CPU besides its tensors and files (Python 3.11, torch 2.13)."""
 LIBRARY_BYTES = 325_000_000
 """Resident bytes of mapped library files, at most: the kernel may map as little as half of it."""
+CUDA_BYTES = 500_000_000
+"""Bytes of a GPU that its driver, a CUDA context and the libraries' kernels take, about."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,26 @@ def memory_need(
         sampling=_sampling_bytes(config, plan, batch_size, streams, size),
         decoding=_decoding_bytes(config.tokenizer, batch_size, size),
     )
+
+
+def largest_batch(
+    config: ModelConfig,
+    plan: DepthPlan,
+    room: int,
+    *,
+    at_most: int,
+    streams: int,
+    precision: str,
+) -> int:
+    """The largest batch size up to `at_most` whose peak fits in `room` bytes; 0 if none does."""
+
+    def peak(batch_size: int) -> int:
+        need = memory_need(
+            config, plan, batch_size=batch_size, streams=streams, precision=precision
+        )
+        return need.peak
+
+    return bisect_right(range(1, at_most + 1), room, key=peak)
 
 
 def transformer_parameters(config: ModelConfig) -> int:

@@ -29,6 +29,7 @@ from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
+from depthvar.rate import rate_text
 from depthvar.timing import Lap, time_policies
 from jobs._entry import EXIT_DONE, run_job
 
@@ -145,7 +146,7 @@ def row(
             f"{cost.total_flops / 1e9:.2f}",
             f"{1e3 * median(lap.sampling_s for lap in ours):.2f}",
             f"{1e3 * median(lap.decoding_s for lap in ours):.2f}",
-            f"{1 / median(lap.image_s for lap in ours):,.1f}",
+            rate_text(1 / median(lap.image_s for lap in ours)),
             f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
             f"{mean(lap.distance for lap in ours):.4f}",
             f"{peak / 1e9:.1f} GB" if peak else "",

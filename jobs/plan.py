@@ -8,10 +8,17 @@ from depthvar.memory import memory_need
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.actor import job_plan
 from pipeline.config import GenerateConfig, load_config, resolve_job
-from pipeline.console import human_bytes, plan_report
+from pipeline.console import human_bytes, memory_warning, plan_report
 from pipeline.manifest import committed_shards
 from pipeline.plan import check_output
-from pipeline.schedule import available_cores
+from pipeline.schedule import (
+    Machine,
+    available_cores,
+    available_memory,
+    gpu_memory,
+    worker_room,
+    worker_shape,
+)
 from pipeline.storage import Storage
 
 
@@ -47,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" sampling {human_bytes(need.sampling)}, decoding {human_bytes(need.decoding)};"
         f" a CPU worker's process {human_bytes(need.process_peak)}"
     )
+    gpu = gpu_memory() if config.device != "cpu" else None
+    machine = Machine(available_cores(), 0 if gpu is None else 1, available_memory(), gpu)
+    shape = worker_shape([machine], device=config.device, threads_per_worker=1)
+    if config.address is None and (
+        warning := memory_warning(job, config, worker_room([machine], shape, workers or 1))
+    ):
+        print(f"warning: {warning}")
     return EXIT_DONE
 
 

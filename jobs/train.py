@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from depthvar.errors import InputError
+from depthvar.rate import rate_text
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
 from pipeline.config import Positional, load_config
@@ -114,7 +115,7 @@ class Row:
             f"{self.training_set.num_real:,}",
             f"{np.mean(self.accuracies):.1%}{spread}",
             f"{self.elapsed_s / len(self.accuracies):.1f}",
-            f"{self.images_per_s:,.0f}",
+            rate_text(self.images_per_s),
         )
         return "| " + " | ".join(cells) + " |"
 

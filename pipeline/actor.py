@@ -25,6 +25,7 @@ import numpy as np
 
 from depthvar.config import ModelConfig, SamplingSettings
 from depthvar.cost import Cost
+from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from pipeline.config import GenerateConfig, ResolvedJob
@@ -87,6 +88,11 @@ class WorkerInfo:
         """`host:pid`."""
         return f"{self.host}:{self.pid}"
 
+    @property
+    def made_with(self) -> dict[str, str]:
+        """As `CommitRecord.made_with` of a shard that this worker makes."""
+        return {**self.environment, "device": self.device, "threads": str(self.threads)}
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -146,7 +152,6 @@ def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
     import torch
 
     from depthvar.checkpoint import load_model, weights_identity
-    from depthvar.errors import InputError
     from depthvar.sampling import Sampler
 
     torch.set_num_threads(spec.threads)
@@ -310,6 +315,17 @@ def _resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require_device(wanted: Literal["auto", "cpu", "cuda"]) -> None:
+    """Refuse `cuda`, with `InputError`, on a machine where torch cannot use it."""
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"got --device cuda, but torch {torch.__version__} finds no GPU it can use here:"
+            " install a torch with CUDA and its driver, or choose --device cpu"
+        )
 
 
 def _device_name(device: str) -> str:

@@ -9,7 +9,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
+from depthvar.rate import rate_text
+from pipeline.config import GenerateConfig, ResolvedJob
 from pipeline.manifest import CommitRecord, mixed_environments
 from pipeline.plan import JobPlan
 
@@ -134,6 +137,7 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
         f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
         f"compute   {compute_line(plan)}",
         f"time      {time_line(records)}",
+        *(f"mixed     {line}" for line in mixture_lines(records.values())),
         f"where     {where}",
     ]
     return "\n".join(lines)
@@ -142,13 +146,30 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
 def mixture_lines(records: Iterable[CommitRecord]) -> list[str]:
     """What differs between the shards' environments, a line each: every value with its shards."""
     return [
-        f"{name}: "
-        + ", ".join(
-            f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(shards)})"
-            for value, shards in values.items()
-        )
-        for name, values in mixed_environments(records).items()
+        f"{name}: {_with_shards(values)}" for name, values in mixed_environments(records).items()
     ]
+
+
+def environment_changes(records: Iterable[CommitRecord], made_with: Mapping[str, str]) -> list[str]:
+    """Where this worker differs from what committed shards were made with, a line each."""
+    others: dict[str, dict[str, list[int]]] = {}
+    for record in records:
+        then = record.made_with
+        for name in sorted({*then, *made_with}):
+            value = then.get(name, "none")
+            if value != made_with.get(name, "none"):
+                others.setdefault(name, {}).setdefault(value, []).append(record.shard_id)
+    return [
+        f"{name}: {_with_shards(values)}, this run has {made_with.get(name, 'none')}"
+        for name, values in others.items()
+    ]
+
+
+def _with_shards(values: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(
+        f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(shards)})"
+        for value, shards in values.items()
+    )
 
 
 def time_line(records: Mapping[int, CommitRecord]) -> str:
@@ -174,8 +195,30 @@ def run_summary(num_images: int, making_s: float, loading_s: float, workers: Seq
     devices = ", ".join(f"{count} x {device}" for device, count in Counter(workers).items())
     rate = num_images / making_s if making_s > 0 else 0.0
     return (
-        f"this run  {num_images:,} images in {making_s:.1f} s, {rate:.1f} images/s on {devices}"
-        f" (ready after {loading_s:.1f} s)"
+        f"this run  {num_images:,} images in {making_s:.1f} s, {rate_text(rate)} images/s"
+        f" on {devices} (ready after {loading_s:.1f} s)"
+    )
+
+
+def memory_warning(job: ResolvedJob, config: GenerateConfig, room: int | None) -> str | None:
+    """What to change if a batch does not fit into the bytes a worker has; None where it fits.
+
+    `room` is None where nobody knows how much a worker has.
+    """
+    batch = min(config.batch_size, config.samples_per_shard)
+    streams, precision = job.sampling.streams, config.precision
+    need = memory_need(job.model, job.depth, batch_size=batch, streams=streams, precision=precision)
+    if room is None or need.peak <= room:
+        return None
+    fitting = largest_batch(
+        job.model, job.depth, room, at_most=batch, streams=streams, precision=precision
+    )
+    advice = f"--batch-size {fitting} fits" if fitting else "no batch size fits"
+    return (
+        f"at --batch-size {batch} a worker needs about {human_bytes(need.peak)} of memory and has"
+        f" {human_bytes(room)}: {advice}, fewer --workers on CPUs leave more for each; the batch"
+        " size is part of the plan, for the last bit of an image may depend on it: choose it before"
+        " the first shard"
     )
 
 
@@ -186,11 +229,29 @@ def missing_summary(
     *,
     num_shards: int,
     interrupted: bool,
+    unstored: Sequence[int] = (),
+    too_large_batch: int | None = None,
 ) -> str:
-    """Which shards are not there, why, and how to go on."""
+    """Which shards are not there, why, and how to go on.
+
+    `unstored` failed for want of a place to write: the next run tries them again unasked.
+    `too_large_batch` is the batch size if memory may have run out with it.
+    """
     lines = [f"missing: {len(missing):,} {_shards(len(missing))}: {ranges(missing)}"]
     if set_aside:
         lines.append(f"set aside after repeated failures: {ranges(set_aside)}: see {ledger}")
+    if unstored:
+        lines.append(
+            f"could not be stored: {ranges(unstored)}: see {ledger}, and free or repair the output"
+            " and the scratch folder"
+        )
+    if too_large_batch is not None:
+        lines.append(
+            f"if memory ran out at --batch-size {too_large_batch}: fewer --workers leave more for"
+            " each; a smaller batch needs another --out, for the plan of this one keeps its batch"
+            " size, on which the last bit of an image may depend"
+            + (": delete what is here or choose another" if num_shards == len(missing) else "")
+        )
     if interrupted:
         done = f"{num_shards - len(missing):,} of {num_shards:,} shards"
         lines.insert(0, f"stopped as asked, {done} are done: committed shards are safe")

@@ -22,13 +22,22 @@ from ray import exceptions as ray_errors
 
 from depthvar.config import is_model_folder
 from depthvar.errors import InputError
-from pipeline.actor import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec, job_plan
+from pipeline.actor import (
+    Progress,
+    ShardDone,
+    Worker,
+    WorkerInfo,
+    WorkerSpec,
+    job_plan,
+    require_device,
+)
 from pipeline.claims import sweep_claims
 from pipeline.config import GenerateConfig, resolve_job
 from pipeline.console import (
     ProgressBar,
     class_line,
     dataset_summary,
+    memory_warning,
     missing_summary,
     run_summary,
     say,
@@ -52,8 +61,11 @@ from pipeline.schedule import (
     ShardQueue,
     WorkerShape,
     available_cores,
+    available_memory,
+    gpu_memory,
     num_slots,
     require_slots,
+    worker_room,
     worker_shape,
 )
 from pipeline.storage import Storage
@@ -65,6 +77,7 @@ _PATIENCE_S = 30.0  # without any worker, before the user is told why nothing ha
 _STOP_GRACE_S = 8.0  # a worker leaves its shard between two micro-batches
 _CLOSE_GRACE_S = 2.0
 _MAX_LOAD_FAILURES = 2
+_MEMORY_RESOURCES = ("memory", "object_store_memory")  # a node's memory as Ray shares it out
 _OBJECT_STORE_BYTES = 128 * 2**20  # images never enter the object store
 
 
@@ -92,13 +105,15 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     queue = ShardQueue(missing, config.max_attempts)
     spec = _worker_spec(config, storage, plan, sampler_factory)
     with StopSignals() as stop:
-        with _crew(config, storage, spec, stop) as make:
+        with _crew(config, storage, spec, stop) as crew:
+            if warning := memory_warning(job, config, crew.room):
+                say(f"warning: {warning}")
             plan = open_plan(storage, plan, extend=config.extend)
             num_done = sum(record.num_samples for record in done.values())
             say("\n".join([class_line(plan), *(f"note: {note}" for note in job.notes)]))
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
-                run = ShardRun(storage, plan, queue, bar)
-                problem = _made(make, run)
+                run = ShardRun(storage, plan, queue, bar, done.values())
+                problem = _made(crew.make, run)
         stopped = stop.is_set()
         return _conclude(
             config, storage, plan, run, problem, interrupted=stopped, given_up=given_up
@@ -129,6 +144,14 @@ _SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minut
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 Make = Callable[[ShardRun], None]
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """Who makes the shards, and the bytes that one worker may take, None if nobody knows."""
+
+    make: Make
+    room: int | None
 
 
 def _made(make: Make, run: ShardRun) -> str | None:
@@ -175,12 +198,16 @@ def _conclude(
     if problem is not None:
         say(f"error: {problem}")
     missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
+    unstored = set() if run is None else run.unstored
+    is_memory_short = run is not None and run.memory_may_be_short
     text = missing_summary(
         missing,
-        sorted(set_aside.intersection(missing)),
+        sorted((set_aside - unstored).intersection(missing)),
         LEDGER_NAME,
         num_shards=plan.num_shards,
         interrupted=interrupted,
+        unstored=sorted(unstored.intersection(missing)),
+        too_large_batch=plan.settings.batch_size if is_memory_short else None,
     )
     say(text)
     return 1
@@ -205,38 +232,43 @@ def _settled(
 @contextlib.contextmanager
 def _crew(
     config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
-) -> Iterator[Make]:
-    """Give the function that makes the shards; what cannot work is found out before it is given.
+) -> Iterator[_Crew]:
+    """Give those who make the shards; what cannot work is found out before they are given.
 
     A cluster is joined at once, Ray on this machine starts with the work. Raises `InputError` for
     more workers than this machine has room for, and for a cluster that cannot be joined.
     """
     address = config.address or os.environ.get("RAY_ADDRESS")
     if config.workers == 0:
-        if config.device == "cuda":
-            require_slots(None, _local_gpus(), WorkerShape(0, 1))
-        yield lambda run: run_in_process(spec, run, stop.is_set)
+        machine = _this_machine(with_gpus=config.device != "cpu")
+        shape = worker_shape([machine], device=config.device, threads_per_worker=1)
+        require_slots(None, num_slots([machine], shape), shape)
+        require_device(config.device)
+        yield _Crew(
+            lambda run: run_in_process(spec, run, stop.is_set), worker_room([machine], shape, 1)
+        )
     elif address is not None:
         with _ray_session({"address": address}):
             stop.install()
-            yield _cluster_crew(config, storage, spec, stop).make
+            yield _cluster_crew(config, storage, spec, stop)
     else:
-        yield _local_make(config, spec, stop)
+        yield _local_crew(config, spec, stop)
 
 
-def _local_make(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> Make:
+def _local_crew(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> _Crew:
     """Check that the workers fit on this machine, then make shards with Ray started here."""
     machine = _this_machine(with_gpus=config.device != "cpu")
     shape = worker_shape([machine], device=config.device, threads_per_worker=spec.threads)
     slots = num_slots([machine], shape)
     require_slots(config.workers, slots, shape)
+    require_device(config.device)
 
     def make(run: ShardRun) -> None:
         with _ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
             stop.install()
             RayCrew(spec, shape, lambda: config.workers or slots, stop.is_set).make(run)
 
-    return make
+    return _Crew(make, worker_room([machine], shape, config.workers))
 
 
 @contextlib.contextmanager
@@ -282,7 +314,7 @@ def _require_reachable(address: str) -> None:
 
 def _cluster_crew(
     config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
-) -> RayCrew:
+) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
     machines = _machines()
     limit = _autoscaler_limit()
@@ -299,7 +331,8 @@ def _cluster_crew(
     def target() -> int:
         return config.workers or max(num_slots(_machines(), shape), num_slots([limit], shape), 1)
 
-    return RayCrew(spec, shape, target, stop.is_set)
+    make = RayCrew(spec, shape, target, stop.is_set).make
+    return _Crew(make, worker_room(machines, shape, config.workers))
 
 
 class RayWorker(Worker):
@@ -453,7 +486,7 @@ class RayCrew:
 
     def _welcome(self, info: WorkerInfo, run: ShardRun) -> None:
         self._load_failures = 0
-        run.worker_ready(info.device)
+        run.worker_ready(info)
         if self.shape.num_gpus and info.device == "cpu":
             say(f"warning: {info.name} holds a GPU that torch cannot use: it runs on its CPU")
 
@@ -558,7 +591,10 @@ def plain(error: BaseException) -> str:
 
 
 def _this_machine(*, with_gpus: bool) -> Machine:
-    return Machine(available_cores(), _local_gpus() if with_gpus else 0)
+    num_gpus = _local_gpus() if with_gpus else 0
+    return Machine(
+        available_cores(), num_gpus, available_memory(), gpu_memory() if num_gpus else None
+    )
 
 
 def _local_gpus() -> int:
@@ -578,7 +614,11 @@ def _machines() -> list[Machine]:
     """The cluster's nodes that are alive and not draining."""
     draining = _draining_nodes()
     return [
-        Machine(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Machine(
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            memory=int(sum(node["Resources"].get(name, 0) for name in _MEMORY_RESOURCES)) or None,
+        )
         for node in _nodes()
         if node["Alive"] and node["NodeID"] not in draining
     ]

@@ -8,19 +8,26 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import Any
 
 from depthvar.errors import InputError
-from pipeline.actor import Progress, ShardDone, ShardStopped, Worker, WorkerSpec
-from pipeline.console import ProgressBar, say
-from pipeline.manifest import LEDGER_NAME, OLD_LEDGER_NAME, read_commit, shard_name
+from pipeline.actor import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, WorkerSpec
+from pipeline.console import ProgressBar, environment_changes, say
+from pipeline.manifest import (
+    LEDGER_NAME,
+    OLD_LEDGER_NAME,
+    CommitRecord,
+    read_commit,
+    shard_name,
+)
 from pipeline.plan import JobPlan
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 
+_SET_ASIDE = f"set aside, see {LEDGER_NAME}"
 _STORAGE = "storage"
 _MAX_STORAGE_FAILURES = 5  # in a row, without a shard committed in between
 
@@ -81,22 +88,36 @@ class ShardRun:
     """
 
     def __init__(
-        self, storage: Storage, plan: JobPlan, queue: ShardQueue, bar: ProgressBar
+        self,
+        storage: Storage,
+        plan: JobPlan,
+        queue: ShardQueue,
+        bar: ProgressBar,
+        earlier: Iterable[CommitRecord] = (),
     ) -> None:
+        """`earlier` are the records of the shards that this run finds committed."""
         self.queue = queue
+        self.memory_may_be_short = False
+        self.unstored: set[int] = set()
         self.num_images = 0
         self.started_s = time.monotonic()
         self.ready_s: float | None = None
         self.finished_s: float | None = None
         self.workers: list[str] = []
         self._storage_failures = 0
+        self._earlier = tuple(earlier)
+        self._said: set[str] = set()
         self._storage = storage
         self._plan = plan
         self._bar = bar
 
-    def worker_ready(self, kind: str) -> None:
-        """A worker has loaded its model; `kind` is its device."""
-        self.workers.append(kind)
+    def worker_ready(self, info: WorkerInfo) -> None:
+        """A worker has loaded its model; says so if earlier shards were made with other things."""
+        self.workers.append(info.device)
+        for line in environment_changes(self._earlier, info.made_with):
+            if line not in self._said:
+                say(f"warning: {line}: the same bytes are only promised for the same environment")
+            self._said.add(line)
         if self.ready_s is None:
             self.ready_s = time.monotonic()
 
@@ -143,6 +164,9 @@ class ShardRun:
             return False
         set_aside = self.queue.failed(shard_id)
         self._bar.take_back(shard_id)
+        self.memory_may_be_short |= _is_out_of_memory(error)
+        if set_aside and is_storage:
+            self.unstored.add(shard_id)
         self._write_ledger(
             shard_id,
             attempt=assignment.attempt,
@@ -152,7 +176,9 @@ class ShardRun:
             traceback=trace,
             worker=worker,
         )
-        what = f"set aside, see {LEDGER_NAME}" if set_aside else "will be tried again"
+        what = "will be tried again"
+        if set_aside:
+            what = f"left for the next run, see {LEDGER_NAME}" if is_storage else _SET_ASIDE
         say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
         self._storage_failures = self._storage_failures + 1 if is_storage else 0
         if self._storage_failures >= _MAX_STORAGE_FAILURES:
@@ -175,6 +201,7 @@ class ShardRun:
     def refund(self, shard_id: int, reason: str) -> None:
         """Take back the charge for a failure that was none of the shard's."""
         self.queue.refund(shard_id)
+        self.unstored.discard(shard_id)
         self._write_ledger(shard_id, set_aside=False, cause="node", error=reason)
         say(f"shard {shard_name(shard_id)} gets its attempt back: {reason}")
 
@@ -205,6 +232,12 @@ class ShardRun:
             self._storage.publish_bytes(earlier + line, LEDGER_NAME)
         except OSError as error:
             say(f"warning: {LEDGER_NAME} cannot be written: {error}")
+
+
+def _is_out_of_memory(error: str) -> bool:
+    """Whether a failure's one line says that memory ran out, or that it may have."""
+    words = ("memoryerror", "out of memory", "can't allocate memory", "alloc_failed")
+    return any(word in error.lower() for word in words)
 
 
 def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
@@ -246,7 +279,7 @@ def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bo
         raise
     except Exception as error:
         raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
-    run.worker_ready(worker.info.device)
+    run.worker_ready(worker.info)
     try:
         while not should_stop() and (assignment := run.queue.take()) is not None:
             _run_one(worker, assignment, run, should_stop)

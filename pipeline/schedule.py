@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from depthvar.errors import InputError
+from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -95,10 +97,15 @@ class ShardQueue:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one node offers to workers."""
+    """What one node offers to workers; bytes of memory, of it and of each GPU, if they are known.
+
+    A GPU's are those of the smallest one.
+    """
 
     num_cpus: float
     num_gpus: float
+    memory: int | None = None
+    gpu_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,22 @@ def num_slots(machines: Iterable[Machine], shape: WorkerShape) -> int:
     return sum(int(m.num_cpus // shape.num_cpus) for m in machines)
 
 
+def worker_room(machines: Iterable[Machine], shape: WorkerShape, workers: int | None) -> int | None:
+    """Bytes that the tensors of one worker may take where they have least; None if nobody knows.
+
+    On CPUs the machine's memory is shared by the workers on it, at most `workers`.
+    """
+    rooms = []
+    for machine in machines:
+        slots = num_slots([machine], shape)
+        if shape.num_gpus and slots and machine.gpu_memory:
+            rooms.append(machine.gpu_memory - CUDA_BYTES)
+        elif not shape.num_gpus and slots and machine.memory:
+            sharing = min(slots, workers or slots)
+            rooms.append((machine.memory - LIBRARY_BYTES) // sharing - PROCESS_BYTES)
+    return max(0, min(rooms)) if rooms else None
+
+
 def require_slots(workers: int | None, slots: int, shape: WorkerShape) -> None:
     """Refuse a worker count that this machine cannot place.
 
@@ -159,3 +182,36 @@ def available_cores() -> int:
     except (OSError, ValueError):
         return cores or 1
     return max(1, min(cores or 1, share))
+
+
+def available_memory(
+    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Bytes this process may use: the machine's, or the least that a control group leaves it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [_memory_limit(cgroups / "memory" / "memory.limit_in_bytes")]  # version 1
+    try:
+        own = cgroups / membership.read_text().partition("0::/")[2].strip()
+    except OSError:
+        own = cgroups
+    for folder in (own, *own.parents):
+        if folder.is_relative_to(cgroups):
+            limits.append(_memory_limit(folder / "memory.max"))
+    return min([physical, *(limit for limit in limits if limit is not None)])
+
+
+def _memory_limit(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such group, or `max`
+        return None
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this machine's smallest NVIDIA GPU; None without one. Starts no CUDA context."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return min(int(line) for line in told.stdout.split()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None

@@ -2,7 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.console import class_line, mixture_lines, time_line
+from pipeline.console import (
+    class_line,
+    environment_changes,
+    missing_summary,
+    mixture_lines,
+    run_summary,
+    time_line,
+)
 from pipeline.manifest import committed_shards
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
@@ -54,3 +61,42 @@ def test_of_a_thousand_classes_the_first_and_the_last_are_shown():
     assert "4 'class 4' x 1,004, ... 990 more ..., 995 'class 995' x 1,995, " in line
     assert line.endswith("999 'class 999' x 1,999")
     assert len(line) < 400
+
+
+def test_what_a_run_changes_of_the_environment_is_named_with_the_shards_made_before(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    (tmp_path / "scratch").mkdir()
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
+    records = committed_shards(storage, plan).values()
+    same = {"torch": "2", "device": "cpu", "threads": "1"}
+    assert environment_changes(records, same) == []
+    assert environment_changes(records, {**same, "torch": "3", "pillow": "11"}) == [
+        "pillow: none in 3 shards (0-2), this run has 11",
+        "torch: 2 in 3 shards (0-2), this run has 3",
+    ]
+
+
+def test_a_slow_run_has_a_rate():
+    assert ", 0.0208 images/s on 1 x cpu" in run_summary(1, 48.0, 3.0, ["cpu"])
+
+
+def summary(**changes) -> str:
+    how = {"num_shards": 9, "interrupted": False, **changes}
+    return missing_summary([2, 3, 4], how.pop("set_aside", []), "LEDGER", **how)
+
+
+def test_what_could_not_be_stored_wants_no_flag_to_be_tried_again():
+    text = summary(unstored=[3])
+    assert "could not be stored: 3: see LEDGER" in text
+    assert "run the same command again" in text
+    assert "--retry-failed" not in text
+    assert "set aside" not in text
+    assert "--retry-failed" in summary(set_aside=[2], unstored=[3])
+
+
+def test_what_ran_out_of_memory_is_told_what_another_batch_needs():
+    text = summary(set_aside=[2, 3, 4], too_large_batch=50)
+    assert "if memory ran out at --batch-size 50: fewer --workers" in text
+    assert "a smaller batch needs another --out" in text
+    assert "delete what is here" not in text
+    assert "delete what is here" in summary(num_shards=3, set_aside=[2, 3], too_large_batch=50)

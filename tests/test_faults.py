@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def test_a_poison_shard_is_set_aside_until_it_is_asked_for(
         (1, 2, True),
     ]
     assert all(word in e["error"] and "Traceback" in e["traceback"] for e in ledger(out))
-    assert "missing: 1 shard: 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "missing: 1 shard: 1" in said
+    assert ("if memory ran out at --batch-size 4" in said) == (kind in ("memory", "gpu_memory"))
     set_faults(tmp_path / "faults.json")
     assert run(out) == 1
     assert len(ledger(out)) == 2, "it was not tried"
@@ -420,6 +423,57 @@ def test_extending_keeps_every_byte_and_adds_the_rest(out: Path, tmp_path: Path)
         run(out, per_class=2, extend=True)
     with pytest.raises(InputError, match="seed"):
         run(out, per_class=4, extend=True, seed=3)
+
+
+# Another environment, too little memory
+
+
+def test_a_run_in_another_environment_says_so_before_it_goes_on_and_in_its_summary(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
+    for shard_id in (0, 2):
+        file = out / "meta" / f"{shard_id:05d}.json"
+        record = json.loads(file.read_text())
+        record["environment"]["torch"] = "1.0"
+        file.write_text(json.dumps(record))
+    (out / "meta" / "00001.json").unlink()
+    (out / "meta" / "00002.json").unlink()
+    capsys.readouterr()
+    assert run(out) == 0
+    said = capsys.readouterr()
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    ours = version("torch")
+    assert warning.startswith(f"warning: torch: 1.0 in 1 shard (0), this run has {ours}: ")
+    assert f"mixed     torch: 1.0 in 1 shard (0), {ours} in 2 shards (1-2)" in said.out
+
+
+def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.driver.available_memory", lambda: 10**9)
+    fitting = config(tmp_path / "out", batch_size=2000, samples_per_shard=2000)
+    told: list[str] = []
+
+    def refuse(storage: Storage, plan: JobPlan, **_: object) -> JobPlan:
+        told.append(capsys.readouterr().err)
+        raise InputError("no plan today")
+
+    monkeypatch.setattr("pipeline.driver.open_plan", refuse)
+    with pytest.raises(InputError, match="no plan today"):
+        generate(fitting, sampler_factory=FAKE_SAMPLER)
+    found = re.search(
+        r"warning: at --batch-size 2000 a worker needs about \S+ GB of memory"
+        r" and has 390\.0 MB: --batch-size (\d+) fits",
+        told[0],
+    )
+    assert found is not None, told
+    with pytest.raises(InputError, match="no plan today"):
+        generate(config(tmp_path / "out", batch_size=int(found[1]), samples_per_shard=2000))
+    assert "warning" not in told[1]
+    monkeypatch.setattr("pipeline.driver.available_memory", lambda: 10**6)
+    with pytest.raises(InputError, match="no plan today"):
+        generate(fitting)
+    assert "no batch size fits" in told[2]
 
 
 # Regenerate

@@ -137,6 +137,21 @@ def test_bad_input_is_one_clear_line_code_2_and_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_gpu_that_torch_cannot_use_is_refused_before_anything_is_written(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("pipeline.driver._local_gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for workers in ("0", "1"):
+        argv = flags(tmp_path / "out", weights, "--device", "cuda", "--workers", workers)
+        assert exit_code(jobs.generate.main, argv, monkeypatch) == 2
+        assert "torch" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_of_bad_input_is_complete(weights: Path, tmp_path: Path):
     assert tuple(bad_inputs(tmp_path, weights)) == BAD_INPUTS
 
@@ -190,6 +205,20 @@ def test_plan_prints_the_dry_run_and_writes_nothing(
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert [row[1] for row in rows] == ["1", "2", "3", "4", "5", "6", "8"]
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_warns_of_a_batch_that_does_not_fit(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(jobs.plan, "available_memory", lambda: 10**9)
+    argv = flags(tmp_path / "out", weights, "--batch-size", "2000", "--samples-per-shard", "2000")
+    assert jobs.plan.main([*argv, "--workers", "1"]) == 0
+    assert "warning: at --batch-size 2000 a worker needs about" in capsys.readouterr().out
+    assert jobs.plan.main(flags(tmp_path / "out", weights, "--workers", "1")) == 0
+    assert "a worker needs about" not in capsys.readouterr().out
 
 
 def test_plan_over_a_dataset_says_what_is_done_and_how_large_it_gets(

@@ -14,7 +14,13 @@ from depthvar.config import (
     TransformerConfig,
     model_config,
 )
-from depthvar.memory import LIBRARY_BYTES, decoder_parameters, memory_need, transformer_parameters
+from depthvar.memory import (
+    LIBRARY_BYTES,
+    decoder_parameters,
+    largest_batch,
+    memory_need,
+    transformer_parameters,
+)
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
@@ -98,6 +104,17 @@ def test_half_precision_halves_weights_and_cache():
     )
     assert half.cache * 2 == wide.cache
     assert half.weights == pytest.approx(wide.weights / 2, rel=0.001)
+
+
+def test_the_largest_batch_is_the_last_one_whose_need_fits():
+    config = model_config("digits")
+    plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
+    how = {"streams": 2, "precision": "float32"}
+    room = memory_need(config, plan, batch_size=37, **how).peak
+    assert largest_batch(config, plan, room, at_most=50, **how) == 37
+    assert largest_batch(config, plan, room - 1, at_most=50, **how) == 36
+    assert largest_batch(config, plan, room, at_most=10, **how) == 10
+    assert largest_batch(config, plan, 1000, at_most=50, **how) == 0
 
 
 @pytest.mark.parametrize("batch_size", [10, 100])

@@ -139,6 +139,8 @@ def test_a_disk_that_fills_up_within_a_shard_loses_nothing_once_there_is_room(
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "shards in a row could not be stored" in said
+    assert "run the same command again" in said
+    assert "--retry-failed" not in said
     assert {entry["cause"] for entry in ledger(out)} <= {"storage"}
     made = done_in(out)
     assert len(made) < 5

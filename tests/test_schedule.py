@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 
 from depthvar.errors import InputError
+from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
 from pipeline.schedule import (
     Assignment,
     Machine,
     ShardQueue,
     WorkerShape,
     available_cores,
+    available_memory,
     num_slots,
     require_slots,
+    worker_room,
     worker_shape,
 )
 
@@ -109,3 +114,34 @@ def test_more_workers_than_the_machine_has_room_for_are_refused():
 
 def test_available_cores_is_at_least_one():
     assert available_cores() >= 1
+
+
+def test_a_worker_has_its_share_of_the_tightest_machine():
+    small, large, unknown = Machine(4, 0, 8 * 10**9), Machine(64, 0, 10**12), Machine(8, 0)
+    shape = WorkerShape(2, 0)
+    shared = 8 * 10**9 - LIBRARY_BYTES
+    assert worker_room([small, large, unknown], shape, None) == shared // 2 - PROCESS_BYTES
+    assert worker_room([small], shape, 1) == shared - PROCESS_BYTES
+    assert worker_room([small], shape, 99) == shared // 2 - PROCESS_BYTES
+    assert worker_room([Machine(4, 0, 1000)], shape, None) == 0
+    assert worker_room([unknown, Machine(1, 0, 1000)], shape, None) is None
+
+
+def test_a_gpu_worker_has_its_gpu_whatever_the_machine_holds():
+    node = Machine(1, 2, memory=1000, gpu_memory=24 * 10**9)
+    assert worker_room([node, Machine(1, 1)], WorkerShape(0, 1), 7) == 24 * 10**9 - CUDA_BYTES
+
+
+def test_the_memory_of_this_process_is_the_least_that_a_control_group_leaves(tmp_path: Path):
+    membership, groups = tmp_path / "cgroup", tmp_path / "groups"
+    (groups / "slice" / "job").mkdir(parents=True)
+    membership.write_text("0::/slice/job\n")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert available_memory(groups, membership) == physical
+    (groups / "slice" / "job" / "memory.max").write_text("max\n")
+    (groups / "slice" / "memory.max").write_text("5000\n")
+    assert available_memory(groups, membership) == 5000
+    (groups / "memory").mkdir()
+    (groups / "memory" / "memory.limit_in_bytes").write_text("4000\n")
+    assert available_memory(groups, membership) == 4000
+    assert available_memory(groups, tmp_path / "none") == 4000

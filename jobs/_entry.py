@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 from depthvar.errors import InputError
+from depthvar.streams import outlive_readers
 
 EXIT_DONE = 0
 EXIT_INCOMPLETE = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_job(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2.
 
     Files that cannot be read or written, a store that does not answer: one line and code 1.
-    Ctrl-C at a moment when nothing has to be put in order ends the job with code 130.
+    Ctrl-C, SIGTERM and SIGHUP at a moment when nothing has to be put in order end the job with code
+    128 and their number, unless they were ignored from the start, as SIGHUP is under `nohup`.
+    Output that cannot be written any more changes nothing of it.
     """
+    outlive_readers()
     try:
-        code = main()
+        with _stopped_by_signals():
+            code = main()
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -31,7 +42,43 @@ def run_job(main: Callable[[], int]) -> NoReturn:
         print(f"error: {type(error).__name__}: {reason}", file=sys.stderr)
         print("nothing that was committed is lost: run the same command again", file=sys.stderr)
         code = EXIT_INCOMPLETE
-    except KeyboardInterrupt:
+    except _Stopped as stopped:
         print("stopped", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        code = 128 + stopped.number
     sys.exit(code)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the job to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raise `_Stopped` in the main thread when a signal comes that was not ignored before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    job = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        if os.getpid() != job:  # a fork, which inherits this
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # the next one ends the job at once
+        for process in multiprocessing.active_children():
+            if not process.daemon:  # it would be waited for
+                process.terminate()
+        raise _Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)

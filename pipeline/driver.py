@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -106,6 +107,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     spec = _worker_spec(config, storage, plan, sampler_factory)
     with StopSignals() as stop:
         with _crew(config, storage, spec, stop) as crew:
+            stop.install()
             if warning := memory_warning(job, config, crew.room):
                 say(f"warning: {warning}")
             plan = open_plan(storage, plan, extend=config.extend)
@@ -249,7 +251,6 @@ def _crew(
         )
     elif address is not None:
         with _ray_session({"address": address}):
-            stop.install()
             yield _cluster_crew(config, storage, spec, stop)
     else:
         yield _local_crew(config, spec, stop)
@@ -286,7 +287,11 @@ def _ray_session(connect: dict[str, Any]) -> Iterator[None]:
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     try:
-        ray.init(**connect, log_to_driver=False, logging_level=logging.ERROR)
+        with _hangups_held_back():
+            ray.init(**connect, log_to_driver=False, logging_level=logging.ERROR)
+    except SystemExit:  # raised by Ray's own handler of SIGTERM
+        say("stopped")
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (ConnectionError, ray_errors.RayError, ValueError) as error:
         raise InputError(
             f"cannot join or start Ray at {connect['address']}: {one_line(error)}:"
@@ -296,6 +301,19 @@ def _ray_session(connect: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hangups_held_back() -> Iterator[None]:
+    """Start what is started meanwhile deaf to SIGHUP, which a lost terminal sends to all of a job.
+
+    Processes inherit what is held back; Ray does the same with Ctrl-C. The driver hears of it then.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _require_reachable(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,16 +38,22 @@ class JobStopped(Exception):  # noqa: N818 - names what happened to the job
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for an orderly stop; a second one ends the process at once."""
+    """Ctrl-C, SIGTERM and SIGHUP ask for an orderly stop; a second one ends the process at once.
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    They are taken from `install` on, until the end of the context.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self.install()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
+            if self._before[signal.SIGHUP] == signal.SIG_IGN:  # as `nohup` wants it
+                del self._before[signal.SIGHUP]
         return self
 
     def __exit__(
@@ -63,11 +70,8 @@ class StopSignals:
 
         Only the main thread can: elsewhere nothing happens and the signals keep their meaning.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in self._SIGNALS:
-            handler = signal.signal(number, self._on_signal)
-            self._before.setdefault(number, handler)
+        for number in self._before:
+            signal.signal(number, self._on_signal)
 
     def is_set(self) -> bool:
         """Whether the job was asked to stop."""
@@ -77,7 +81,8 @@ class StopSignals:
         if self._asked.is_set():
             os._exit(128 + number)
         self._asked.set()
-        os.write(2, b"\nstopping: shards being made are dropped, once more to end at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: shards being made are dropped, once more to end at once\n")
 
 
 class ShardRun:

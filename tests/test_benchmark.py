@@ -41,7 +41,7 @@ def test_times_are_compared_within_a_round():
     policy = make_policy("depthvar", reference_scale=2)
     cells = row(DIGITS, "depthvar:2", policy, 8, laps).strip("| ").split(" | ")
     assert cells[:3] == ["8", "depthvar:2", "32.3%"]
-    assert cells[4:9] == ["6.00", "2.00", "125.0", "0.50 (0.20-1.00)", "0.0300"]
+    assert cells[4:9] == ["6.00", "2.00", "125", "0.50 (0.20-1.00)", "0.0300"]
 
 
 def test_distances_are_to_the_first_policys_images_of_the_same_round():

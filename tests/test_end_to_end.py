@@ -176,7 +176,12 @@ def test_killing_the_job_then_running_it_again_gives_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("number", "to_group", "workers"),
-    [(signal.SIGTERM, False, "2"), (signal.SIGINT, True, "2"), (signal.SIGINT, True, "0")],
+    [
+        (signal.SIGTERM, False, "2"),
+        (signal.SIGINT, True, "2"),
+        (signal.SIGINT, True, "0"),
+        (signal.SIGHUP, True, "2"),
+    ],
 )
 def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     number: signal.Signals,
@@ -194,7 +199,7 @@ def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     jobs.append(Job("tests.fake_job", argv, tmp_path / "log-1", faults))
     jobs[0].wait_for_shards(out, 1)
     asked_s = time.monotonic()
-    if to_group:  # as a terminal does for Ctrl-C
+    if to_group:  # as a terminal does for Ctrl-C, and when it goes away
         os.killpg(jobs[0].process.pid, number)
     else:
         os.kill(jobs[0].process.pid, number)

@@ -34,7 +34,7 @@ from pipeline.labels import read_labels_file
 from pipeline.loader import open_dataset
 from pipeline.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.plan import JobPlan, read_plan
-from pipeline.run import ShardRun, set_aside_earlier
+from pipeline.run import ShardRun, StopSignals, set_aside_earlier
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -432,12 +432,12 @@ def test_a_run_in_another_environment_says_so_before_it_goes_on_and_in_its_summa
     out: Path, capsys: pytest.CaptureFixture[str]
 ):
     for shard_id in (0, 2):
-        file = out / "meta" / f"{shard_id:05d}.json"
+        file = out / "commits" / f"{shard_id:05d}.json"
         record = json.loads(file.read_text())
         record["environment"]["torch"] = "1.0"
         file.write_text(json.dumps(record))
-    (out / "meta" / "00001.json").unlink()
-    (out / "meta" / "00002.json").unlink()
+    (out / "commits" / "00001.json").unlink()
+    (out / "commits" / "00002.json").unlink()
     capsys.readouterr()
     assert run(out) == 0
     said = capsys.readouterr()
@@ -499,6 +499,28 @@ def test_images_sampled_again_are_exact_or_the_difference_is_told(
 
 
 # Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_for_an_orderly_stop_only_while_the_job_works(number: signal.Signals):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert signal.getsignal(number) == before, "what joins a cluster may be ended at once"
+        stop.install()
+        os.kill(os.getpid(), number)
+        assert stop.is_set()
+    assert signal.getsignal(number) == before
+
+
+def test_a_lost_terminal_stops_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            stop.install()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):

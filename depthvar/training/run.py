@@ -22,6 +22,7 @@ from depthvar.errors import InputError
 from depthvar.leftovers import is_leftover
 from depthvar.processes import end_with_parent
 from depthvar.strict_json import read_json
+from depthvar.streams import outlive_readers
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
 from depthvar.training.loop import Process
@@ -219,6 +220,7 @@ def _train_in_process(
     threads: int,
 ) -> None:
     end_with_parent()
+    outlive_readers()
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")

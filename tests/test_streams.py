@@ -113,4 +113,4 @@ def test_generate_ends_complete_without_anyone_to_print_to(tmp_path: Path):
     done = subprocess.run(["bash", "-c", command, sys.executable], cwd=ROOT, timeout=120)
     assert done.returncode == 0
     assert (out / "index.json").exists()
-    assert len(list(out.glob("meta/0*.json"))) == 3
+    assert len(list(out.glob("commits/0*.json"))) == 3

@@ -21,8 +21,8 @@ from depthvar.config import ModelConfig, TokenizerConfig, model_config
 from depthvar.errors import InputError
 from depthvar.leftovers import is_leftover
 from depthvar.processes import end_with_parent
-from depthvar.strict_json import read_json
 from depthvar.streams import outlive_readers
+from depthvar.strict_json import read_json
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
 from depthvar.training.loop import Process

@@ -94,7 +94,7 @@ def library_network() -> Any:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
         raise InputError(
-            "FID needs torch-fidelity, which is not installed: pip install 'depthvar[eval]'"
+            "FID needs torch-fidelity, which is not installed: pip install 'torch-fidelity<0.5'"
         )
     sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
     try:

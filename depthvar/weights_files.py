@@ -13,6 +13,7 @@ repository is named.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -108,10 +109,17 @@ def local_weights(model: str, weights: str | None) -> str | None:
             f"got weights at {scheme}://, wanted a local path or a Hugging Face repository: fetch "
             "the files first (the jobs do it themselves)"
         )
-    # A folder that exists up to its last part is a path with a mistake, no repository.
-    if _HUB_NAME.fullmatch(weights) and not Path(weights).parent.exists():
+    if is_repository(weights):
         return _from_hub(model, weights, None)
     raise InputError(f"{weights} does not exist, wanted a folder or a file: check --weights")
+
+
+def is_repository(weights: str) -> bool:
+    """Whether `--weights` reads as `owner/repository`, and as nothing that is on this machine.
+
+    A folder that exists up to its last part is a path with a mistake, no repository.
+    """
+    return bool(_HUB_NAME.fullmatch(weights)) and not os.path.exists(os.path.dirname(weights))
 
 
 def _from_hub(model: str, repo: str, revision: str | None) -> str:
@@ -120,7 +128,7 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
     except ImportError:
         raise InputError(
             f"{repo} is no local path, and fetching it from Hugging Face needs huggingface_hub: "
-            "pip install 'depthvar[hub]', or give a folder that holds the files"
+            "pip install huggingface_hub, or give a folder that holds the files"
         ) from None
     wanted = [*transformer_names(model), *tokenizer_names(model), CALIBRATION_FILE, CONFIG_FILE]
     try:

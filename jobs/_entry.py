@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 from depthvar.streams import outlive_readers
 
 EXIT_DONE = 0
@@ -24,7 +24,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def run_job(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with its code; an `InputError` becomes `error:` lines and code 2.
 
-    Files that cannot be read or written, a store that does not answer: one line and code 1.
+    Files that cannot be read or written, a store that does not answer: one line for what happened,
+    one for what to do, and code 1.
     Ctrl-C, SIGTERM and SIGHUP at a moment when nothing has to be put in order end the job with code
     128 and their number, unless they were ignored from the start, as SIGHUP is under `nohup`.
     Output that cannot be written any more changes nothing of it.
@@ -40,7 +41,10 @@ def run_job(main: Callable[[], int]) -> NoReturn:
     except OSError as error:
         reason = " ".join(str(error).split())
         print(f"error: {type(error).__name__}: {reason}", file=sys.stderr)
-        print("nothing that was committed is lost: run the same command again", file=sys.stderr)
+        print(
+            f"nothing that was committed is lost: {advice(error)}, then run the same command again",
+            file=sys.stderr,
+        )
         code = EXIT_INCOMPLETE
     except _Stopped as stopped:
         print("stopped", file=sys.stderr)

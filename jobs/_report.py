@@ -6,12 +6,12 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 from pydantic import Field
 
-from depthvar.errors import InputError
+from depthvar.paths import check_output_file
 from pipeline.config import JobConfig
+from pipeline.paths import LocalPath
 
 with warnings.catch_warnings():
     # pydantic's BaseModel has a deprecated method of the name `json`, which is our flag.
@@ -20,15 +20,15 @@ with warnings.catch_warnings():
     class ReportConfig(JobConfig):
         """Base of the configurations that have `--json`."""
 
-        json: Path | None = Field(
+        json: LocalPath | None = Field(
             None, description="write the numbers to this file (default: none)"
         )
 
 
 def check_report(config: ReportConfig) -> None:
-    """`InputError` where the JSON file cannot be written because its folder is missing."""
-    if config.json is not None and not config.json.absolute().parent.is_dir():
-        raise InputError(f"--json: got {config.json}, whose folder does not exist: make it")
+    """`InputError` where the JSON file could not be written."""
+    if config.json is not None:
+        check_output_file(config.json, "--json")
 
 
 def write_report(config: ReportConfig, numbers: Mapping[str, object]) -> None:

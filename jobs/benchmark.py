@@ -27,6 +27,7 @@ from depthvar.checkpoint import BUNDLED, LoadedModel, load_model, random_model
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
+from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
 from depthvar.rate import rate_text
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the JSON file; exit code 0."""
     flags = _parser().parse_args(argv)
     device = torch.device(_device(flags.device))
-    if flags.json is not None and not flags.json.absolute().parent.is_dir():
-        raise InputError(f"--json: got {flags.json}, whose folder does not exist: make it")
+    _check_paths(flags)
     torch.set_num_threads(flags.threads)
     config = model_config(flags.model, flags.weights)
     policies = chosen_policies(config, flags.policies)
@@ -159,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jobs.benchmark", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--model", default="digits", help="model to time (default: digits)")
-    parser.add_argument("--weights", help="its weights, a local file or folder (default: random)")
+    parser.add_argument(
+        "--weights",
+        help="its weights: a local file or folder, or a Hugging Face repository (default: random)",
+    )
     parser.add_argument(
         "--policies",
         nargs="+",
@@ -177,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", type=Path, help="write the times to this file")
+    parser.add_argument("--json", help="write the times to this file")
     return parser
 
 
@@ -185,6 +188,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
     return int(text)
+
+
+def _check_paths(flags: argparse.Namespace) -> None:
+    """Put in place of the paths what is to be opened. Errors: `InputError`."""
+    flags.model = checked_model(flags.model)
+    if flags.weights is not None:
+        flags.weights = checked_weights(flags.weights)
+    if flags.json is not None:
+        flags.json = Path(checked_path(flags.json))
+        check_output_file(flags.json, "--json")
 
 
 def _device(name: str) -> str:

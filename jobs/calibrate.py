@@ -21,19 +21,20 @@ from depthvar.checkpoint import (
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.paths import LocalPath, ModelName, Weights
 from pipeline.weights import local_weights
 
 
 class CalibrateConfig(JobConfig):
     """What `jobs.calibrate` can be told."""
 
-    model: str = Field("digits", description="model to calibrate")
-    weights: str | None = Field(
+    model: ModelName = Field("digits", description="model to calibrate")
+    weights: Weights | None = Field(
         None,
         description="weights as a folder, file, URI or Hugging Face repository (default: the"
         " model's own)",
     )
-    out: Path | None = Field(
+    out: LocalPath | None = Field(
         None,
         description="new model folder for a copy of the weights with the calibration; sample from"
         " it with --model (default: the calibration goes beside the weights, where these are in a"

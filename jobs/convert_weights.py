@@ -8,20 +8,22 @@ from typing import Literal
 
 from pydantic import Field
 
+from depthvar.paths import check_output_folder
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.paths import LocalPath, ModelName, Weights
 from pipeline.weights import local_weights
 
 
 class ConvertConfig(JobConfig):
     """What `jobs.convert_weights` can be told."""
 
-    model: str = Field(min_length=1, description="model that the weights belong to")
-    weights: str | None = Field(
+    model: ModelName = Field(description="model that the weights belong to")
+    weights: Weights | None = Field(
         None,
         description="folder, file, URI or Hugging Face repository (default: the model's own)",
     )
-    out: Path = Field(description="new folder for the converted weights")
+    out: LocalPath = Field(description="new folder for the converted weights")
     precision: Literal["float16", "bfloat16"] = Field(
         "float16", description="number type of the files; what runs in float32 stays float32"
     )
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = load_config(
         ConvertConfig, argv, prog="python -m jobs.convert_weights", description=__doc__ or ""
     )
+    check_output_folder(job.out, f"--out {job.out}")
     import torch
 
     from depthvar.checkpoint import convert_weights

@@ -9,18 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 from tqdm import tqdm
 
 from depthvar.errors import InputError
+from depthvar.paths import check_input_file
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
 from pipeline.config import Positional, load_config
 from pipeline.evaluation import Evaluation, EvaluationRequest, evaluate
 from pipeline.loader import open_dataset
+from pipeline.paths import LocalPath, Location
 from pipeline.samples import ShardError
 
 _SHOWN = {
@@ -37,7 +38,7 @@ _SHOWN = {
 class EvaluateConfig(ReportConfig):
     """What `jobs.evaluate` can be told."""
 
-    out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to measure")
+    out: Annotated[Location, Positional()] = Field(description="dataset to measure")
     samples: int | None = Field(
         None, gt=0, description="use the first images only (default: all that are committed)"
     )
@@ -45,10 +46,10 @@ class EvaluateConfig(ReportConfig):
         None, gt=0, description="images to train on for CAS (default: all, at most 5,000)"
     )
     cas_runs: int = Field(3, ge=0, description="trainings for CAS, 0 for none")
-    reference: Path | None = Field(
+    reference: LocalPath | None = Field(
         None, description=".npz with mu, sigma or arr_0 for FID (default: none)"
     )
-    inception_weights: Path | None = Field(
+    inception_weights: LocalPath | None = Field(
         None, description="torch-fidelity's Inception weights for FID (default: none)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where Inception runs")
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         EvaluateConfig, argv, prog="python -m jobs.evaluate", description=__doc__ or ""
     )
     check_report(config)
+    if config.reference is not None:
+        check_input_file(config.reference, "--reference")
+    if config.inception_weights is not None:
+        check_input_file(config.inception_weights, "--inception-weights")
     dataset = open_dataset(config.out)
     request = EvaluationRequest(
         samples=config.samples,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,15 +17,16 @@ from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, Positional, load_config
 from pipeline.export import export_adm_npz, export_png_folder
 from pipeline.loader import open_dataset
+from pipeline.paths import LocalPath, Location
 from pipeline.samples import ShardError
 
 
 class ExportConfig(JobConfig):
     """What `jobs.export` can be told."""
 
-    dataset: Annotated[str, Positional()] = Field(min_length=1, description="dataset to copy")
+    dataset: Annotated[Location, Positional()] = Field(description="dataset to copy")
     format: Literal["adm-npz", "png-folder"] = Field(description="what to write")
-    out: Path = Field(description="new file (adm-npz) or new folder (png-folder)")
+    out: LocalPath = Field(description="new file (adm-npz) or new folder (png-folder)")
     flat: bool = Field(False, description="png-folder: all files in one folder")
 
 

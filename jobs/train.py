@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -19,11 +18,13 @@ from pydantic import Field
 from tqdm import tqdm
 
 from depthvar.errors import InputError
+from depthvar.paths import check_output_file
 from depthvar.rate import rate_text
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
 from pipeline.config import Positional, load_config
 from pipeline.loader import Dataset, open_dataset
+from pipeline.paths import LocalPath, Location, dataset_location, path_field
 from pipeline.samples import ShardError
 
 if TYPE_CHECKING:
@@ -36,12 +37,11 @@ _COLUMNS = ("synthetic", "real", "test accuracy", "seconds per run", "images/s")
 class TrainConfig(ReportConfig):
     """What `jobs.train` can be told."""
 
-    out: Annotated[Annotated[str, Field(min_length=1)] | None, Positional()] = Field(
+    out: Annotated[Location | None, Positional()] = Field(
         None, description="dataset to train on (default: none, real digits alone)"
     )
-    test: str = Field(
+    test: Annotated[str, path_field(dataset_location, "digits")] = Field(
         "digits",
-        min_length=1,
         description="what to test on: `digits` (1,000 real held-out ones), a dataset of the same"
         " classes, or a folder <class name>/<image files>; held in memory",
     )
@@ -73,7 +73,7 @@ class TrainConfig(ReportConfig):
         " for a single shard)",
     )
     threads: int = Field(1, gt=0, description="CPU threads; another number may change the last bit")
-    model_out: Path | None = Field(
+    model_out: LocalPath | None = Field(
         None,
         description="write the classifier of a single run to this new .safetensors file"
         " (default: none)",
@@ -175,8 +175,7 @@ def _check_model_out(config: TrainConfig) -> None:
             "got --model-out with several trainings, wanted one: give --runs 1 and one number each "
             "for --samples and --real"
         )
-    if path.exists() or not path.absolute().parent.is_dir():
-        raise InputError(f"got --model-out {path}, wanted a new file in a folder that exists")
+    check_output_file(path, "--model-out", is_new=True)
 
 
 def _row(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import Field
 from tqdm import tqdm
 
-from depthvar.errors import InputError
+from depthvar.paths import check_output_file
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.paths import LocalPath
 
 
 class TrainFeaturesConfig(JobConfig):
     """What `jobs.train_features` can be told."""
 
-    out: Path = Field(description="new .safetensors file")
+    out: LocalPath = Field(description="new .safetensors file")
     threads: int = Field(1, gt=0, description="CPU threads; another number may change the last bit")
 
 
@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(
         TrainFeaturesConfig, argv, prog="python -m jobs.train_features", description=__doc__ or ""
     )
-    if config.out.exists() or not config.out.absolute().parent.is_dir():
-        raise InputError(f"got --out {config.out}, wanted a new file in a folder that exists")
+    check_output_file(config.out, "--out", is_new=True)
     import torch
 
     from depthvar.features import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from depthvar.config import (
     small_model_config,
 )
 from depthvar.errors import InputError
+from depthvar.paths import checked_path
 from depthvar.pictures import Background
 from depthvar.training.data import REAL_SETS, Augmentation, ImageSet
 from depthvar.training.folders import PictureFolder, checked_name
@@ -24,6 +25,7 @@ from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.paths import LocalPath, ModelName, path_field
 from pipeline.storage import Storage
 
 _DEFAULT = Recipe()
@@ -32,8 +34,8 @@ _DEFAULT = Recipe()
 class TrainModelConfig(JobConfig):
     """What `jobs.train_model` can be told; the defaults are the recipe of the bundled model."""
 
-    out: Path = Field(description="folder of the run; the finished model is in its model/")
-    data: str = Field(
+    out: LocalPath = Field(description="folder of the run; the finished model is in its model/")
+    data: Annotated[str, path_field(checked_path, *REAL_SETS)] = Field(
         "digits",
         description="`digits`, `digit-scenes` (digits on a larger canvas), or a folder of "
         "<class name>/<image files>",
@@ -69,7 +71,7 @@ class TrainModelConfig(JobConfig):
         lt=1,
         description="probability that a block is left out of a training step",
     )
-    tokenizer_from: str | None = Field(
+    tokenizer_from: ModelName | None = Field(
         None,
         description="model, by name or folder, whose tokenizer the new one starts from (default: "
         "random weights)",

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.config import VerifyConfig, load_config
 from pipeline.console import mixture_lines, ranges
 from pipeline.manifest import shard_name
-from pipeline.plan import JobPlan, read_plan
+from pipeline.plan import JobPlan, stored_plan
 from pipeline.regenerate import Comparison, regenerate
 from pipeline.repair import Repair, repair
 from pipeline.schedule import available_cores
@@ -38,9 +37,7 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
         VerifyConfig, argv, prog="python -m jobs.verify", description=__doc__ or ""
     )
     storage = Storage.open(config.out)
-    plan = read_plan(storage)
-    if plan is None:
-        raise InputError(f"got {storage}, which is empty, wanted a dataset: generate one first")
+    plan = stored_plan(storage)
     with tqdm(total=plan.num_shards, unit="shard", desc="verify", file=sys.stderr) as bar:
         report = verify(storage, plan, config.deep, bar.update, threads=available_cores())
     print(report_text(report, str(storage)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,9 +31,11 @@ from pydantic.fields import FieldInfo
 from depthvar.config import ModelConfig, SamplingSettings, model_config
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
+from depthvar.paths import check_output_folder, checked_job_file
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, DepthPolicy, make_policy
 from pipeline.labels import LabelCounts, parse_classes, quoted, read_labels_file
+from pipeline.paths import PATH_ERROR, LocalPath, Location, ModelName, Weights
 from pipeline.weights import local_weights
 from pipeline.yaml_file import FieldsOf, Unquoted, fields_from, parse_yaml, read_yaml
 
@@ -62,9 +65,9 @@ class JobConfig(BaseModel):
 class GenerateConfig(JobConfig):
     """What `jobs.generate` and `jobs.plan` can be told."""
 
-    out: str = Field(min_length=1, description="output folder or URI (s3://, gs://, abfs://)")
-    model: str = Field("digits", description="model to sample from, by name or folder")
-    weights: str | None = Field(
+    out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
+    model: ModelName = Field("digits", description="model to sample from, by name or folder")
+    weights: Weights | None = Field(
         None,
         description="weights as a folder, file, URI or Hugging Face repository"
         " (default: those that come with the model, or the public ones)",
@@ -75,7 +78,7 @@ class GenerateConfig(JobConfig):
         " id:3 and name:3 where 3 is the id of one and the name of another",
     )
     per_class: int = Field(100, gt=0, description="samples of each class")
-    labels_file: Path | None = Field(
+    labels_file: LocalPath | None = Field(
         None,
         description="file of lines `class[,count]` in place of --classes and --per-class"
         " (default: none)",
@@ -120,7 +123,7 @@ class GenerateConfig(JobConfig):
     address: str | None = Field(
         None, description="Ray cluster to join (default: $RAY_ADDRESS, else Ray on this machine)"
     )
-    scratch: Path | None = Field(
+    scratch: LocalPath | None = Field(
         None, description="folder where shards are built (default: the system's temporary folder)"
     )
     max_attempts: int = Field(3, gt=0, description="failures after which a shard is set aside")
@@ -159,7 +162,7 @@ class GenerateConfig(JobConfig):
 class VerifyConfig(JobConfig):
     """What `jobs.verify` can be told."""
 
-    out: Annotated[str, Positional()] = Field(min_length=1, description="dataset to check")
+    out: Annotated[Location, Positional()] = Field(description="dataset to check")
     deep: bool = Field(
         False, description="also hash every file, read every tar and compare it with its Parquet"
     )
@@ -169,7 +172,7 @@ class VerifyConfig(JobConfig):
     regenerate: int = Field(
         0, ge=0, description="images to sample again and to compare pixel for pixel, 0 for none"
     )
-    weights: str | None = Field(
+    weights: Weights | None = Field(
         None, description="weights file or folder for --regenerate (default: the model's own)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where --regenerate runs")
@@ -198,6 +201,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
     Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
     """
+    _check_scratch(config)
     local = local_weights(config.model, config.weights)
     model = model_config(config.model, local)
     options = checked_options(config.policy_options)
@@ -248,6 +252,13 @@ def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
     return checked
 
 
+def _check_scratch(config: GenerateConfig) -> None:
+    """`InputError` where the scratch folder cannot be; a cluster's nodes say so themselves."""
+    joins_cluster = config.address is not None or "RAY_ADDRESS" in os.environ
+    if config.scratch is not None and (config.workers == 0 or not joins_cluster):
+        check_output_folder(config.scratch, f"--scratch {config.scratch}")
+
+
 def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSettings:
     return SamplingSettings(
         cfg=default.cfg if config.cfg is None else config.cfg,
@@ -278,7 +289,7 @@ def load_config(
     flags = vars(_parser(model, prog, description).parse_args(argv))
     flags = {key: value for key, value in flags.items() if value is not None}
     yaml_path = flags.pop("config", None)
-    from_file = {} if yaml_path is None else _read_config(Path(yaml_path), model)
+    from_file = {} if yaml_path is None else _read_config(Path(checked_job_file(yaml_path)), model)
     values = {**from_file, **_parsed_flags(model, flags)}
     try:
         return model.model_validate(values)
@@ -428,6 +439,8 @@ def _error_lines(
 
 
 def _error_line(item: Mapping[str, Any], name: str, where: str, model: type[BaseModel]) -> str:
+    if item["type"] == PATH_ERROR:
+        return f"{where}: {item['msg']}"
     wanted = str(item["msg"]).removeprefix("Value error, ")
     if not name:
         return wanted

@@ -22,7 +22,7 @@ from webdataset.utils import PipelineStage, pytorch_worker_info
 
 from depthvar.errors import InputError
 from pipeline.manifest import CommitRecord, committed_shards, tar_name
-from pipeline.plan import JobPlan, read_plan
+from pipeline.plan import JobPlan, stored_plan
 from pipeline.samples import ShardError, TarSample, decode_image, read_tar
 from pipeline.storage import Storage
 
@@ -62,9 +62,7 @@ def open_dataset(uri: str) -> Dataset:
     Errors: `InputError` where there is none, or none of its shards is done.
     """
     storage = Storage.open(uri)
-    plan = read_plan(storage)
-    if plan is None:
-        raise InputError(f"got {storage}, which is empty, wanted a dataset: generate one first")
+    plan = stored_plan(storage)
     records = committed_shards(storage, plan)
     if not records:
         raise InputError(

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 from pipeline.faults import reach
 from pipeline.labels import MAX_SAMPLES, LabelCounts
 from pipeline.settings import STRICT, ImageCompute, JobSettings, Sha256, canonical_json
@@ -34,6 +35,7 @@ __all__ = [
     "key_of",
     "open_plan",
     "read_plan",
+    "stored_plan",
 ]
 
 PLAN_NAME = "plan.json"
@@ -246,12 +248,50 @@ def read_plan(storage: Storage) -> JobPlan | None:
             f"got {storage}, which holds files but no {PLAN_NAME}, wanted an empty folder or "
             "an earlier output of this job: choose another output"
         )
+    return _parsed(data, storage, "restore it or choose another output")
+
+
+def stored_plan(storage: Storage) -> JobPlan:
+    """The plan of a dataset that is there to be read.
+
+    Errors: `InputError` where there is none, saying what is there instead, or it is damaged.
+    """
+    folder = Path(storage.root)
+    if storage.is_local and not folder.is_dir():
+        raise InputError(
+            f"got {storage}, which {_no_folder(folder)}, wanted a dataset's folder: check the path"
+        )
+    data = _read_plan_file(storage)
+    if data is None and storage.is_empty():
+        what = "is empty" if storage.is_local else "does not exist"
+        raise InputError(f"got {storage}, which {what}, wanted a dataset: generate one first")
+    if data is None:
+        near = _datasets_near(folder) if storage.is_local else []
+        hint = f"name {' or '.join(near)}" if near else "name the folder that generate wrote"
+        raise InputError(f"got {storage}, which holds no {PLAN_NAME}, wanted a dataset: {hint}")
+    return _parsed(data, storage, "restore it from a copy")
+
+
+def _no_folder(path: Path) -> str:
+    if path.exists():
+        return "is a file"
+    return "is a broken symbolic link" if path.is_symlink() else "does not exist"
+
+
+def _datasets_near(folder: Path) -> list[str]:
+    """The dataset that a folder is a part of, or a few of those directly inside it."""
+    near = [folder.parent] if (folder.parent / PLAN_NAME).is_file() else []
+    return [
+        str(found) for found in near or sorted(f.parent for f in folder.glob(f"*/{PLAN_NAME}"))[:3]
+    ]
+
+
+def _parsed(data: bytes, storage: Storage, todo: str) -> JobPlan:
     try:
         return JobPlan.from_json(data)
     except InputError as error:
         raise InputError(
-            f"got {storage}/{PLAN_NAME}, which is damaged or of another program: {error}; "
-            "restore it or choose another output"
+            f"got {storage}/{PLAN_NAME}, which is damaged or of another program: {error}; {todo}"
         ) from error
 
 
@@ -261,7 +301,10 @@ def _read_plan_file(storage: Storage) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InputError(f"got {storage}, whose {PLAN_NAME} cannot be read: {error}") from error
+        todo = advice(error, f"{storage}/{PLAN_NAME}")
+        raise InputError(
+            f"got {storage}, whose {PLAN_NAME} cannot be read ({error}): {todo}"
+        ) from error
 
 
 def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan | None:
@@ -302,8 +345,8 @@ def open_plan(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPl
             storage.create(plan.to_json(), PLAN_NAME)
     except OSError as error:
         raise InputError(
-            f"got the output {storage}, which cannot be written: {error}; "
-            "change its permissions or choose another output"
+            f"got the output {storage}, which cannot be written ({error}): "
+            f"{advice(error, str(storage))}, then run it again"
         ) from error
     reach("plan-written")
     stored = check_output(storage, plan, extend=False)

@@ -27,9 +27,9 @@ from pyarrow import fs
 
 from depthvar.errors import InputError
 from depthvar.leftovers import is_leftover
+from depthvar.paths import check_output_folder, checked_location, is_uri
 from pipeline.faults import reach
 
-STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 TEMP_PREFIX = ".tmp-"
 _COPY_BYTES = 8 * 2**20
 _MAX_TRIES = 8
@@ -44,7 +44,71 @@ _TRANSIENT = re.compile(
     r"|(?i:http (?:status|code|response code):? ?|HTTP[/ ]|status ?code:? ?)(?:408|429|5[0-9][0-9])"
     r"|ServerBusy|OperationTimedOut|InternalError|[Cc]onnection (?:reset|refused|aborted|closed)"
 )
+_OPTIONS = (
+    *("region", "scheme", "endpoint_override", "tls_ca_file_path", "tls_verify_certificates"),
+    *("allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open", "smart_defaults"),
+    *("retry_limit_seconds", "project_id", "blob_storage_authority", "dfs_storage_authority"),
+    *("enable_tls", "credential_kind", "tenant_id", "client_id", "client_secret"),
+    "background_writes",
+)
+"""What pyarrow takes after `?` in the URIs of S3, GCS and Azure."""
 Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class StoreUri:
+    """A store's URI in its parts: `scheme://[user:password@]bucket/key[?options]`.
+
+    The key is the text itself, save for a slash at its end: nothing is decoded, cut or joined.
+    Options are what follows the last `?` where it reads `name=value[&name=value]`; any other `?`
+    belongs to the key. A key that itself ends so is written with an option after it:
+    `s3://bucket/a?b=c?region=us-east-1`.
+    """
+
+    scheme: str
+    authority: str = field(repr=False)
+    key: str
+    options: str = field(repr=False)
+
+    @staticmethod
+    def parse(uri: str) -> StoreUri:
+        """Take a URI apart without asking anybody.
+
+        Errors: `InputError` where there is no bucket, and for keys that no client would keep as
+        they are: empty, `.` and `..` parts.
+        """
+        scheme, _, rest = uri.partition("://")
+        rest, options = _without_options(rest)
+        authority, _, key = rest.partition("/")
+        parts = StoreUri(scheme, authority, key.removesuffix("/"), options)
+        bucket = authority.rpartition("@")[2]
+        names = key.split("/")
+        right = "/".join(name for name in names if name not in ("", ".", ".."))
+        if not bucket:
+            example = right or "bucket/folder"
+            raise InputError(f"got {parts} without a bucket: write {scheme}://{example}")
+        is_azure = scheme.startswith("abfs")  # whose host may have a port
+        if not re.fullmatch(r"[A-Za-z0-9._:-]+" if is_azure else r"[A-Za-z0-9._-]+", bucket):
+            raise InputError(
+                f"got a URI of {scheme}:// with something else than a bucket: write {scheme}://"
+                "bucket/folder, with %2F for / in a password, and ?endpoint_override=host:port"
+            )
+        if {".", ".."} & set(names) or "" in names[:-1]:
+            raise InputError(
+                f"got {parts}, whose key has an empty, . or .. part, which clients of stores "
+                f"change: write {scheme}://{bucket}/{right}"
+            )
+        return parts
+
+    @property
+    def base(self) -> str:
+        """The URI without its key: what says which store and how to speak with it."""
+        return f"{self.scheme}://{self.authority}" + (f"?{self.options}" if self.options else "")
+
+    def __str__(self) -> str:
+        """Without user, password and options: these can hold credentials."""
+        bucket = self.authority.rpartition("@")[2]
+        return f"{self.scheme}://{bucket}/{self.key}".removesuffix("/")
 
 
 @dataclass(frozen=True)
@@ -60,31 +124,25 @@ class Storage:
     def open(uri: str | os.PathLike[str]) -> Storage:
         """Resolve a plain path, `file://` or store URI without touching what it points to.
 
-        Errors: `InputError` for an empty or malformed URI and for a scheme nobody serves.
+        What follows the bucket is the key, byte for byte (see `StoreUri`). Errors: `InputError`
+        for what `checked_location` refuses and for a malformed URI.
         """
-        text = os.fspath(uri)
-        if not text or "\0" in text:
-            raise InputError(f"got the output {text!r}, wanted a folder or a URI: name one")
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-        if scheme is None or scheme[1].lower() == "file":
-            path = _local_path(text) if scheme else text
-            return Storage(text, fs.LocalFileSystem(), os.path.abspath(path), is_local=True)
-        if scheme[1].lower() not in STORE_SCHEMES:
-            raise InputError(
-                f"got the scheme {scheme[1]!r}, wanted a plain path or one of "
-                f"{', '.join(f'{name}://' for name in STORE_SCHEMES)}: choose one of these"
-            )
+        text = checked_location(os.fspath(uri))
+        if not is_uri(text):
+            return Storage(text, fs.LocalFileSystem(), os.path.abspath(text), is_local=True)
+        parts = StoreUri.parse(text)
         try:
-            filesystem, root = fs.FileSystem.from_uri(_with_environment(text))
+            filesystem, base = fs.FileSystem.from_uri(_with_environment(parts.base))
         except (pa.ArrowException, ValueError, OSError) as error:  # OSError: no answer for a region
-            reason = " ".join(_without_secrets(str(error), text).split())
-            raise InputError(f"got {_redacted(text)}, which cannot be opened: {reason}") from error
-        if not root.strip("/"):
-            raise InputError(f"got {_redacted(text)} without a bucket: name a bucket and a folder")
-        return Storage(text, filesystem, root.rstrip("/"), is_local=False)
+            reason = " ".join(_without_secrets(str(error), parts).split())
+            raise InputError(f"got {parts}, which cannot be opened: {reason}") from error
+        root = "/".join(part for part in (base.strip("/"), parts.key) if part)
+        if not root:
+            raise InputError(f"got {parts} without a bucket: name a bucket and a folder")
+        return Storage(text, filesystem, root, is_local=False)
 
     def __str__(self) -> str:
-        return self.uri if self.is_local else _redacted(self.uri)
+        return self.uri if self.is_local else str(StoreUri.parse(self.uri))
 
     def list(self, folder: str) -> dict[str, int]:
         """File name -> size in bytes, from one listing; empty for a folder that does not exist.
@@ -144,16 +202,7 @@ class Storage:
         """
         if not self.is_local:
             return
-        place = Path(self.root)
-        while not os.path.lexists(place):
-            place = place.parent
-        if not place.is_dir():
-            raise InputError(f"got the output {self}, but {place} is a file: choose a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(
-                f"got the output {self}, but {place} is not writable: "
-                "change its permissions or choose another output"
-            )
+        check_output_folder(Path(self.root), f"the output {self}")
 
     def publish_file(self, local: Path, name: str) -> None:
         """Make a copy of `local` visible as `name`, replacing what is there. Errors: `OSError`."""
@@ -323,31 +372,30 @@ def _with_environment(uri: str) -> str:
     return parts._replace(query=urlencode(options, quote_via=quote)).geturl()
 
 
-def _without_secrets(message: str, uri: str) -> str:
-    """An error's text without the URI's user, password and query."""
-    parts = urlsplit(uri)
-    message = message.replace(_with_environment(uri), _redacted(uri))
-    message = message.replace(uri, _redacted(uri))
-    for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
+def _without_options(rest: str) -> tuple[str, str]:
+    """A URI's text after `://` as (bucket and key, options): see `StoreUri`."""
+    before, mark, last = rest.rpartition("?")
+    pairs = [pair.partition("=") for pair in last.split("&")]
+    if not mark or not all(name and equals for name, equals, _ in pairs):
+        return rest, ""
+    unknown = sorted({name for name, _, _ in pairs} - set(_OPTIONS))
+    if not unknown:
+        return before, last
+    if "/" in last:
+        return rest, ""
+    raise InputError(
+        f"got a URI that ends in ?{unknown[0]}=..., wanted options such as region and "
+        "endpoint_override: correct it, or, where it is a part of the key, write an option after "
+        "it, such as ?region=us-east-1"
+    )
+
+
+def _without_secrets(message: str, uri: StoreUri) -> str:
+    """An error's text without the URI's user, password and options."""
+    user = uri.authority.rpartition("@")[0]
+    for secret in (_with_environment(uri.base), uri.base, user, user.rpartition(":")[2]):
         message = message.replace(secret, "...") if secret else message
-    return message
-
-
-def _local_path(uri: str) -> str:
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost"):
-        raise InputError(f"got {uri!r}, wanted a file of this host: write file:///folder")
-    try:
-        _, path = fs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, ValueError) as error:
-        raise InputError(f"got {uri!r}, wanted file:///folder: write a full path") from error
-    return str(path)
-
-
-def _redacted(uri: str) -> str:
-    """The URI without user, password and query: these can hold credentials."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return message.replace(uri.options, "...") if uri.options else message
 
 
 def _temp_name(name: str) -> str:

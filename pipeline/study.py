@@ -29,7 +29,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from multiprocessing.managers import SyncManager
-from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,6 +49,7 @@ from pipeline.config import (
     checked_options,
     identify_weights,
 )
+from pipeline.paths import LocalPath, ModelName, Weights
 from pipeline.storage import Storage
 from pipeline.weights import local_weights
 
@@ -93,9 +93,11 @@ class StudyMethod(JobConfig):
 class StudyConfig(JobConfig):
     """What `jobs.study` can be told; methods and ablations come from its YAML file."""
 
-    out: Path = Field(description="folder of the study; the same command goes on in it")
-    model: str = Field("digits", description="model of the digits, by name or folder")
-    weights: str | None = Field(None, description="its weights (default: those bundled with it)")
+    out: LocalPath = Field(description="folder of the study; the same command goes on in it")
+    model: ModelName = Field("digits", description="model of the digits, by name or folder")
+    weights: Weights | None = Field(
+        None, description="its weights (default: those bundled with it)"
+    )
     methods: Annotated[dict[str, StudyMethod], FileOnly()] = Field(
         description="methods by name, with their budgets"
     )
@@ -292,6 +294,7 @@ def resolve_study(config: StudyConfig) -> Study:
             "python -m jobs.calibrate, or leave it out"
         )
     storage = Storage.open(config.out)
+    storage.check_writable()
     return Study(config, model, real_set, local, weights.sha256, tuple(cells), storage)
 
 

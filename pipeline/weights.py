@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
+from depthvar.paths import checked_path, checked_weights, is_uri
 from depthvar.weights_files import choose_files, sha256_of
 from depthvar.weights_files import local_weights as depthvar_weights
-from pipeline.storage import STORE_SCHEMES, Storage
+from pipeline.storage import Storage
 
 CACHE_VARIABLE = "DEPTHVAR_CACHE"
 _HASHES = "sha256.json"
@@ -34,7 +34,10 @@ def default_cache() -> Path:
     """`$DEPTHVAR_CACHE`, else `depthvar` in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named)
+        try:
+            return Path(checked_path(named))
+        except InputError as error:
+            raise InputError(f"{CACHE_VARIABLE}: {error}") from error
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthvar"
 
 
@@ -44,12 +47,10 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
     Local paths and None come back as they are. `cache` defaults to `default_cache()`.
     Errors: `InputError` for files that are missing or cannot be fetched.
     """
-    scheme = re.match(r"([a-z][a-z0-9+.-]*)://", weights or "")
-    if weights is None or scheme is None or scheme[1] not in (*STORE_SCHEMES, "file"):
-        return depthvar_weights(model, weights)
-    storage = Storage.open(weights)
-    if storage.is_local:
-        return depthvar_weights(model, storage.root)
+    checked = None if weights is None else checked_weights(weights)
+    if checked is None or not is_uri(checked) or checked.startswith("hf://"):
+        return depthvar_weights(model, checked)
+    storage = Storage.open(checked)
     file = None
     if Path(storage.root).suffix in (
         ".pth",
@@ -57,13 +58,15 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
     ):  # one file: what else the model needs lies beside it
         folder, _, file = storage.root.rpartition("/")
         storage = replace(storage, root=folder)
+    cache = cache or default_cache()
     try:
-        entry = _fetched(storage, model, file, cache or default_cache())
+        entry = _fetched(storage, model, file, cache)
     except OSError as error:
+        place = str(storage) if isinstance(error, FileNotFoundError) else cache
         reason = " ".join(str(error).split())
         raise InputError(
-            f"the weights at {storage} cannot be fetched ({reason}): check --weights, the "
-            "credentials and the connection, then run it again"
+            f"the weights at {storage} cannot be fetched ({reason}): "
+            f"{advice(error, place)}, then run it again"
         ) from error
     return str(entry if file is None else entry / file)
 

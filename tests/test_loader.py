@@ -61,11 +61,35 @@ def test_only_shards_that_are_done_are_read(tmp_path):
 
 
 def test_an_output_without_a_finished_shard_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is empty"):
-        open_dataset(str(tmp_path / "none"))
     open_plan(Storage.open(str(tmp_path / "out")), make_plan())
     with pytest.raises(InputError, match="none of 3 shards is done"):
         open_dataset(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("place", "wanted"),
+    [
+        ("none", "does not exist, wanted a dataset's folder: check the path"),
+        ("empty", "is empty, wanted a dataset: generate one first"),
+        ("broken", "is a broken symbolic link, wanted a dataset's folder"),
+        ("other/file", "is a file, wanted a dataset's folder"),
+        ("other", r"holds no plan\.json, wanted a dataset: name the folder that generate wrote"),
+        ("all/out/train", r"holds no plan\.json, wanted a dataset: name \S+/all/out$"),
+        ("all", r"holds no plan\.json, wanted a dataset: name \S+/all/out or \S+/all/two$"),
+    ],
+)
+def test_what_is_no_dataset_is_named_in_the_words_of_a_reader(tmp_path, place, wanted):
+    for folder in ("empty", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name in ("two", "out"):
+        storage = Storage.open(tmp_path / "all" / name)
+        open_plan(storage, make_plan())
+        storage.publish_bytes(b"", "train/00000.tar")
+    with pytest.raises(InputError, match=f"got {tmp_path}/{place}, which {wanted}") as caught:
+        open_dataset(str(tmp_path / place))
+    assert "output" not in str(caught.value)
 
 
 def test_a_shard_damaged_after_it_was_committed_is_named(tmp_path):

@@ -116,12 +116,24 @@ def test_an_output_that_turns_read_only_stops_the_job_and_a_rerun_completes(
     assert not list((tmp_path / "scratch").glob("*/shard-*"))
 
     set_faults(tmp_path / "faults.json")
-    with pytest.raises(InputError, match="is not writable"):
+    with pytest.raises(InputError, match=f"is not writable: have {place} mounted writable"):
         run(out, tmp_path / "scratch")
     remount(place, "rw")
     assert run(out, tmp_path / "scratch") == 0
     assert data_files(out) == undisturbed
     assert verify_job.main([str(out), "--deep"]) == 0
+
+
+def test_a_plan_that_finds_no_room_says_which_disk_is_full(mount: Mount, tmp_path: Path):
+    small = mount("disk", "16k")
+    (small / "filler").write_bytes(bytes(16 * 1024))
+    with pytest.raises(InputError) as caught:
+        run(small / "out", tmp_path / "scratch")
+    assert f"free space on {small}: it is full" in str(caught.value)
+    assert "permissions" not in str(caught.value)
+    (small / "filler").unlink()
+    remount(small, "size=20m")
+    assert run(small / "out", tmp_path / "scratch") == 0
 
 
 @pytest.mark.parametrize("full", ["output", "scratch"])

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 import uuid
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +19,16 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
+from depthvar.errors import InputError
 from jobs import verify as verify_job
 from pipeline import storage as storage_module
 from pipeline.config import GenerateConfig
 from pipeline.driver import generate
+from pipeline.loader import iterate_samples, open_dataset, training_pipeline
 from pipeline.manifest import FOLDERS, committed_shards
 from pipeline.plan import read_plan
 from pipeline.storage import Storage, is_transient
+from pipeline.weights import local_weights
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import open_gate, set_faults, wait_at_gate
 from tests.fault_hook import FAULTS_VARIABLE
@@ -314,6 +319,18 @@ def test_tries_end_and_the_last_error_is_told(monkeypatch: pytest.MonkeyPatch, u
         ("gs://anonymous@bucket/a/b", "gcs", "bucket/a/b"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs", "container/a"),
         ("s3://bucket/a?region=eu-west-1", "s3", "bucket/a"),
+        ("s3://bucket/a/?region=eu-west-1", "s3", "bucket/a"),
+        ("s3://bucket", "s3", "bucket"),
+        ("s3://bucket/", "s3", "bucket"),
+        ("s3://key:a%2Fb@bucket/a@b:c", "s3", "bucket/a@b:c"),
+        ("s3://bucket/what?now/a", "s3", "bucket/what?now/a"),
+        ("s3://bucket/a?b=c?region=eu-west-1", "s3", "bucket/a?b=c"),
+        ("s3://bucket/a?region=b?region=eu-west-1", "s3", "bucket/a?region=b"),
+        ("gs://anonymous@bucket/hash#1/pct%20x", "gcs", "bucket/hash#1/pct%20x"),
+        ("gcs://anonymous@bucket/a b?scheme=http", "gcs", "bucket/a b"),
+        ("abfss://c@account.dfs.core.windows.net/hash#1 é", "abfs", "c/hash#1 é"),
+        ("abfs://account.blob.core.windows.net/container/a#b", "abfs", "container/a#b"),
+        ("abfs://acct:cGFzcw==@localhost:10000/c/a%?enable_tls=false", "abfs", "c/a%"),
     ],
 )
 def test_every_store_takes_the_same_path(uri: str, type_name: str, root: str):
@@ -321,6 +338,105 @@ def test_every_store_takes_the_same_path(uri: str, type_name: str, root: str):
     assert storage.filesystem.type_name == type_name
     assert storage.root == root
     assert not storage.is_local
+    assert str(storage).endswith(root.removeprefix("container/").removeprefix("c/"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "wanted"),
+    [
+        ("s3://", "without a bucket: write s3://bucket/folder"),
+        ("s3:///b/x", "without a bucket: write s3://b/x"),
+        ("s3://?region=x", "without a bucket"),
+        ("abfs://account.blob.core.windows.net", "without a bucket"),
+        ("s3://b//x", "write s3://b/x"),
+        ("s3://b/x//y", "write s3://b/x/y"),
+        ("s3://b/x//", "write s3://b/x"),
+        ("s3://b//", "write s3://b/"),
+        ("s3://b/./x", "write s3://b/x"),
+        ("s3://b/x/../y", "write s3://b/x/y"),
+        ("s3://b/..", "write s3://b/"),
+        ("s3://buc ket/x", "something else than a bucket"),
+        ("s3://bücket/x", "something else than a bucket"),
+        ("s3://localhost:9000/x", "endpoint_override=host:port"),
+        (f"s3://key:{SECRET}/more@b/x", "%2F for / in a password"),
+        ("s3://b/x?regoin=eu", r"ends in \?regoin=\.\.\."),
+        (f"s3://b/x?region=eu&token={SECRET}", r"ends in \?token=\.\.\."),
+        (f"gs://b/x?client_secret={SECRET}", "cannot be opened"),
+    ],
+)
+def test_a_uri_that_no_store_keeps_as_it_is_is_refused(uri: str, wanted: str):
+    with pytest.raises(InputError, match=wanted) as caught:
+        Storage.open(uri)
+    assert SECRET not in str(caught.value)
+
+
+NAMES = (
+    *("hash#1", "pct%20x", "100%", " a b ", "what?now", "+&=;,'\"()", "e\u0301 é 日本 😀", "~"),
+    *("$HOME", "{0..3}[a]*<a>|^`\\", "a:b@c", "s3:", "...", ".hidden"),
+)
+
+
+def stored_keys(server: int, prefix: str) -> list[str]:
+    """The keys under a prefix, asked of the server without anything of ours."""
+    query = urllib.parse.urlencode({"list-type": 2, "prefix": prefix, "encoding-type": "url"})
+    with urllib.request.urlopen(f"http://127.0.0.1:{server}/bucket?{query}") as answer:
+        found = xml.etree.ElementTree.fromstring(answer.read())
+    return sorted(urllib.parse.unquote(str(e.text)) for e in found.iter() if e.tag.endswith("}Key"))
+
+
+def test_what_follows_the_bucket_is_the_key(server: int):
+    folder = uuid.uuid4().hex
+    for name in NAMES:
+        storage = Storage.open(f"s3://bucket/{folder}/{name}/x")
+        assert storage.is_empty(), name
+        assert storage.create(b"1", "plan.json")
+        storage.publish_bytes(b"22", "meta/0.json")
+        assert storage.read("plan.json") == b"1"
+        assert storage.list("meta") == {"0.json": 2}
+        assert storage.list_folders("") == ("meta",)
+        assert str(storage) == f"s3://bucket/{folder}/{name}/x"
+    wanted = [f"{folder}/{n}/x/{file}" for n in NAMES for file in ("plan.json", "meta/0.json")]
+    assert stored_keys(server, f"{folder}/") == sorted(wanted)
+    everything = Storage.open(f"s3://bucket/{folder}")
+    assert everything.list_folders("") == tuple(sorted(NAMES))
+    Storage.open(f"s3://bucket/{folder}/~/x").remove("plan.json")
+    assert f"{folder}/~/x/plan.json" not in stored_keys(server, f"{folder}/")
+
+
+def test_names_that_differ_after_a_mark_are_two_datasets(tmp_path: Path):
+    folder = f"s3://bucket/{uuid.uuid4().hex}"
+    for seed in (1, 2):
+        out = f"{folder}/hash#{seed}"
+        assert run(out, tmp_path, seed=seed, samples_per_shard=20, contact_sheet=0) == 0
+    for seed in (1, 2):
+        dataset = open_dataset(f"{folder}/hash#{seed}")
+        assert dataset.plan.settings.seed == seed
+        assert len(list(iterate_samples(dataset))) == 20
+        pipeline = training_pipeline(dataset, shuffle_buffer=0)
+        assert sum(1 for _ in pipeline) == 20
+        assert verify_job.main([f"{folder}/hash#{seed}", "--deep"]) == 0
+    with pytest.raises(InputError, match="does not exist, wanted a dataset"):
+        open_dataset(f"{folder}/hash")
+
+
+def test_weights_are_fetched_by_their_key(tmp_path: Path):
+    folder = f"s3://bucket/{uuid.uuid4().hex}/run#1 50%"
+    names = ("config.json", "transformer.safetensors", "tokenizer.safetensors")
+    for name in names:
+        Storage.open(folder).publish_bytes(name.encode(), name)
+    for place in (folder, f"{folder}/", f"{folder}/transformer.safetensors"):
+        found = Path(str(local_weights("mine", place, cache=tmp_path)))
+        found = found if found.is_dir() else found.parent
+        assert {name: (found / name).read_bytes() for name in names} == {
+            name: name.encode() for name in names
+        }
+    with pytest.raises(InputError, match="holds no files"):
+        local_weights("mine", folder.replace("#1", "#2"), cache=tmp_path)
+
+
+def test_what_a_store_refuses_comes_with_what_to_do(uri: str, tmp_path: Path):
+    with pytest.raises(InputError, match="make the bucket, or correct its name"):
+        run("s3://none-such/data", tmp_path)
 
 
 def test_the_uri_wins_over_the_environment_and_region_falls_back(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env import packaging
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
@@ -72,8 +74,26 @@ def wait_until_open(port: int, head: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the dashboard did not open")
 
 
-def submit(address: str, token: str | None) -> subprocess.CompletedProcess[str]:
-    command = [RAY, "job", "submit", "--address", address, "--", sys.executable, "-c", "print(6*7)"]
+# What a job of ours finds out about itself, without waiting for torch.
+PROGRAM = """
+import os
+from depthvar.errors import InputError
+from depthvar.paths import checked_job_file, checked_location
+print(6 * 7, open(checked_job_file("job.yaml")).read())
+for place in ("out/mine", os.path.abspath("out/mine"), "/shared/out", "s3://bucket/out"):
+    try:
+        print("taken", checked_location(place))
+    except InputError as error:
+        print("refused", error)
+"""
+
+
+def submit(address: str, token: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "job.yaml").write_text("seed: 5")
+    (folder / "main.py").write_text(PROGRAM)
+    command = [RAY, "job", "submit", "--address", address, "--working-dir", folder]
+    command += ["--runtime-env-json", json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})]
+    command += ["--", sys.executable, "main.py"]
     return subprocess.run(
         [str(part) for part in command],
         env=environment(token),
@@ -84,23 +104,54 @@ def submit(address: str, token: str | None) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_job_with_the_clusters_token_runs(address: str):
-    done = submit(address, TOKEN)
+def test_a_job_with_the_clusters_token_runs_and_knows_what_it_would_lose(
+    address: str, tmp_path: Path
+):
+    done = submit(address, TOKEN, tmp_path)
     for _ in range(20):  # the dashboard opens before the agent that takes jobs is up
         if "No available agent" not in done.stderr:
             break
         time.sleep(3)
-        done = submit(address, TOKEN)
+        done = submit(address, TOKEN, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "42" in done.stdout
+    assert "42 seed: 5" in done.stdout
+    assert done.stdout.count("refused got 'out/mine', which in a Ray job lies in") == 1
+    assert done.stdout.count("refused got '/") == 1
+    assert "taken /shared/out\ntaken s3://bucket/out\n" in done.stdout
 
 
 @pytest.mark.parametrize("token", [None, OTHER_TOKEN], ids=["no token", "another token"])
-def test_a_job_without_the_clusters_token_is_refused(address: str, token: str | None):
-    done = submit(address, token)
+def test_a_job_without_the_clusters_token_is_refused(
+    address: str, token: str | None, tmp_path: Path
+):
+    done = submit(address, token, tmp_path)
     assert done.returncode != 0
     assert "42" not in done.stdout
     assert "authentication" in (done.stdout + done.stderr).lower()
+
+
+def test_only_code_and_configuration_go_along_with_a_job(tmp_path: Path):
+    """Of a checkout that holds weights, images and datasets beside the code."""
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    sent = [
+        "depthvar/models/digits/transformer.safetensors",
+        "jobs/generate.py",
+        "job.yaml",
+        "x.py",
+    ]
+    left = ["checkpoints/var_d16.pth", "my_images/jobs/1.png", "runs/x", "out/x.tar", "d16.npz"]
+    for name in (*sent, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found: list[str] = []
+    packaging._dir_travel(
+        tmp_path,
+        [packaging._get_excludes(tmp_path, [".git"])],
+        lambda path: found.append(str(path.relative_to(tmp_path))) if path.is_file() else None,
+        include_gitignore=True,
+    )
+    assert sorted(found) == sorted(sent)
 
 
 def test_nothing_here_turns_the_token_off():

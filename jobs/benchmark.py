@@ -172,15 +172,24 @@ def _parser() -> argparse.ArgumentParser:
         "too (default: depthvar at three reference scales)",
     )
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=_count, default=[8], help="images at once (default: 8)"
+        "--batch-sizes",
+        nargs="+",
+        type=_count,
+        default=[8],
+        metavar="N",
+        help="images at once (default: 8)",
     )
-    parser.add_argument("--rounds", type=_count, default=5, help="batches per policy (default: 5)")
+    parser.add_argument(
+        "--rounds", type=_count, default=5, metavar="N", help="batches per policy (default: 5)"
+    )
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=_count, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", help="write the times to this file")
+    parser.add_argument(
+        "--threads", type=_count, default=1, metavar="N", help="CPU threads (default: 1)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the times to this file")
     return parser
 
 

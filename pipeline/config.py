@@ -35,6 +35,7 @@ from depthvar.paths import check_output_folder, checked_job_file
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, DepthPolicy, make_policy
 from pipeline.labels import LabelCounts, parse_classes, quoted, read_labels_file
+from pipeline.marks import Metavar
 from pipeline.paths import PATH_ERROR, LocalPath, Location, ModelName, Weights
 from pipeline.weights import local_weights
 from pipeline.yaml_file import FieldsOf, Unquoted, fields_from, parse_yaml, read_yaml
@@ -335,6 +336,7 @@ def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.Arg
 
 def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
     flag = _flag(name)
+    metavar = _metavar(name, field.annotation, field.metadata)
     text = _help(field).replace("%", "%%")
     kind = typing.get_origin(field.annotation) or field.annotation
     if any(isinstance(mark, Positional) for mark in field.metadata):
@@ -353,19 +355,28 @@ def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> 
             flag, dest=name, nargs="+", action="extend", metavar="KEY=VALUE", help=text
         )
     elif kind in (list, tuple):
-        parser.add_argument(flag, dest=name, nargs="+", metavar="VALUE", help=text)
+        parser.add_argument(flag, dest=name, nargs="+", metavar=metavar, help=text)
     else:
-        parser.add_argument(flag, dest=name, metavar=_metavar(name, field), help=text)
+        parser.add_argument(flag, dest=name, metavar=metavar, help=text)
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _metavar(name: str, field: FieldInfo) -> str:
-    if typing.get_origin(field.annotation) is Literal:
-        return "{" + ",".join(str(choice) for choice in typing.get_args(field.annotation)) + "}"
-    return name.rsplit("_", 1)[-1].upper()
+def _metavar(name: str, wanted: Any, marks: Sequence[object] = ()) -> str:
+    """How `--help` calls a value of a type: as its marks say, as its kind, or as the field."""
+    for mark in marks:
+        if isinstance(mark, Metavar):
+            return mark.text
+    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if origin is Annotated:
+        return _metavar(name, parts[0], parts[1:])
+    if parts:  # of a list, or of what may also be None
+        return _metavar(name, parts[0])
+    return {int: "N", float: "X", Path: "PATH"}.get(wanted, name.upper())
 
 
 def _help(field: FieldInfo) -> str:

@@ -16,6 +16,7 @@ PIPELINE_ORDER = (
     "paths",
     "claims",
     "weights",
+    "marks",
     "text_file",
     "yaml_file",
     "labels",

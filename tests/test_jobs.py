@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +323,39 @@ def test_a_file_of_configuration_makes_the_same_plan_as_flags(
     from_file = capsys.readouterr().out
     jobs.plan.main(flags(tmp_path / "out", weights))
     assert capsys.readouterr().out == from_file
+
+
+METAVARS = {
+    "N": """ablation-samples batch-size batch-sizes calibration-samples cas-runs cas-samples
+        contact-sheet decoder-steps headroom-after image-channels loader-workers max-attempts
+        per-class processes real reference-scale regenerate rounds runs samples samples-per-shard
+        seed seeds steps threads threads-per-worker timing-rounds tokenizer-steps top-k
+        transformer-steps transformer-tuning-steps workers""",
+    "X": "cfg held-out-share layer-drop learning-rate top-p",
+    "PATH": "data inception-weights model-out out reference scratch test weights",
+    "FILE": "config json labels-file",
+    "MODEL": "model tokenizer-from",
+    "CLASSES": "classes",
+    "POLICY": "policy",
+    "POLICY:R": "policies",
+    "KEY=VALUE": "policy-options",
+    "ADDRESS": "address",
+    "DEVICE": "device",
+}
+JOBS = sorted(file.stem for file in (ROOT / "jobs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_calls_the_value_of_every_flag_what_it_is(
+    job: str, capsys: pytest.CaptureFixture[str]
+):
+    """One flag, one meaning, in all jobs; choices are listed, switches take none."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"jobs.{job}").main(["--help"])
+    shown = dict(re.findall(r"^  --([-a-z]+) ([^\s{]\S*)", capsys.readouterr().out, re.M))
+    metavar_of = {flag: metavar for metavar, flags in METAVARS.items() for flag in flags.split()}
+    assert shown == {flag: metavar_of[flag] for flag in shown}
+    assert shown
 
 
 @pytest.mark.parametrize("job", ["plan", "generate", "verify"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -303,7 +304,10 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}: see `{self.prog} --help`")
+        hint = ""
+        if found := re.fullmatch(r"argument (--\S+): expected .*argument", message):
+            hint = f" (one that begins with a dash as {found[1]}=-VALUE)"
+        raise InputError(f"{message}{hint}: see `{self.prog} --help`")
 
 
 class _FlagOrPosition(argparse.Action):

@@ -93,6 +93,13 @@ def test_bad_flags_are_one_line_each(flags: list[str]):
     assert len(refused("--out", "x", *flags)) == 1
 
 
+def test_a_value_that_begins_with_a_dash_can_be_given():
+    (line,) = refused("--out", "x", "--classes", "-neg,01")
+    assert "expected one argument (one that begins with a dash as --classes=-VALUE)" in line
+    assert load("--out", "x", "--classes=-neg,01").classes == "-neg,01"
+    assert load("--out", "x", "--classes", "name:-neg,01").classes == "name:-neg,01"
+
+
 def test_out_is_required():
     assert refused() == ["--out is missing, wanted a value: give --out or set out in YAML"]
 

@@ -6,11 +6,13 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import Field
 
 from depthvar.paths import check_output_file
 from pipeline.config import JobConfig
+from pipeline.marks import Metavar
 from pipeline.paths import LocalPath
 
 with warnings.catch_warnings():
@@ -20,7 +22,7 @@ with warnings.catch_warnings():
     class ReportConfig(JobConfig):
         """Base of the configurations that have `--json`."""
 
-        json: LocalPath | None = Field(
+        json: Annotated[LocalPath, Metavar("FILE")] | None = Field(
             None, description="write the numbers to this file (default: none)"
         )
 

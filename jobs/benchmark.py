@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="digits", help="model to time (default: digits)")
     parser.add_argument(
         "--weights",
+        metavar="PATH",
         help="its weights: a local file or folder, or a Hugging Face repository (default: random)",
     )
     parser.add_argument(

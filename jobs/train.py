@@ -24,6 +24,7 @@ from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
 from pipeline.config import Positional, load_config
 from pipeline.loader import Dataset, open_dataset
+from pipeline.marks import Metavar
 from pipeline.paths import LocalPath, Location, dataset_location, path_field
 from pipeline.samples import ShardError
 
@@ -40,12 +41,12 @@ class TrainConfig(ReportConfig):
     out: Annotated[Location | None, Positional()] = Field(
         None, description="dataset to train on (default: none, real digits alone)"
     )
-    test: Annotated[str, path_field(dataset_location, "digits")] = Field(
+    test: Annotated[str, path_field(dataset_location, "digits"), Metavar("PATH")] = Field(
         "digits",
         description="what to test on: `digits` (1,000 real held-out ones), a dataset of the same"
         " classes, or a folder <class name>/<image files>; held in memory",
     )
-    background: str = Field(
+    background: Annotated[str, Metavar("COLOUR")] = Field(
         "white", description="what shows where pictures of a --test folder are transparent"
     )
     skip_unreadable: bool = Field(

@@ -25,6 +25,7 @@ from depthvar.training.tokenizer import TokenizerRecipe
 from depthvar.training.transformer import TransformerRecipe
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
+from pipeline.marks import Metavar
 from pipeline.paths import LocalPath, ModelName, path_field
 from pipeline.storage import Storage
 
@@ -35,13 +36,13 @@ class TrainModelConfig(JobConfig):
     """What `jobs.train_model` can be told; the defaults are the recipe of the bundled model."""
 
     out: LocalPath = Field(description="folder of the run; the finished model is in its model/")
-    data: Annotated[str, path_field(checked_path, *REAL_SETS)] = Field(
+    data: Annotated[str, path_field(checked_path, *REAL_SETS), Metavar("PATH")] = Field(
         "digits",
         description="`digits`, `digit-scenes` (digits on a larger canvas), or a folder of "
         "<class name>/<image files>",
     )
     image_channels: int = Field(3, description="1 for grey or 3 for RGB; folders only")
-    background: str = Field(
+    background: Annotated[str, Metavar("COLOUR")] = Field(
         "white",
         description="what shows where a picture is transparent, a colour by name or as '#rrggbb'; "
         "folders only",

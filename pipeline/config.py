@@ -80,7 +80,7 @@ class GenerateConfig(JobConfig):
         " id:3 and name:3 where 3 is the id of one and the name of another",
     )
     per_class: int = Field(100, gt=0, description="samples of each class")
-    labels_file: LocalPath | None = Field(
+    labels_file: Annotated[LocalPath, Metavar("FILE")] | None = Field(
         None,
         description="file of lines `class[,count]` in place of --classes and --per-class"
         " (default: none)",

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from depthvar.errors import InputError
 from depthvar.paths import checked_location, checked_model, checked_path, checked_weights, is_uri
+from pipeline.marks import Metavar
 from pipeline.storage import StoreUri
 
 PATH_ERROR = "path"
@@ -57,9 +58,9 @@ def _local_path(text: str) -> str:
 
 LocalPath = Annotated[Path, path_field(_local_path)]
 """A file or a folder of this machine."""
-Location = Annotated[str, path_field(dataset_location)]
+Location = Annotated[str, path_field(dataset_location), Metavar("PATH")]
 """A dataset: a local folder or the URI of a store."""
-Weights = Annotated[str, path_field(_weights_location)]
+Weights = Annotated[str, path_field(_weights_location), Metavar("PATH")]
 """A local file or folder, the URI of a store, or a Hugging Face repository."""
-ModelName = Annotated[str, path_field(checked_model)]
+ModelName = Annotated[str, path_field(checked_model), Metavar("MODEL")]
 """A known model, or a local folder that holds one."""

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PIPELINE_ORDER = (
     "faults",
     "storage",
+    "marks",
     "paths",
     "claims",
     "weights",
-    "marks",
     "text_file",
     "yaml_file",
     "labels",

@@ -341,6 +341,7 @@ METAVARS = {
     "KEY=VALUE": "policy-options",
     "ADDRESS": "address",
     "DEVICE": "device",
+    "COLOUR": "background",
 }
 JOBS = sorted(file.stem for file in (ROOT / "jobs").glob("[a-z]*.py"))
 

@@ -19,6 +19,7 @@ from pipeline.manifest import shard_name
 from pipeline.plan import JobPlan, stored_plan
 from pipeline.regenerate import Comparison, regenerate
 from pipeline.repair import Repair, repair
+from pipeline.samples import ShardError
 from pipeline.schedule import available_cores
 from pipeline.storage import Storage
 from pipeline.verify import Report, verify
@@ -43,9 +44,14 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     print(report_text(report, str(storage)))
     is_sound = report.is_sound
     if config.regenerate:
-        compared = _regenerated(config, storage, plan, report, sampler_factory)
-        print(comparison_text(compared))
-        is_sound = is_sound and all(c.is_exact or c.differs for c in compared)
+        try:
+            compared = _regenerated(config, storage, plan, report, sampler_factory)
+        except ShardError as error:
+            print(f"cannot regenerate: {error}")
+            is_sound = False
+        else:
+            print(comparison_text(compared))
+            is_sound = is_sound and all(c.is_exact or c.differs for c in compared)
     if config.repair:
         print(repair_text(repair(storage, plan, report)))
     if steps := next_steps(report, str(storage), is_repaired=config.repair):

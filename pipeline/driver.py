@@ -56,6 +56,7 @@ from pipeline.run import (
     run_in_process,
     set_aside_earlier,
 )
+from pipeline.samples import ShardError
 from pipeline.schedule import (
     Assignment,
     Machine,
@@ -193,7 +194,11 @@ def _conclude(
         sweep_claims(storage, done)
         is_new = run is not None or storage.size(CONTACT_SHEET_NAME) is None
         if config.contact_sheet and is_new:
-            write_contact_sheet(Dataset(storage, plan, done), config.contact_sheet)
+            try:
+                write_contact_sheet(Dataset(storage, plan, done), config.contact_sheet)
+            except ShardError as error:
+                say(f"error: {error}")
+                return 1
         if config.contact_sheet:
             print(f"pictures  {storage}/{CONTACT_SHEET_NAME}")
         return 0

@@ -121,7 +121,7 @@ def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
     """
     for stored in iterate_stored(dataset):
         image = stored_image(stored, dataset.plan.settings.image_channels)
-        with _named(stored.key):
+        with naming_damage(stored.key):
             metadata = _metadata(stored)
         yield Sample(stored.key, stored.label, image, metadata)
 
@@ -140,7 +140,7 @@ def stored_image(stored: TarSample, channels: int) -> np.ndarray:
 
     Errors: `ShardError`, with the sample's key, where the file is damaged.
     """
-    with _named(stored.key):
+    with naming_damage(stored.key):
         return decode_image(stored.image, channels)
 
 
@@ -257,7 +257,10 @@ def _read_shards(parts: Iterable[ShardPart], *, uri: str, image_format: str) -> 
 
 def _read_shard(storage: Storage, part: ShardPart, image_format: str) -> Iterator[TarSample]:
     num_read = 0
-    with _named(tar_name(part.shard_id)), storage.open_input(tar_name(part.shard_id)) as stream:
+    with (
+        naming_damage(tar_name(part.shard_id)),
+        storage.open_input(tar_name(part.shard_id)) as stream,
+    ):
         for sample in read_tar(stream, image_format):
             yield sample
             num_read += 1
@@ -268,8 +271,8 @@ def _read_shard(storage: Storage, part: ShardPart, image_format: str) -> Iterato
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Say which shard or sample is damaged, and what to do."""
+def naming_damage(what: str) -> Iterator[None]:
+    """Say which file or sample is damaged, and what to do."""
     try:
         yield
     except ShardError as error:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.actor import Resampler, WorkerSpec
+from pipeline.loader import naming_damage
 from pipeline.manifest import CommitRecord, parquet_name, tar_name
 from pipeline.plan import JobPlan
-from pipeline.samples import decode_image, pixel_hash, read_tar
+from pipeline.samples import decode_image, pixel_hash, read_parquet, read_tar
 from pipeline.storage import Storage
 
 
@@ -46,7 +45,7 @@ def regenerate(
 
     They come from micro-batches spread evenly over the shards. Exact means the pixel hash of the
     Parquet row; the difference is to the stored file, for JPEG with its loss. Raises `InputError`
-    for weights that are not those of the plan.
+    for weights that are not those of the plan, `ShardError` for a damaged shard.
     """
     chosen = _chosen_batches(plan, records, num_images)
     if not chosen:
@@ -99,10 +98,11 @@ def _stored(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(key, recorded pixel hash, stored pixels) of some samples. Errors: `ShardError`."""
     settings = plan.settings
-    table = pq.read_table(io.BytesIO(storage.read(parquet_name(shard_id))))
+    with naming_damage(parquet_name(shard_id)):
+        table = read_parquet(storage.read(parquet_name(shard_id)))
     rows: list[dict[str, Any]] = table.select(["index", "key", "pixel_sha256"]).to_pylist()
     hashes = {row["key"]: row["pixel_sha256"] for row in rows if row["index"] in indices}
-    with storage.open_input(tar_name(shard_id)) as stream:
+    with naming_damage(tar_name(shard_id)), storage.open_input(tar_name(shard_id)) as stream:
         for sample in read_tar(stream, settings.image_format):
             if sample.key in hashes:
                 pixels = decode_image(sample.image, settings.image_channels)

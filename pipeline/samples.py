@@ -1,4 +1,4 @@
-"""One sample as stored: image files, and the strict reading of a shard's tar."""
+"""One sample as stored: image files, and the strict reading of a shard's tar and Parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import IO, Protocol, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
+
+from pipeline.schema import SHARD_SCHEMA
 
 # Quality 95 without colour subsampling; lossless WebP; zlib's default effort for PNG.
 _ENCODERS: dict[str, dict[str, object]] = {
@@ -78,6 +82,18 @@ def read_tar(stream: ByteReader, image_format: str) -> Iterator[TarSample]:
         raise ShardError(f"the tar is damaged or cut off: {error}") from error
     if members:
         raise ShardError(f"the tar is cut off inside the sample {current}")
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """The rows of a shard, read strictly. Errors: `ShardError` for anything else."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ShardError(f"the Parquet is damaged or cut off: {reason}") from error
+    if not table.schema.equals(SHARD_SCHEMA):
+        raise ShardError("the Parquet has other columns than this release writes")
+    return table
 
 
 def decode_image(data: bytes, channels: int) -> np.ndarray:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.manifest import CommitRecord, FileEntry, parquet_name
 from pipeline.plan import JobPlan, ShardPlan, key_of
@@ -21,9 +17,10 @@ from pipeline.samples import (
     TarSample,
     decode_image,
     pixel_hash,
+    read_parquet,
     read_tar,
 )
-from pipeline.schema import LOSSLESS_FORMATS, SHARD_SCHEMA, STATUS_OK
+from pipeline.schema import LOSSLESS_FORMATS, STATUS_OK
 from pipeline.storage import Storage
 
 _BLOCK_BYTES = 2**20
@@ -58,11 +55,9 @@ def _read_rows(storage: Storage, entry: FileEntry, finding: Finding) -> list[dic
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         finding.problems.append(("hash", f"{entry.name} is not what was committed"))
     try:
-        table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError(f"{entry.name} cannot be read: {error}") from error
-    if not table.schema.equals(SHARD_SCHEMA):
-        raise ShardError(f"{entry.name} has other columns than this release writes")
+        table = read_parquet(data)
+    except ShardError as error:
+        raise ShardError(f"{entry.name}: {error}") from error
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 

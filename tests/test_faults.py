@@ -31,10 +31,11 @@ from pipeline.config import GenerateConfig, load_config
 from pipeline.console import ProgressBar
 from pipeline.driver import generate
 from pipeline.labels import read_labels_file
-from pipeline.loader import open_dataset
+from pipeline.loader import iterate_samples, open_dataset
 from pipeline.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.plan import JobPlan, read_plan
 from pipeline.run import ShardRun, StopSignals, set_aside_earlier
+from pipeline.samples import ShardError
 from pipeline.schedule import Assignment, ShardQueue
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -250,6 +251,126 @@ def test_only_a_deep_check_sees_a_flipped_byte_and_the_other_says_what_it_compar
     said = capsys.readouterr().out
     assert "00001  hash: train/00001.tar" in said
     assert "checked hashes, contents and labels" in said
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def delete_shard(out: Path) -> None:
+    for name in ("train/00001.tar", "meta/00001.parquet", "commits/00001.json"):
+        (out / name).unlink()
+
+
+def wrong_hash(out: Path) -> None:
+    file = out / "commits" / "00001.json"
+    record = json.loads(file.read_text())
+    entry = record["files"]["tar"]
+    entry["sha256"] = ("1" if entry["sha256"][0] == "0" else "0") + entry["sha256"][1:]
+    file.write_text(json.dumps(record))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a byte of an image": lambda out: flip(out / "train/00001.tar", 4000),
+    "a byte of a tar header": lambda out: flip(out / "train/00001.tar", 1030),
+    "a byte of a Parquet": lambda out: flip(out / "meta/00001.parquet", 300),
+    "a byte of a Parquet's footer": lambda out: flip(out / "meta/00001.parquet", -20),
+    "a byte that ends a record": lambda out: flip(out / "commits/00001.json", 0),
+    "a digit of a hash in a record": wrong_hash,
+    "a cut tar": lambda out: cut(out / "train/00001.tar"),
+    "a cut Parquet": lambda out: cut(out / "meta/00001.parquet"),
+    "a cut record": lambda out: cut(out / "commits/00001.json"),
+    "no tar": lambda out: (out / "train/00001.tar").unlink(),
+    "no Parquet": lambda out: (out / "meta/00001.parquet").unlink(),
+    "no record": lambda out: (out / "commits/00001.json").unlink(),
+    "no shard": delete_shard,
+    "no index": lambda out: (out / "index.json").unlink(),
+    "a byte of an index": lambda out: flip(out / "_info.json", 30),
+    "a byte in two shards": lambda out: (
+        flip(out / "train/00000.tar", 4000),
+        flip(out / "meta/00002.parquet", 300),
+        cut(out / "train/00001.tar"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_who_does_what_verify_prints_ends_with_a_sound_dataset(
+    out: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    before = data_files(out)
+    DAMAGE[kind](out)
+    capsys.readouterr()
+    assert verify_job.main([str(out), "--deep"]) == 1
+    said = capsys.readouterr().out
+    if f"`python -m jobs.verify {out} --deep --repair`" in said:
+        verify_job.main([str(out), "--deep", "--repair"])
+    if "run the generate command" in said:
+        assert run(out) == 0
+    assert verify_job.main([str(out), "--deep"]) == 0
+    assert data_files(out) == before
+
+
+@pytest.mark.parametrize("kind", ["a byte of a tar header", "a byte of a Parquet's footer"])
+def test_whoever_meets_damage_names_what_mends_it(
+    out: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    DAMAGE[kind](out)
+    told = r"0000[1-9]\.\w+: .*; run verify --deep --repair, then generate again"
+    argv = [str(out), "--regenerate", "20", "--device", "cpu"]
+    assert verify_job.main(argv, sampler_factory=FAKE_SAMPLER) == 1
+    assert re.search(rf"cannot regenerate: (train|meta)/{told}", capsys.readouterr().out)
+    if "tar" in kind:
+        with pytest.raises(ShardError, match=told):
+            list(iterate_samples(open_dataset(str(out))))
+        assert run(out, contact_sheet=2) == 1
+        assert re.search(rf"error: train/{told}", capsys.readouterr().err)
+
+
+def test_verify_of_an_unfinished_job_says_how_far_it_is_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    assert run(out, per_class=8) == 0
+    for shard_id in (3, 4, 5, 8):
+        for file in out.glob(f"*/{shard_id:05d}.*"):
+            file.unlink()
+    capsys.readouterr()
+    assert verify_job.main([str(out)]) == 1
+    assert capsys.readouterr().out == (
+        f"{out}: 6 of 10 shards committed (60%), 4 not made yet (3-5, 8): run the generate command"
+        f" to go on\n{out}: 6 of 10 shards sound (48 images), 0 problems; checked records and sizes"
+        " only, add --deep to read every byte\n"
+    )
+    (out / "train" / "00002.tar").unlink()
+    (out / "commits" / "00001.json").unlink()
+    assert verify_job.main([str(out)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "00001  missing: commits/00001.json missing",
+        "00002  missing: train/00002.tar missing",
+    ]
+    assert "4 of 10 shards committed (40%), 4 not made yet (3-5, 8)" in said[2]
+
+
+def test_shards_of_two_environments_are_noted_and_sound(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = out / "commits" / "00001.json"
+    record = json.loads(file.read_text())
+    now = record["environment"]["torch"]
+    record["environment"]["torch"] = "1.0"
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert verify_job.main([str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"note: made with torch: {now} in 2 shards (0, 2), 1.0 in 1 shard (1)" in said
 
 
 def test_repair_sweeps_what_is_old_and_leaves_what_may_be_in_use(out: Path):

@@ -1,6 +1,7 @@
 """Copy a dataset into another format: `python -m jobs.export DIR --format adm-npz --out FILE.npz`.
 
-adm-npz is the sample file of OpenAI's evaluator; png-folder is OUT/{class id}/{key}.png.
+adm-npz is the sample file of OpenAI's evaluator; png-folder is OUT/{class name}/{key}.png, with
+`%2F` and the like for what no folder can be called (`/`, a dot in front, a space at the end).
 """
 
 from __future__ import annotations

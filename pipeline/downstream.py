@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from depthvar.class_folders import folder_names
 from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.features import (
@@ -324,10 +325,9 @@ def _folder_images(
     folder: Path, dataset: Dataset, background: Background, skip_unreadable: bool
 ) -> HeldOut:
     settings = dataset.plan.settings
-    index = ClassIndex(settings.class_names)
     pictures = PictureFolder.open(folder, flag="--test")
-    unknown = [name for name in pictures.class_names if len(index.ids_named(name)) != 1]
-    if unknown:
+    ids = _ids_of_folders(pictures, settings.class_names)
+    if unknown := [name for name, class_id in ids.items() if class_id is None]:
         raise InputError(
             f"--test {folder} has a class folder {unknown[0]!r}, wanted {folder}/<class name>/"
             f"<image files> with the class names of {settings.model}, such as "
@@ -339,13 +339,24 @@ def _folder_images(
         background=background,
         skip_unreadable=skip_unreadable,
     )
-    ids_of_folders = np.array([index.ids_named(name)[0] for name in images.class_names], np.int64)
+    ids_of_folders = np.array(list(ids.values()), np.int64)
     return HeldOut(
         f"images of {folder}",
         np.ascontiguousarray(images.images_NCHW.permute(0, 2, 3, 1).numpy()),
         ids_of_folders[images.labels_N.numpy()],
         report,
     )
+
+
+def _ids_of_folders(pictures: PictureFolder, class_names: Sequence[str]) -> dict[str, int | None]:
+    """The class of each folder, named as an export names it or as the class; None for no class."""
+    exported = {comparable(folder): i for i, folder in enumerate(folder_names(class_names))}
+    index = ClassIndex(class_names)
+    ids: dict[str, int | None] = {}
+    for folder, name in zip(pictures.files, pictures.class_names, strict=True):
+        named = index.ids_named(name)
+        ids[folder] = exported.get(comparable(folder), named[0] if len(named) == 1 else None)
+    return ids
 
 
 def _dataset_images(test: Dataset, dataset: Dataset) -> HeldOut:

@@ -2,7 +2,8 @@
 
 `adm-npz` is what OpenAI's evaluator reads (github.com/openai/guided-diffusion, evaluations): arr_0
 with uint8 RGB images (N, H, W, 3) and, as its samplers write, arr_1 with the labels. `png-folder`
-is a folder of PNG files for each class, as torchvision's ImageFolder reads.
+is a folder of PNG files for each class, named as `class_folders` does, which torchvision's
+ImageFolder reads, and `jobs.train_model --data` and `jobs.train --test` with the classes' names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from depthvar.class_folders import folder_names
 from depthvar.errors import InputError
 from pipeline.loader import Dataset, iterate_samples, iterate_stored, stored_image
 from pipeline.samples import ShardError, encode_image
@@ -54,20 +56,17 @@ def export_adm_npz(dataset: Dataset, out: Path, advance: Advance = lambda count:
 def export_png_folder(
     dataset: Dataset, out: Path, advance: Advance = lambda count: None, *, flat: bool = False
 ) -> None:
-    """Write the committed images to `out/{class id}/{key}.png`, or `out/{key}.png` when `flat`.
+    """Write the committed images to `out/{class}/{key}.png`, or `out/{key}.png` when `flat`.
 
-    Class ids have leading zeros, so that sorting the folders by name gives the ids. Images that
-    are PNG already keep their bytes. Errors: `InputError` where `out` exists; `ShardError`.
+    A class without a committed image has no folder. Images that are PNG already keep their bytes.
+    Errors: `InputError` where `out` exists; `ShardError`.
     """
-    settings = dataset.plan.settings
-    digits = len(str(len(settings.class_names) - 1))
+    folders = folder_names(dataset.plan.settings.class_names)
     with _appearing_whole(out) as temporary:
         temporary.mkdir()
-        if not flat:
-            for class_id in dataset.plan.total_counts.class_ids:
-                (temporary / f"{class_id:0{digits}}").mkdir()
         for key, label, data in _png_files(dataset):
-            folder = temporary if flat else temporary / f"{label:0{digits}}"
+            folder = temporary if flat else temporary / folders[label]
+            folder.mkdir(exist_ok=True)
             (folder / f"{key}.png").write_bytes(data)
             advance(1)
 

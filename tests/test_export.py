@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image
 
 from depthvar.errors import InputError
+from depthvar.training.folders import PictureFolder
 from jobs.export import main
 from pipeline import export
+from pipeline.downstream import open_held_out
 from pipeline.export import export_adm_npz, export_png_folder
 from pipeline.loader import Dataset, Sample, iterate_samples, open_dataset
 from pipeline.samples import ShardError
@@ -80,13 +83,38 @@ def test_the_folders_hold_every_image_under_its_class(tmp_path: Path, image_form
     dataset = open_dataset(str(tmp_path / "data"))
     export_png_folder(dataset, tmp_path / "out")
     found = files_below(tmp_path / "out")
-    assert {name.split("/")[0] for name in found} == {"00", "02", "11"}
+    assert {name.split("/")[0] for name in found} == {"class 0", "class 2", "class 11"}
     samples = list(iterate_samples(dataset))
     assert len(found) == len(samples)
     for sample in samples:
-        image = Image.open(io.BytesIO(found[f"{sample.label:02}/{sample.key}.png"]))
+        image = Image.open(io.BytesIO(found[f"class {sample.label}/{sample.key}.png"]))
         assert image.format == "PNG"
         assert (np.asarray(image) == sample.image[:, :, 0]).all()
+
+
+def test_train_model_and_test_read_the_folders_with_the_classes_own_names(tmp_path: Path):
+    names = ("AC/DC", "..", "cat", "Cat", ".DS_Store", "a ", "crane", "crane", "unused")
+    plan = make_plan(dict.fromkeys(range(8), 2), class_names=names, image_side=9)
+    write_dataset(Storage.open(tmp_path / "data"), plan, tmp_path / "scratch")
+    dataset = open_dataset(str(tmp_path / "data"))
+    export_png_folder(dataset, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 8, "no folder of a class without images"
+    read = PictureFolder.open(tmp_path / "out", flag="--data").class_names
+    assert sorted(read) == sorted([*names[:7], "crane%~7"])
+    labels = open_held_out(str(tmp_path / "out"), dataset).labels_N.tolist()
+    assert sorted(labels) == sorted(2 * [*range(8)])
+    for sample in iterate_samples(dataset):
+        (file,) = (tmp_path / "out").glob(f"*/{sample.key}.png")
+        ids = open_held_out_ids(file.parent, dataset)
+        assert ids == {sample.label}, "the folder of each image is that of its label"
+
+
+def open_held_out_ids(class_folder: Path, dataset: Dataset) -> set[int]:
+    """The labels that `--test` gives to the images of one class folder, alone in a folder."""
+    alone = class_folder.parent.parent / "alone"
+    shutil.rmtree(alone, ignore_errors=True)
+    shutil.copytree(class_folder, alone / class_folder.name)
+    return set(open_held_out(str(alone), dataset).labels_N.tolist())
 
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path):

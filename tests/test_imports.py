@@ -110,7 +110,7 @@ def test_only_the_actor_touches_what_runs_a_model():
     for file in modules("pipeline"):
         parts = {i.split(".")[1] for i in imported(file) if i.startswith("depthvar.")}
         numbers = {"cost", "memory", "plan", "policy", "rate"}
-        pure = {"config", "errors", "leftovers", "names", "paths"} | numbers
+        pure = {"class_folders", "config", "errors", "leftovers", "names", "paths"} | numbers
         more = {
             "weights": {"weights_files"},
             "config": {"checkpoint"},

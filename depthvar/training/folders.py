@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from depthvar.class_folders import class_names_of
 from depthvar.errors import InputError
 from depthvar.leftovers import leftover_kind
 from depthvar.names import comparable
@@ -109,8 +110,8 @@ class PictureFolder:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the class folders, sorted: the place of a name is the label."""
-        return tuple(self.files)
+        """The class of each folder, in the order of `files`: the place of a name is the label."""
+        return class_names_of(tuple(self.files))
 
     def read(
         self,

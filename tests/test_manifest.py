@@ -299,6 +299,17 @@ def test_readers_of_whole_folders_meet_tars_and_parquet_alone(finished):
     assert table["index"].tolist() == list(range(22))
 
 
+def test_the_rows_of_committed_shards_alone_are_one_line_as_the_readme_has_it(tmp_path):
+    write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
+    out = tmp_path / "out"
+    (out / "commits" / "00001.json").unlink()
+    Path(out, "commits", "failures.jsonl").touch()
+    table = pandas.read_parquet(
+        [f"{out}/meta/{record.stem}.parquet" for record in Path(f"{out}/commits").glob("*.json")]
+    )
+    assert sorted(table["index"]) == [*range(9), *range(18, 22)]
+
+
 def test_the_card_points_the_hub_to_the_shards_and_shows_no_raw_names(finished):
     card = finished.read("README.md").decode()
     _, front, text = card.split("---\n", 2)

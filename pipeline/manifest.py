@@ -39,6 +39,8 @@ CARD_NAME, INDEX_NAME, SIZES_NAME, INFO_NAME = (
     "sizes.json",
     "_info.json",
 )
+SIZES_COPY_NAME = f"{TRAIN_FOLDER}/{SIZES_NAME}"
+"""Where a user puts the sizes for open_clip."""
 LEDGER_NAME = f"{COMMITS_FOLDER}/failures.jsonl"
 OLD_LEDGER_NAME = f"{META_FOLDER}/failures.jsonl"
 _SHARD_DIGITS = 5
@@ -413,9 +415,13 @@ def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str,
 def write_indexes(storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]) -> None:
     """Write the indexes and the dataset card of the shards that are done.
 
-    A file that is right already keeps its bytes and its time. Errors: `OSError`.
+    A file that is right already keeps its bytes and its time. A copy of the sizes beside the tars
+    is kept up to date where there is one. Errors: `OSError`.
     """
-    for name, data in index_files(plan, records).items():
+    files = index_files(plan, records)
+    if storage.size(SIZES_COPY_NAME) is not None:
+        files[SIZES_COPY_NAME] = files[SIZES_NAME]
+    for name, data in files.items():
         try:
             is_current = storage.read(name) == data
         except FileNotFoundError:

@@ -20,8 +20,7 @@ from pipeline.manifest import (
     INFO_NAME,
     LEDGER_NAME,
     OLD_LEDGER_NAME,
-    SIZES_NAME,
-    TRAIN_FOLDER,
+    SIZES_COPY_NAME,
     CommitRecord,
     committed_shards,
     index_files,
@@ -37,11 +36,7 @@ from pipeline.shard_check import Finding, check_shard
 from pipeline.storage import Storage
 
 _SHOWN = 3  # of many classes
-_NOT_STRAY = (
-    LEDGER_NAME,
-    OLD_LEDGER_NAME,
-    f"{TRAIN_FOLDER}/{SIZES_NAME}",
-)  # the last for open_clip
+_NOT_STRAY = (LEDGER_NAME, OLD_LEDGER_NAME, SIZES_COPY_NAME)
 
 
 @dataclass(frozen=True)

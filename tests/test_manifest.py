@@ -277,6 +277,15 @@ def test_the_indexes_are_those_of_wids_and_open_clip(finished):
     assert sizes == {"00000.tar": 9, "00001.tar": 9, "00002.tar": 4}
 
 
+def test_sizes_copied_beside_the_tars_are_kept_up_to_date(tmp_path):
+    plan, storage = make_plan(), Storage.open(str(tmp_path / "out"))
+    write_indexes(storage, plan, {})
+    assert storage.size("train/sizes.json") is None, "other readers take every file there for a tar"
+    storage.publish_bytes(b"{}", "train/sizes.json")
+    write_indexes(storage, plan, {0: publish_one(storage, plan, 0, tmp_path / "scratch")})
+    assert json.loads(storage.read("train/sizes.json")) == {"00000.tar": 9}
+
+
 def test_the_info_file_is_what_timm_reads(finished):
     """timm 1.0.31, data/readers/reader_wds.py: `_load_info` and `_parse_split_info`, with
     `--dataset wds/ --data-dir OUT --train-split train`; shards are joined to the data dir."""

@@ -123,7 +123,9 @@ class GenerateConfig(JobConfig):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     address: str | None = Field(
-        None, description="Ray cluster to join (default: $RAY_ADDRESS, else Ray on this machine)"
+        None,
+        description="Ray cluster to join from one of its nodes, HOST:6379 or auto, or `local`"
+        " (default: $RAY_ADDRESS, else Ray on this machine)",
     )
     scratch: LocalPath | None = Field(
         None, description="folder where shards are built (default: the system's temporary folder)"

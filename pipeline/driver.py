@@ -8,16 +8,19 @@ failures itself, starts a fresh actor after each, and tells the loss of a node (
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import logging
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any, Literal, cast
 
+import grpc
 import ray
 from ray import exceptions as ray_errors
 
@@ -31,6 +34,13 @@ from pipeline.actor import (
     WorkerSpec,
     job_plan,
     require_device,
+)
+from pipeline.address import (
+    AUTO,
+    ClusterAddress,
+    cluster_address,
+    require_listener,
+    who_answers,
 )
 from pipeline.claims import sweep_claims
 from pipeline.config import GenerateConfig, resolve_job
@@ -66,6 +76,7 @@ from pipeline.schedule import (
     available_memory,
     gpu_memory,
     num_slots,
+    require_fit,
     require_slots,
     worker_room,
     worker_shape,
@@ -75,7 +86,9 @@ from pipeline.storage import Storage
 _WAIT_S = 0.5  # longest wait for a worker's word: how fast a signal is noticed
 _NODE_POLL_S = 1.0
 _NODE_GRACE_S = 60.0  # Ray may take this long to find out that a worker died with its node
-_PATIENCE_S = 30.0  # without any worker, before the user is told why nothing happens
+_PATIENCE_S = 4.0  # without any worker, before the user is told what the job waits for
+_LOADING_S = 30.0  # the same where a worker is there and loads its model
+_REMIND_S = 60.0
 _STOP_GRACE_S = 8.0  # a worker leaves its shard between two micro-batches
 _CLOSE_GRACE_S = 2.0
 _MAX_LOAD_FAILURES = 2
@@ -144,6 +157,10 @@ def _worker_spec(
 
 
 _SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minute
+_PROBE_S = 5.0
+_TOKEN = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 Make = Callable[[ShardRun], None]
@@ -245,7 +262,7 @@ def _crew(
     A cluster is joined at once, Ray on this machine starts with the work. Raises `InputError` for
     more workers than this machine has room for, and for a cluster that cannot be joined.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
     if config.workers == 0:
         machine = _this_machine(with_gpus=config.device != "cpu")
         shape = worker_shape([machine], device=config.device, threads_per_worker=1)
@@ -255,7 +272,8 @@ def _crew(
             lambda run: run_in_process(spec, run, stop.is_set), worker_room([machine], shape, 1)
         )
     elif address is not None:
-        with _ray_session({"address": address}):
+        found = _found_cluster(address)
+        with _ray_session({"address": found.text}):
             yield _cluster_crew(config, storage, spec, stop)
     else:
         yield _local_crew(config, spec, stop)
@@ -280,7 +298,6 @@ def _local_crew(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> 
 @contextlib.contextmanager
 def _ray_session(connect: dict[str, Any]) -> Iterator[None]:
     """Start Ray here or join a cluster, quietly; whoever is connected already stays connected."""
-    _require_reachable(connect["address"])
     if ray.is_initialized():
         yield
         return
@@ -297,10 +314,11 @@ def _ray_session(connect: dict[str, Any]) -> Iterator[None]:
     except SystemExit:  # raised by Ray's own handler of SIGTERM
         say("stopped")
         raise SystemExit(128 + signal.SIGTERM) from None
-    except (ConnectionError, ray_errors.RayError, ValueError) as error:
+    except (ConnectionError, ray_errors.RayError, RuntimeError, ValueError) as error:
+        reason = one_line(error if error.__cause__ is None else error.__cause__)
         raise InputError(
-            f"cannot join or start Ray at {connect['address']}: {one_line(error)}:"
-            " check --address and that the cluster runs"
+            f"cannot join or start Ray at {connect['address']}: {reason}: check --address and that"
+            " the cluster runs"
         ) from error
     try:
         yield
@@ -321,27 +339,100 @@ def _hangups_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _require_reachable(address: str) -> None:
-    """Refuse a `host:port` that nobody answers at, before Ray spends half a minute on it."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        return
+def _found_cluster(address: ClusterAddress) -> ClusterAddress:
+    """The cluster that answers at an address, found out within seconds; Ray would try for minutes.
+
+    Raises `InputError` where it is none, wants another token, has another version of Ray, or where
+    this machine is none of its nodes.
+    """
+    if address.text == AUTO:
+        address = _cluster_here(address)
+    require_listener(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
-    except (OSError, OverflowError) as error:
+        version, nodes = _ask_gcs(address)
+        nodes_here = _private("services").find_node_ids()
+    except (ImportError, AttributeError):  # it has moved: Ray finds out by itself
+        return address
+    except ray_errors.AuthenticationError as error:
+        reason = str(error).partition(". ")[0]
+        raise InputError(f"{address}, and there is no token to show: {reason}: {_TOKEN}") from None
+    except grpc.RpcError as error:
+        raise InputError(f"{address}, {_unfit(address, error.code())}") from None
+    if version and version != ray.__version__:
         raise InputError(
-            f"--address is {address}, where nothing answers ({error}), wanted a Ray cluster:"
-            " check the address and that the cluster runs"
+            f"{address}, a cluster of Ray {version}, and this process has Ray {ray.__version__}:"
+            " install the cluster's version"
+        )
+    if nodes.isdisjoint(nodes_here):
+        raise InputError(
+            f"{address}, a cluster that this machine is no node of: run the command on one of its"
+            f" nodes, or with `ray job submit --address http://{address.host}:8265`"
+        )
+    return address
+
+
+def _ask_gcs(address: ClusterAddress) -> tuple[str, frozenset[str]]:
+    """Ray's version there and the ids of the nodes that are alive."""
+    generated = "ray.core.generated"
+    messages = importlib.import_module(f"{generated}.gcs_service_pb2")
+    services = importlib.import_module(f"{generated}.gcs_service_pb2_grpc")
+    states = importlib.import_module(f"{generated}.gcs_pb2").GcsNodeInfo
+    with _private("gcs_utils").create_gcs_channel(address.text) as channel:
+        gcs = services.NodeInfoGcsServiceStub(channel)
+        alive = gcs.CheckAlive(messages.CheckAliveRequest(), timeout=_PROBE_S)
+        nodes = gcs.GetAllNodeInfo(messages.GetAllNodeInfoRequest(), timeout=_PROBE_S)
+    ids = (n.node_id.hex() for n in nodes.node_info_list if n.state == states.ALIVE)
+    return alive.ray_version, frozenset(ids)
+
+
+def _cluster_here(address: ClusterAddress) -> ClusterAddress:
+    """The cluster that `auto` means: one that runs on this machine, with the token it has here."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    services = _private("services")
+    services.find_gcs_addresses.cache_clear()
+    try:
+        found = services.canonicalize_bootstrap_address(AUTO)
+    except ConnectionError:
+        raise InputError(
+            f"{address}, and no Ray cluster runs on this machine: give --address HOST:PORT, start"
+            " one with `ray start --head`, or leave it out for Ray on this machine"
         ) from None
+    tokens = _private("authentication.authentication_token_setup")
+    tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return ClusterAddress(f"{address.source} auto", found)
+
+
+def _private(module: str) -> ModuleType:
+    """A module of Ray that promises nothing."""
+    return importlib.import_module(f"ray._private.{module}")
+
+
+def _unfit(address: ClusterAddress, code: grpc.StatusCode) -> str:
+    """Why a server is not a cluster that can be joined, and what to do."""
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return f"a cluster that refuses this process without its token: {_TOKEN}"
+    who = "a gRPC server answers, as Ray Client's is on 10001,"
+    if code != grpc.StatusCode.UNIMPLEMENTED:
+        who = who_answers(address)
+    return (
+        f"where {who} and no Ray cluster: give its GCS, on port 6379 unless it was started with"
+        " another"
+    )
 
 
 def _cluster_crew(
     config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
 ) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
-    machines = _machines()
+    machines, node_types = _machines(), _node_types()
+    shape = worker_shape(
+        [*machines, *(node_types or ())],
+        device=config.device,
+        threads_per_worker=spec.threads,
+    )
+    if node_types is not None:
+        require_fit(machines, node_types, shape)
     limit = _autoscaler_limit()
-    shape = worker_shape([*machines, limit], device=config.device, threads_per_worker=spec.threads)
     room = num_slots(machines, shape)
     if config.workers is not None and config.workers > room:
         say(
@@ -354,7 +445,7 @@ def _cluster_crew(
     def target() -> int:
         return config.workers or max(num_slots(_machines(), shape), num_slots([limit], shape), 1)
 
-    make = RayCrew(spec, shape, target, stop.is_set).make
+    make = RayCrew(spec, shape, target, stop.is_set, is_shared=True).make
     return _Crew(make, worker_room(machines, shape, config.workers))
 
 
@@ -407,13 +498,14 @@ class RayCrew:
     """Keeps `target()` workers of one shape at work on a run's queue until nothing is open.
 
     Workers that wait for resources do not hold up the others. `target` is asked again as nodes
-    come and go.
+    come and go. `is_shared`: other jobs may take what this one waits for, and nodes may join.
     """
 
     spec: WorkerSpec
     shape: WorkerShape
     target: Callable[[], int]
     should_stop: Callable[[], bool]
+    is_shared: bool = False
     _hired: list[_Hired] = field(default_factory=list)
     _charges: list[_Charge] = field(default_factory=list)
     _draining: frozenset[str] = frozenset()
@@ -426,19 +518,34 @@ class RayCrew:
 
         Raises `JobStopped` if the model cannot be loaded.
         """
-        waiting_since_s: float | None = time.monotonic()
+        patience_s, waiting_since_s = _PATIENCE_S, time.monotonic()
         try:
             while not run.queue.finished and not self.should_stop():
                 self._look_at_nodes(run)
                 self._staff(run)
                 self._listen(run, _WAIT_S)
+                waited_s = time.monotonic() - waiting_since_s
                 if any(worker.info for worker in self._hired):
-                    waiting_since_s = None
-                elif waiting_since_s and time.monotonic() - waiting_since_s > _PATIENCE_S:
-                    say(f"waiting for a node with a free {self.shape.noun}, or for a model to load")
-                    waiting_since_s = None
+                    patience_s, waiting_since_s = _PATIENCE_S, time.monotonic()
+                elif waited_s > patience_s and (reason := self._reason_to_wait(waited_s)):
+                    say(reason)
+                    patience_s = waited_s + _REMIND_S
         finally:
             self._dismiss_all(run)
+
+    def _reason_to_wait(self, waited_s: float) -> str | None:
+        """Why there is no worker yet; None if that takes no longer than it may."""
+        machines = _machines()
+        if self.is_shared and not num_slots(machines, self.shape):
+            return f"waiting for a node with {self.shape.each} to join: no node has it now"
+        if self.is_shared and not any(_is_placed(worker.actor) for worker in self._hired):
+            noun, total = self.shape.noun, sum(self.shape.of(machine) for machine in machines)
+            free = ray.available_resources().get(noun, 0)  # type: ignore[no-untyped-call]
+            return (
+                f"waiting for a worker to start: it takes {self.shape.each}, {free:g} of {total:g}"
+                f" {noun}s in the cluster are free now"
+            )
+        return "waiting for a worker to load the model" if waited_s > _LOADING_S else None
 
     def _look_at_nodes(self, run: ShardRun) -> None:
         """Refresh the number of workers wanted, the draining nodes, and refunds."""
@@ -647,6 +754,14 @@ def _machines() -> list[Machine]:
     ]
 
 
+def _is_placed(actor: Any) -> bool:
+    """Whether an actor has a process, where it may still load its model. Private to Ray."""
+    try:
+        return bool(ray._private.state.actors(actor._actor_id.hex())["Pid"])
+    except Exception:
+        return True
+
+
 def _alive_nodes() -> frozenset[str]:
     return frozenset(node["NodeID"] for node in _nodes() if node["Alive"])
 
@@ -661,6 +776,43 @@ def _draining_nodes() -> frozenset[str]:
         return frozenset(ray._private.state.state.get_draining_nodes())
     except Exception:
         return frozenset()
+
+
+def _node_types() -> list[Machine] | None:
+    """Nodes that an autoscaler may start: none without one, None if it does not tell which.
+
+    Private to Ray: where that has moved nobody knows.
+    """
+    try:
+        config = ray._private.state.state.get_cluster_config()
+        groups = [] if config is None else config.node_group_configs
+        if groups:
+            kinds = [group.resources for group in groups if group.max_count]
+            return [Machine(kind.get("CPU", 0), kind.get("GPU", 0)) for kind in kinds]
+        return None if _has_autoscaler() else []
+    except Exception:
+        return None
+
+
+def _has_autoscaler() -> bool:
+    """Whether something starts nodes when they are asked for: either version of the autoscaler."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = importlib.import_module("ray.core.generated.autoscaler_pb2").GetClusterStatusReply()
+    gcs = _private("worker").global_worker.gcs_client
+    status.ParseFromString(gcs.get_cluster_status(timeout_s=_PROBE_S))
+    if status.autoscaling_state.autoscaler_state_version:
+        return True
+    return _starts_nodes(_internal_kv_get("__autoscaling_status"))
+
+
+def _starts_nodes(monitor_status: bytes | None) -> bool:
+    """Whether the head's monitor reports node types; else every node is a type of its own."""
+    if monitor_status is None:
+        return False
+    report = json.loads(monitor_status).get("autoscaler_report") or {}
+    node_types = {*(report.get("active_nodes") or {}), *(report.get("pending_launches") or {})}
+    return not all(re.fullmatch(r"node_[0-9a-f]{32,}", name) for name in node_types)
 
 
 def _autoscaler_limit() -> Machine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,6 +120,16 @@ class WorkerShape:
         """`GPU` or `CPU`."""
         return "GPU" if self.num_gpus else "CPU"
 
+    @property
+    def each(self) -> str:
+        """What a worker takes: `1 GPU` or `4 CPUs`."""
+        count = self.num_gpus or self.num_cpus
+        return f"{count} {self.noun}" + ("s" if count > 1 else "")
+
+    def of(self, machine: Machine) -> float:
+        """How much of its kind a machine has."""
+        return machine.num_gpus if self.num_gpus else machine.num_cpus
+
 
 def worker_shape(
     machines: Iterable[Machine], *, device: Device, threads_per_worker: int
@@ -171,6 +181,26 @@ def require_slots(workers: int | None, slots: int, shape: WorkerShape) -> None:
             f"--workers is {workers} with {each}, wanted at most {slots} on this machine:"
             f" use --workers {slots} or join a cluster with --address"
         )
+
+
+def require_fit(
+    machines: Sequence[Machine], node_types: Sequence[Machine], shape: WorkerShape
+) -> None:
+    """Refuse workers that fit on no node of a cluster nor on any that it may start.
+
+    Raises `InputError`: such a job would wait without end.
+    """
+    if any(num_slots([machine], shape) for machine in (*machines, *node_types)):
+        return
+    has = (
+        f"the largest of its {len(machines)} nodes has {max(map(shape.of, machines), default=0):g}"
+    )
+    grows = "no node type of its autoscaler has more" if node_types else "it has no autoscaler"
+    advice = "choose --device cpu" if shape.num_gpus else "lower --threads-per-worker"
+    raise InputError(
+        f"a worker takes {shape.each}, wanted a cluster with a node that has so many, {has} and"
+        f" {grows}: {advice}, or let such a node join first"
+    )
 
 
 def available_cores() -> int:

@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import ray
 
 from depthvar.errors import InputError
 from pipeline import driver
 from pipeline.config import GenerateConfig
-from pipeline.driver import cause_of, generate, reason_of
+from pipeline.driver import RayCrew, _starts_nodes, cause_of, generate, reason_of
 from pipeline.manifest import CommitRecord
+from pipeline.schedule import Machine, WorkerShape
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_servers import SERVERS, serving
 from tests.fakes import FAULTS_VARIABLE, set_faults
 
 
@@ -224,6 +230,83 @@ def test_an_address_where_nothing_answers_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="nothing answers"):
         run(tmp_path / "out", address="127.0.0.1:1")
     assert not (tmp_path / "out").exists()
+
+
+def refusal(out: Path, address: str) -> str:
+    """Why a job with this address is refused: within seconds, before anything is written."""
+    begun_s = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        run(out, address=address)
+    assert time.monotonic() - begun_s < 10
+    assert not out.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_server_that_is_no_cluster_is_refused_by_what_it_is(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_PROBE_S", 0.5)
+    monkeypatch.setattr("pipeline.address._LISTEN_S", 0.3)
+    talk, who = SERVERS[kind]
+    with serving(talk) as where:
+        said = refusal(tmp_path / "out", where.text)
+    assert said.startswith(f"{where}, where ")
+    assert who in said
+    assert "no Ray cluster: give its GCS, on port 6379" in said
+
+
+def test_a_signal_ends_the_question_whether_a_cluster_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_PROBE_S", 60.0)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    with serving(SERVERS["silent"][0]) as where:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        begun_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", address=where.text)
+    signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun_s < 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grpc_server_that_is_no_cluster_is_refused_as_such(tmp_path):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    said = refusal(tmp_path / "out", f"127.0.0.1:{port}")
+    assert "where a gRPC server answers, as Ray Client's is on 10001, and no Ray cluster" in said
+    server.stop(None)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", ""])
+def test_what_is_no_address_is_refused_before_anything_is_written(address, tmp_path):
+    assert "--address" in refusal(tmp_path / "out", address)
+
+
+@pytest.mark.parametrize(
+    ("types", "starts"),
+    [
+        (None, False),
+        ({"node_" + 56 * "a": 1}, False),
+        ({"node_" + 56 * "a": 1, "gpu_worker": 2}, True),
+        ({"ray.head.default": 1}, True),
+    ],
+)
+def test_an_autoscaler_is_told_by_the_node_types_of_the_monitors_report(types, starts):
+    report = {"autoscaler_report": {"active_nodes": types, "pending_launches": {}}}
+    assert _starts_nodes(json.dumps(report if types else {}).encode()) == starts
+    assert not _starts_nodes(None)
+
+
+def test_a_job_says_which_node_it_waits_for_where_an_autoscaler_may_start_it(monkeypatch):
+    monkeypatch.setattr(driver, "_machines", lambda: [Machine(4, 0)])
+    crew = RayCrew(None, WorkerShape(0, 1), lambda: 1, lambda: False, is_shared=True)
+    assert crew._reason_to_wait(5.0) == "waiting for a node with 1 GPU to join: no node has it now"
+    local = RayCrew(None, WorkerShape(1, 0), lambda: 1, lambda: False)
+    assert local._reason_to_wait(5.0) is None
+    assert local._reason_to_wait(31.0) == "waiting for a worker to load the model"
 
 
 def test_another_seed_over_the_same_output_is_refused(reference, tmp_path):

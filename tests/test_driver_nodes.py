@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from depthvar.errors import InputError
 from pipeline import driver
 from pipeline.config import GenerateConfig
 from pipeline.driver import generate
@@ -92,6 +93,60 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    cluster.add_node(num_cpus=2)
+    out = tmp_path / "out"
+
+    def refusal(**changes: Any) -> str:
+        wanted = GenerateConfig(out=str(out), per_class=4, address=cluster.address, **changes)
+        with pytest.raises(InputError) as caught:
+            generate(wanted, sampler_factory=FAKE_SAMPLER)
+        assert not out.exists()
+        return str(caught.value)
+
+    said = refusal(device="cuda")
+    assert "a worker takes 1 GPU" in said
+    assert "the largest of its 2 nodes has 0 and it has no autoscaler: choose --device cpu" in said
+    said = refusal(threads_per_worker=3)
+    assert "a worker takes 3 CPUs" in said
+    assert "the largest of its 2 nodes has 2 and it has no autoscaler: lower --threads-per" in said
+    monkeypatch.setattr("ray.__version__", "2.0.0")
+    assert "a cluster of Ray 2." in refusal()
+    assert "and this process has Ray 2.0.0: install the cluster's version" in refusal()
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"ab" * 28})
+    assert "a cluster that this machine is no node of" in refusal()
+
+
+def test_a_job_says_what_it_waits_for_until_there_is_room(
+    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
+):
+    cluster.add_node(num_cpus=1)
+    other: Any = ray.remote(Busy).options(num_cpus=1).remote()
+    ray.get(other.answer.remote())
+    begun_s = time.monotonic()
+    wait = start(device="cpu")
+    said = ""
+    while "waiting for a worker to start: it takes 1 CPU, 0 of 1 CPUs in the cluster" not in said:
+        said += capsys.readouterr().err
+        assert time.monotonic() - begun_s < 20
+        time.sleep(0.1)
+    ray.kill(other)
+    assert wait() == 0
+    assert len(records(tmp_path)) == NUM_SHARDS
+
+
+class Busy:
+    """Another job's worker."""
+
+    def answer(self) -> bool:
+        return True
 
 
 def drains_seen(monkeypatch: pytest.MonkeyPatch, told: Callable[[], frozenset[str]]) -> list[int]:

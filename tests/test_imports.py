@@ -40,6 +40,7 @@ PIPELINE_ORDER = (
     "contact_sheet",
     "actor",
     "regenerate",
+    "address",
     "schedule",
     "console",
     "run",

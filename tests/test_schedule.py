@@ -16,6 +16,7 @@ from pipeline.schedule import (
     available_cores,
     available_memory,
     num_slots,
+    require_fit,
     require_slots,
     worker_room,
     worker_shape,
@@ -110,6 +111,18 @@ def test_more_workers_than_the_machine_has_room_for_are_refused():
         require_slots(3, 2, WorkerShape(1, 0))
     with pytest.raises(InputError, match="no GPU worker fits"):
         require_slots(None, 0, WorkerShape(0, 1))
+
+
+def test_a_worker_that_fits_on_no_node_of_a_cluster_nor_on_one_it_may_start_is_refused():
+    head, gpus = Machine(0, 0), Machine(1, 2)
+    require_fit([head, Machine(3, 0)], [], WorkerShape(3, 0))
+    require_fit([head], [gpus], WorkerShape(0, 1))
+    with pytest.raises(InputError, match=r"takes 4 CPUs.*largest of its 2 nodes has 3.*no autosc"):
+        require_fit([head, Machine(3, 0)], [], WorkerShape(4, 0))
+    with pytest.raises(InputError, match=r"takes 1 GPU.* its 1 nodes has 0 and no node type"):
+        require_fit([head], [Machine(64, 0)], WorkerShape(0, 1))
+    with pytest.raises(InputError, match="largest of its 0 nodes has 0"):
+        require_fit([], [], WorkerShape(1, 0))
 
 
 def test_available_cores_is_at_least_one():

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from ray._private.runtime_env import packaging
@@ -35,9 +36,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+class Head(NamedTuple):
+    """Where a cluster answers: jobs are submitted to the dashboard, nodes and drivers join."""
+
+    dashboard: str
+    gcs: str
+
+
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The dashboard of a head that asks for the token; only its own processes are ended."""
+def head() -> Iterator[Head]:
+    """A head that asks for the token; only its own processes are ended."""
     port, dashboard = free_port(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets want a short path
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
@@ -45,7 +53,7 @@ def address() -> Iterator[str]:
     # The agent that takes jobs never comes up on the usual port while another test's Ray has it.
     command += [f"--dashboard-agent-listen-port={free_port()}"]
     with (folder / "log").open("w") as log:
-        head = subprocess.Popen(
+        process = subprocess.Popen(
             [str(part) for part in (*command, f"--temp-dir={folder}")],
             env=environment(TOKEN),
             stdout=log,
@@ -53,14 +61,14 @@ def address() -> Iterator[str]:
             start_new_session=True,
         )
         try:
-            wait_until_open(dashboard, head)
-            yield f"http://127.0.0.1:{dashboard}"
+            wait_until_open(dashboard, process)
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
         finally:
-            head.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             try:
-                head.wait(30)
+                process.wait(30)
             except subprocess.TimeoutExpired:
-                os.killpg(head.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,14 +113,14 @@ def submit(address: str, token: str | None, folder: Path) -> subprocess.Complete
 
 
 def test_a_job_with_the_clusters_token_runs_and_knows_what_it_would_lose(
-    address: str, tmp_path: Path
+    head: Head, tmp_path: Path
 ):
-    done = submit(address, TOKEN, tmp_path)
+    done = submit(head.dashboard, TOKEN, tmp_path)
     for _ in range(20):  # the dashboard opens before the agent that takes jobs is up
         if "No available agent" not in done.stderr:
             break
         time.sleep(3)
-        done = submit(address, TOKEN, tmp_path)
+        done = submit(head.dashboard, TOKEN, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "42 seed: 5" in done.stdout
     assert done.stdout.count("refused got 'out/mine', which in a Ray job lies in") == 1
@@ -121,10 +129,8 @@ def test_a_job_with_the_clusters_token_runs_and_knows_what_it_would_lose(
 
 
 @pytest.mark.parametrize("token", [None, OTHER_TOKEN], ids=["no token", "another token"])
-def test_a_job_without_the_clusters_token_is_refused(
-    address: str, token: str | None, tmp_path: Path
-):
-    done = submit(address, token, tmp_path)
+def test_a_job_without_the_clusters_token_is_refused(head: Head, token: str | None, tmp_path: Path):
+    done = submit(head.dashboard, token, tmp_path)
     assert done.returncode != 0
     assert "42" not in done.stdout
     assert "authentication" in (done.stdout + done.stderr).lower()
@@ -154,8 +160,57 @@ def test_only_code_and_configuration_go_along_with_a_job(tmp_path: Path):
     assert sorted(found) == sorted(sent)
 
 
+ASK = """
+import sys
+from depthvar.errors import InputError
+from pipeline.address import ClusterAddress
+from pipeline.driver import _found_cluster
+
+for text in sys.argv[1:]:
+    try:
+        print("found", _found_cluster(ClusterAddress("--address", text)).text)
+    except InputError as error:
+        print(error)
+"""
+
+
+def asked(environment: dict[str, str], *addresses: str) -> list[str]:
+    """What a driver finds at the addresses before it joins, a line each."""
+    command = [sys.executable, "-c", ASK, *addresses]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_driver_with_the_clusters_token_finds_the_cluster_and_tells_its_other_ports(head: Head):
+    dashboard = head.dashboard.removeprefix("http://")
+    found, refused = asked(environment(TOKEN), head.gcs, dashboard)
+    assert found == f"found {head.gcs}"
+    assert "an HTTP server, as a cluster's dashboard is" in refused
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        (environment(None), "there is no token to show"),
+        (environment(OTHER_TOKEN), "refuses this process without its token"),
+        ({**environment(TOKEN), "RAY_AUTH_MODE": "disabled"}, "refuses this process"),
+    ],
+    ids=["no token", "another token", "no token mode"],
+)
+def test_a_driver_without_the_clusters_token_is_told_what_to_set(
+    head: Head, environment: dict[str, str], reason: str
+):
+    (said,) = asked(environment, head.gcs)
+    assert said.startswith(f"--address is {head.gcs}, ")
+    assert reason in said
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in said
+
+
 def test_nothing_here_turns_the_token_off():
     for folder in ("depthvar", "pipeline", "jobs"):
         for file in (ROOT / folder).rglob("*.py"):
-            assert "RAY_AUTH_MODE" not in file.read_text(), file
+            text = file.read_text().replace("RAY_AUTH_MODE=token", "")
+            assert "RAY_AUTH_MODE" not in text, file
     assert "RAY_AUTH_MODE=disabled" not in (ROOT / "cluster.yaml").read_text()

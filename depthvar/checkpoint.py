@@ -25,7 +25,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,16 +34,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import CONFIG_FILE, ModelConfig, config_json, model_config
+from depthvar.config import (
+    CONFIG_FILE,
+    MODELS,
+    ModelConfig,
+    config_json,
+    folder_of,
+    model_config,
+    model_name,
+    stored_config,
+)
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
+from depthvar.own_model import read_own_model
 from depthvar.tensor_files import (
     Part,
     check_fit,
+    find_part,
     holds_encoder,
     parameter_names,
-    read_header,
+    part_of,
+    read_contents,
+    read_part,
     read_tensors,
+    what_was_taken,
 )
 from depthvar.tokenizer import Tokenizer
 from depthvar.transformer import Transformer
@@ -52,7 +66,10 @@ from depthvar.weights_files import (
     CALIBRATION_FILE,
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
-    find_weights,
+    WeightsFiles,
+    calibration_in,
+    files_in,
+    find_place,
     sha256_of,
 )
 
@@ -62,11 +79,13 @@ __all__ = [
     "CONFIG_FILE",
     "TOKENIZER_FILE",
     "TRANSFORMER_FILE",
+    "FoundModel",
     "LoadedModel",
     "WeightsIdentity",
     "assemble",
     "check_new_folder",
     "convert_weights",
+    "find_model",
     "load_model",
     "random_model",
     "save_model",
@@ -78,12 +97,20 @@ _WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class WeightsIdentity:
-    """The files of a model and one SHA-256 over all of them."""
+class FoundModel:
+    """What a model is and where its files are; `notes` say what was chosen or assumed of them."""
 
+    config: ModelConfig
     transformer: Path
     tokenizer: Path
     calibration: Path | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightsIdentity(FoundModel):
+    """The files of a model and one SHA-256 over all of them."""
+
     sha256: str
 
     @property
@@ -118,20 +145,60 @@ class LoadedModel:
         return stream_precision(self.dtype)
 
 
-def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
-    """Find a model's files, compare their names and shapes with the model, and hash them.
+def find_model(name: str, weights: str | None = None) -> FoundModel:
+    """Find a model's files and compare their names and shapes with the model.
 
-    No tensor is loaded, and a file is hashed once per process. Raises `InputError` for missing,
-    truncated and unfitting files, and for a calibration of other weights.
+    `name` is a known model, the folder or file of one, or what to call a user's own VAR, whose
+    configuration is read off `weights`. No tensor is loaded. Raises `InputError` for missing,
+    truncated and unfitting files.
     """
-    config, files = find_weights(name, weights)
-    check_fit(files.transformer, config, "transformer", read_header(files.transformer))
-    check_fit(files.tokenizer, config, "tokenizer", read_header(files.tokenizer))
-    paths = [files.transformer, files.tokenizer]
-    if files.calibration is not None:
-        _check_proxy_fit(files.calibration, config, _combined(*paths))
-        paths.append(files.calibration)
-    return WeightsIdentity(files.transformer, files.tokenizer, files.calibration, _combined(*paths))
+    place = find_place(name, weights)
+    is_described = place is None or stored_config(folder_of(place)) is not None
+    assumed: tuple[str, ...] = ()
+    if place is None or is_described or model_name(name) in MODELS:
+        config = model_config(name, place)
+        files = _trainer_file(place) or files_in(config, place)
+    else:
+        own = read_own_model(name, place)
+        config, files, assumed = own.config, own.files, own.notes
+    parts: dict[Path, list[Part]] = {files.transformer: ["transformer"]}
+    parts.setdefault(files.tokenizer, []).append("tokenizer")
+    taken = [_check_file(path, config, held) for path, held in parts.items()]
+    notes = (*(note for note in taken if note), *assumed)
+    return FoundModel(config, files.transformer, files.tokenizer, files.calibration, notes)
+
+
+def _trainer_file(place: str | None) -> WeightsFiles | None:
+    """A file that holds the tokenizer with the transformer, as a trainer writes them."""
+    if place is None or not Path(place).is_file() or Path(place).name == CONFIG_FILE:
+        return None
+    path = Path(place)
+    contents = read_contents(path)
+    if not (find_part(contents, "transformer", path) and find_part(contents, "tokenizer", path)):
+        return None
+    return WeightsFiles(path, path, calibration_in(path.parent))
+
+
+def _check_file(path: Path, config: ModelConfig, parts: Iterable[Part]) -> str | None:
+    """`InputError` unless a file fits the model; says what of it was taken if that is not all."""
+    contents = read_contents(path)
+    for part in parts:
+        check_fit(path, config, part, part_of(contents, part, path))
+    found = [find_part(contents, part, path) for part in parts]
+    return what_was_taken(path, contents, [part for part in found if part])
+
+
+def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
+    """Find and check a model's files as `find_model` does, and hash them, once per process.
+
+    Raises `InputError` as that does, and for a calibration of other weights.
+    """
+    found = find_model(name, weights)
+    paths = [found.transformer, found.tokenizer]
+    if found.calibration is not None:
+        _check_proxy_fit(found.calibration, found.config, _combined(*paths))
+        paths.append(found.calibration)
+    return WeightsIdentity(**vars(found), sha256=_combined(*paths))
 
 
 def _combined(*paths: Path) -> str:
@@ -156,7 +223,7 @@ def load_model(
     the encoder that is asked for.
     """
     identity = identity or weights_identity(name, weights)
-    config = model_config(name, str(identity.transformer))
+    config = identity.config
     with torch.device("meta"):
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     if not with_encoder:
@@ -169,7 +236,7 @@ def load_model(
 
 
 def _require_encoder(path: Path) -> None:
-    if not holds_encoder(read_header(path)):
+    if not holds_encoder(read_part(path, "tokenizer")):
         raise InputError(
             f"{path} holds no encoder, wanted one: give the weights that this file was converted "
             "from"
@@ -196,7 +263,7 @@ def random_model(
                 nn.init.normal_(parameter, std=0.02)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
-    identity = WeightsIdentity(Path("random"), Path("random"), None, "random")
+    identity = WeightsIdentity(config, Path("random"), Path("random"), None, (), "random")
     return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
 
 
@@ -210,7 +277,7 @@ def _fill(
     with_encoder: bool = False,
 ) -> None:
     """Give a module without storage the tensors of its file."""
-    tensors = read_tensors(path)
+    tensors = read_part(path, part)
     names = parameter_names(part, tensors, with_encoder=with_encoder)
     # Popped one by one, so that no tensor is held twice.
     loaded = {
@@ -259,7 +326,7 @@ def assemble(
 
 def _check_proxy_fit(path: Path, config: ModelConfig, model_sha256: str) -> None:
     """`InputError` unless a calibration has the model's shape and names its weights."""
-    header = read_header(path)
+    header = read_tensors(path)
     shape = (len(config.sides), config.num_blocks, config.transformer.width)
     fits = {name: tuple(tensor.shape) for name, tensor in header.items()} == {
         "slope": shape,
@@ -357,7 +424,6 @@ def convert_weights(
     source = weights_identity(name, weights)
     if with_encoder:
         _require_encoder(source.tokenizer)
-    config = model_config(name, str(source.transformer))
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
@@ -370,10 +436,10 @@ def convert_weights(
             dtype,
             with_encoder=with_encoder,
         )
-        _write_config(unfinished, config)
+        _write_config(unfinished, source.config)
         if source.calibration is not None:
             fit = read_tensors(source.calibration)
-            written = weights_identity(config.name, str(unfinished))
+            written = weights_identity(source.config.name, str(unfinished))
             target = unfinished / CALIBRATION_FILE
             save_proxy_fit(target, ProxyFit(fit["slope"], fit["offset"]), written)
         if folder.exists():
@@ -381,7 +447,7 @@ def convert_weights(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return source, weights_identity(config.name, str(folder))
+    return source, weights_identity(source.config.name, str(folder))
 
 
 def _convert(
@@ -392,7 +458,7 @@ def _convert(
     *,
     with_encoder: bool = False,
 ) -> None:
-    tensors = read_tensors(source)
+    tensors = read_part(source, part)
     names = parameter_names(part, tensors, with_encoder=with_encoder)
     stored = _stored({name: tensors.pop(name) for name in names}, dtype)
     too_large = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]

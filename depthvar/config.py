@@ -359,48 +359,56 @@ def model_config(name: str, weights: str | None = None) -> ModelConfig:
     decides, and must be of the model `name`. Raises `InputError` for an unknown model, a
     `config.json` that does not parse, and weights of another model.
     """
-    stored = None if weights is None else stored_config(_folder_of(Path(weights)))
+    place = name if weights is None and is_model_path(name) else weights
+    stored = None if place is None else stored_config(folder_of(place))
     if stored is not None:
         is_other = comparable(name) != comparable(stored.name)
-        if is_other and not _is_same_folder(name, weights):
+        if is_other and not _is_same_folder(name, place):
             raise InputError(
                 f"{weights} holds the model {stored.name!r}, wanted {name!r}: pass --model "
-                f"{_folder_of(Path(str(weights)))}, or the weights of {name!r}"
+                f"{folder_of(str(weights))}, or the weights of {name!r}"
             )
         return stored
-    if name in MODELS:
-        return MODELS[name]
-    if is_model_folder(name) and weights is None:
-        stored = stored_config(Path(name))
-        if stored is not None:
-            return stored
-        raise InputError(
-            f"{Path(name) / CONFIG_FILE} describes no model of this project, wanted "
-            f'"format": "{CONFIG_FORMAT}": pass a folder that jobs.train_model made'
-        )
+    if model_name(name) in MODELS:
+        return MODELS[model_name(name)]
     raise InputError(
-        f"unknown model {name!r}, wanted one of {', '.join(MODELS)} or a folder with a "
-        f"{CONFIG_FILE}: check --model"
+        f"unknown model {name!r}, wanted one of {', '.join(MODELS)}, or the folder or file of a "
+        "model: check --model"
     )
 
 
-def is_model_folder(name: str) -> bool:
-    """Whether a model's name is none of the known ones but a folder with a `config.json`."""
-    return name not in MODELS and (Path(name) / CONFIG_FILE).is_file()
+def is_model_path(name: str) -> bool:
+    """Whether a model's name is none of the known ones but a folder or file that is there."""
+    return name not in MODELS and Path(name).exists()
 
 
-def _folder_of(weights: Path) -> Path:
-    return weights if weights.is_dir() else weights.parent
+def model_name(name: str) -> str:
+    """What a model is called: its path's last part without the suffix of a file, or its name."""
+    if not is_model_path(name):
+        return name
+    path = Path(name).resolve()
+    return path.name if path.is_dir() else path.stem
+
+
+def folder_of(weights: str) -> Path:
+    """The folder that weights are in."""
+    path = Path(weights)
+    return path if path.is_dir() else path.parent
 
 
 def _is_same_folder(name: str, weights: str | None) -> bool:
-    return weights is not None and Path(name).resolve() == _folder_of(Path(weights)).resolve()
+    return (
+        weights is not None
+        and is_model_path(name)
+        and folder_of(name).resolve() == folder_of(weights).resolve()
+    )
 
 
 def stored_config(folder: Path) -> ModelConfig | None:
     """The model that a folder's `config.json` describes; None without one, or with a foreign one.
 
-    Raises `InputError` for unknown, missing and mistyped keys and for sizes that do not fit.
+    Raises `InputError` for unknown, missing and mistyped keys, for sizes that do not fit, and for
+    the name of a known model of other sizes.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -415,9 +423,19 @@ def stored_config(folder: Path) -> ModelConfig | None:
         )
     fields = {key: value for key, value in content.items() if key != "format"}
     try:
-        return from_json(ModelConfig, fields, str(path))
+        stored = from_json(ModelConfig, fields, str(path))
     except InputError as error:
         raise InputError(error if str(path) in str(error) else f"{path}: {error}") from None
+    known = MODELS.get(stored.name, stored)
+    for part in ("transformer", "tokenizer"):
+        wanted, found = asdict(getattr(known, part)), asdict(getattr(stored, part))
+        differing = [f"{k} {found[k]} ({wanted[k]})" for k in wanted if found[k] != wanted[k]]
+        if differing:
+            raise InputError(
+                f"{path} calls its model {stored.name!r} and gives another {part} than that of "
+                f"{stored.name}, {', '.join(differing)}: give it a name of its own"
+            )
+    return stored
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

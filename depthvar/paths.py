@@ -93,12 +93,12 @@ def checked_weights(text: str) -> str:
 
 
 def checked_model(text: str) -> str:
-    """A model's name as it is written, or a local folder ready to be opened.
+    """A model's name as it is written, or a local folder or file ready to be opened.
 
     Errors: `InputError`.
     """
     is_path = "/" in text or text.startswith(("~", ".")) or _is_near_uri(text)
-    if text in MODELS or not (is_path or os.path.isdir(text)):
+    if text in MODELS or not (is_path or os.path.exists(text)):
         return text
     return checked_path(text)
 

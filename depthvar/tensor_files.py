@@ -1,6 +1,6 @@
 """Files of named tensors: reading them without running code, and saying what they hold.
 
-`.safetensors` and `.pth` (a flat mapping of names to tensors) are mapped into memory: a tensor's
+Safetensors and torch checkpoints, told apart by their bytes, are mapped into memory: a tensor's
 bytes are read when they are used, and processes on one machine share them.
 """
 
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
+import sys
 import zipfile
-from collections.abc import Mapping
+from _compat_pickle import IMPORT_MAPPING
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -20,106 +25,286 @@ from torch import Tensor
 
 from depthvar.config import MODELS, ModelConfig, TokenizerConfig, TransformerConfig
 from depthvar.errors import InputError
+from depthvar.file_kinds import SAVE_THE_STATE, kind_of
 from depthvar.tokenizer import Tokenizer
 from depthvar.transformer import Transformer
 
 Part = Literal["transformer", "tokenizer"]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What the published files hold beside the parameters: tables that are computed, and statistics.
+# What the published files hold beside the parameters: tables that are computed, and statistics;
+# `n_averaged` is of torch's averaged models.
 _DROPPED = {
-    "transformer": re.compile(r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"),
-    "tokenizer": re.compile(r"quantize\.ema_vocab_hit_SV"),
+    "transformer": re.compile(
+        r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias|n_averaged"
+    ),
+    "tokenizer": re.compile(r"quantize\.ema_vocab_hit_SV|n_averaged"),
 }
 _ENCODER = ("encoder.", "quant_conv.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SAFETENSORS_TYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
+# Names that a part of a model has and nothing else.
+_ANCHORS: Mapping[Part, tuple[str, ...]] = {
+    "transformer": ("pos_1LC", "word_embed.weight"),
+    "tokenizer": ("quantize.embedding.weight", "decoder.conv_in.weight"),
 }
+_OTHER: Mapping[Part, Part] = {"transformer": "tokenizer", "tokenizer": "transformer"}
+# What data-parallel, compiled, sharded and averaged modules, and whole pickled ones, add to names.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.)+"
+)
+_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+# The published code has phis of each scale, or one, without the list in their names.
+_PHI = re.compile(r"^quantize\.quant_resi\.(?:(\d+)|qresi)\.")
+
+_TORCH = (b"PK", b"\x80\x02")
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+# Modules of Python whose classes a training script keeps its settings in.
+_HOLDS_DATA = (
+    *("argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "pathlib"),
+    *("types", "typing", "uuid"),
+)
 _UNREADABLE = (
     SafetensorError,
     RuntimeError,
     EOFError,
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, mapped into memory, on the CPU.
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds under dotted names, as deep as it is nested: tensors, and other values."""
 
-    Raises `InputError` for a file that is truncated, unreadable, holds code, or holds anything
-    but tensors under their names.
+    tensors: dict[str, Tensor]
+    values: dict[str, object]
+
+
+@dataclass(frozen=True)
+class FoundPart:
+    """Where a part of a model is in a file.
+
+    `place` is what its names begin with there (`trainer.var_wo_ddp.`), "" where they begin with
+    nothing. `names` are the published names and what the file calls them.
+    """
+
+    place: str
+    names: Mapping[str, str]
+
+
+def read_contents(path: Path) -> Contents:
+    """All that a file holds; tensors on the CPU, mapped into memory.
+
+    What is no tensor of torch or plain value is passed over without looking at what it would run.
+    Raises `InputError` for a file that is truncated, unreadable, of another kind, or holds code.
     """
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _read_checkpoint(path)
+                return Contents({n: file.get_tensor(n) for n in file.keys()}, {})  # noqa: SIM118
+        held = _read_checkpoint(path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-
-
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and types of the tensors of a file, as meta tensors.
-
-    Costs the same for a file of any size. Raises `InputError` as `read_tensors` does.
-    """
-    try:
-        if path.suffix != ".safetensors":
-            return {name: tensor.to("meta") for name, tensor in _read_checkpoint(path).items()}
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: torch.empty(
-                    part.get_shape(),
-                    dtype=_SAFETENSORS_TYPES.get(part.get_dtype(), torch.uint8),
-                    device="meta",
-                )
-                for name, part in slices.items()
-            }
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    # Files of the older format, which is no zip, cannot be mapped.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if isinstance(state, Mapping) and all(isinstance(t, Tensor) for t in state.values()):
-        return {str(name): tensor for name, tensor in state.items()}
-    held = ", ".join(map(str, list(state)[:6])) if isinstance(state, Mapping) else type(state)
-    if isinstance(state, Mapping) and "trainer" in state:
-        advice = (
-            'save its ["trainer"]["var_wo_ddp"] and ["trainer"]["vae_local"] to files of their own'
+    if not isinstance(held, Mapping):
+        raise InputError(
+            f"{path} holds a {type(held).__name__}, wanted tensors by name: {SAVE_THE_STATE}"
         )
-    else:
-        advice = "save the state dict alone"
-    raise InputError(
-        f"{path} holds {held}, wanted tensors by name as in the published files: {advice}"
+    leaves = list(_leaves(held))
+    return Contents(
+        {name: leaf.detach() for name, leaf in leaves if isinstance(leaf, Tensor)},
+        {name: leaf for name, leaf in leaves if not isinstance(leaf, Tensor)},
     )
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    if isinstance(error, InputError):
-        return error
-    code = re.search(r"GLOBAL (\S+)", str(error)) if path.suffix != ".safetensors" else None
-    if code is not None:
-        return InputError(
-            f"{path} refers to code ({code[1]}), wanted tensors alone: it was not run; fetch the "
-            "published file, or save the state dict alone"
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, as `read_contents` has them."""
+    return read_contents(path).tensors
+
+
+def read_part(path: Path, part: Part) -> dict[str, Tensor]:
+    """The tensors of a part of a model by their published names; every tensor where it is not."""
+    return part_of(read_contents(path), part, path)
+
+
+def part_of(contents: Contents, part: Part, path: Path) -> dict[str, Tensor]:
+    """As `read_part`, of what was read from `path`."""
+    found = find_part(contents, part, path)
+    if found is None:
+        return contents.tensors
+    return {name: contents.tensors[stored] for name, stored in found.names.items()}
+
+
+def find_part(contents: Contents, part: Part, path: Path) -> FoundPart | None:
+    """Where a part of a model is in a file: at the top, in a checkpoint of a trainer, in a wrapper.
+
+    Moving averages are taken before what they average. Raises `InputError` for a part that is there
+    more than once.
+    """
+    bare = {name: _WRAPPERS.sub("", name) for name in contents.tensors}
+    places = _places(bare.values(), part)
+    averaged = {place for place in places if _AVERAGED.search(place)}
+    chosen = averaged or places
+    if len(chosen) > 1:
+        raise InputError(
+            f"{path} holds the {part} more than once, as "
+            f"{' and '.join(sorted(place.rstrip('.') or 'its top' for place in chosen))}, wanted "
+            "one: save the state dict of the one to use alone"
         )
-    size = f"{path.stat().st_size:,} bytes" if path.exists() else "missing"
+    if not chosen:
+        return None
+    (place,) = chosen
+    # The other part may lie within this one, as a module of it.
+    within = tuple(
+        other
+        for other in _places(bare.values(), _OTHER[part])
+        if other != place and other.startswith(place)
+    )
+    names: dict[str, str] = {}
+    for stored, name in bare.items():
+        if not name.startswith(place) or (within and name.startswith(within)):
+            continue
+        published = _PHI.sub(
+            lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.", name.removeprefix(place)
+        )
+        if published in names:
+            raise InputError(
+                f"{path} holds {published} twice, as {names[published]} and {stored}, wanted one: "
+                "save the state dict of the one to use alone"
+            )
+        names[published] = stored
+    return FoundPart(place, names)
+
+
+def what_was_taken(path: Path, contents: Contents, found: Iterable[FoundPart]) -> str | None:
+    """What of a file is used and what is not, in one line; None for a file of the weights alone."""
+    places = [part.place.rstrip(".") for part in found if part.place]
+    used = {stored for part in found for stored in part.names.values()}
+    inner = {name[:dot] for name in used for dot in _dots(name)}
+    rest = {
+        next((name[:dot] for dot in _dots(name) if name[:dot] not in inner), name)
+        for name in {*contents.tensors, *contents.values} - used
+    }
+    if not places and not rest:
+        return None
+    taken = [f"{p}, moving averages" if _AVERAGED.search(p) else p for p in places]
+    left = f"; left out {', '.join(sorted(rest)[:12])}" if rest else ""
+    return f"{path}: took {' and '.join(taken) or 'the weights'}{left}"
+
+
+def _dots(name: str) -> list[int]:
+    return [match.start() for match in re.finditer(r"\.", name)]
+
+
+def _places(names: Iterable[str], part: Part) -> set[str]:
+    """What the names of a part begin with, wherever it is."""
+    return {
+        name.removesuffix(anchor)
+        for name in names
+        for anchor in _ANCHORS[part]
+        if name == anchor or name.endswith(f".{anchor}")
+    }
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of all that is nested in mappings and in the attributes of objects."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    attributes = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "_metadata"}
+    for key, inner in (*value.items(), *attributes.items()):
+        yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith(_TORCH))
+
+
+class _Attributes:
+    """Stands in for a class that a checkpoint names: an empty mapping that takes attributes."""
+
+    def __new__(cls, *args: object) -> OrderedDict[str, object]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _Opaque:
+    """Stands in for what numpy makes of its numbers."""
+
+    def __new__(cls, *args: object) -> _Opaque:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing."""
+
+
+def _read_checkpoint(path: Path) -> object:
+    """What `torch.save` wrote; classes that torch does not know are replaced, functions refused."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if not head.startswith(_TORCH):
+        raise ValueError("it does not begin as one")
+    if head == b"PK" and not zipfile.is_zipfile(path):
+        raise ValueError("its end is missing")
+    # Files of the older format, which is no zip, cannot be mapped, and torch takes this suffix for
+    # what it says.
+    is_mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            with (
+                open(path, "rb") as file,
+                torch.serialization.safe_globals([(kind, n) for n, kind in stand_ins.items()]),
+            ):
+                return torch.load(
+                    path if is_mapped else file,
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=is_mapped,
+                )
+        except pickle.UnpicklingError as error:
+            found = _GLOBAL.search(str(error))
+            if found is None or found[1] in stand_ins or not _may_be_passed_over(found[1]):
+                raise
+            stand_ins[found[1]] = _Opaque if found[1].startswith("numpy.") else _Attributes
+
+
+def _may_be_passed_over(name: str) -> bool:
+    """Whether a name in a pickle is of something that holds data, and not Python's own functions.
+
+    Nothing by that name is imported or called in either case.
+    """
+    module, dot, _ = name.partition(".")
+    module = IMPORT_MAPPING.get(module, module)  # pickles may have the name of Python 2
+    return bool(dot) and (module in _HOLDS_DATA or module not in sys.stdlib_module_names)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    if isinstance(error, OSError) and not path.is_dir():
+        return InputError(f"{path} cannot be read ({error.strerror or error}): check it")
+    kind = kind_of(path)
+    if kind is not None:
+        return InputError(
+            f"{path} is {kind.what}, wanted safetensors or a torch checkpoint: {kind.to_do}"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        code = _GLOBAL.search(str(error))
+        what = f"refers to code ({code[1]})" if code else "holds objects that torch does not know"
+        return InputError(
+            f"{path} {what}, wanted tensors alone: it was not run; fetch the published file, or "
+            f"{SAVE_THE_STATE}"
+        )
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return InputError(
-        f"{path} ({size}) is truncated or no file of weights ({reason}), wanted safetensors or a "
-        "torch checkpoint: fetch it again"
+        f"{path} ({path.stat().st_size:,} bytes) is truncated or no file of weights ({reason}), "
+        "wanted safetensors or a torch checkpoint: fetch it again"
     )
 
 
@@ -169,8 +354,7 @@ def check_fit(path: Path, config: ModelConfig, part: Part, header: Mapping[str, 
     problems = _problems(config, part, header)
     if not problems:
         return
-    held = _part_of(header)
-    if held == part:
+    if _part_of(header) == part:
         fitting = [m.name for m in MODELS.values() if not _problems(m, part, header)]
         if fitting:
             raise InputError(
@@ -186,20 +370,26 @@ def check_fit(path: Path, config: ModelConfig, part: Part, header: Mapping[str, 
         if differing:
             raise InputError(
                 f"{path} holds a {part} with {', '.join(sorted(differing))}: no known model has "
-                f"this shape; give the weights of {config.name}"
+                f"this shape; give the weights of {config.name}, or use --model {path} for a VAR "
+                "of your own"
             )
         raise InputError(
             f"{path} is no complete {part} of {config.name}: {'; '.join(problems)}: fetch it again"
         )
+    raise wrong_part(path, part, config.name, header)
+
+
+def wrong_part(path: Path, part: Part, model: str, header: Mapping[str, Tensor]) -> InputError:
+    """The error for a file that holds something else than a part of a model."""
+    held = _part_of(header)
     if held is not None:
-        raise InputError(
-            f"{path} holds a {held}, wanted the {part} of {config.name}: give the folder that "
-            "holds both"
+        return InputError(
+            f"{path} holds a {held}, wanted the {part} of {model}: give the folder that holds both"
         )
     names = ", ".join(sorted(header)[:4]) or "nothing"
-    raise InputError(
+    return InputError(
         f"{path} holds no weights of this kind of model (its first tensors: {names}), wanted the "
-        f"{part} of {config.name}: check --weights"
+        f"{part} of {model}: check --weights"
     )
 
 
@@ -251,16 +441,10 @@ def _ranges(numbers: list[int]) -> str:
 
 def _part_of(header: Mapping[str, Tensor]) -> str | None:
     """What a file holds, by the names that nothing else has."""
-    for kind, name in (
-        ("transformer", "pos_1LC"),
-        ("transformer", "word_embed.weight"),
-        ("tokenizer", "quantize.embedding.weight"),
-        ("tokenizer", "decoder.conv_in.weight"),
-        ("calibration", "slope"),
-    ):
-        if name in header:
-            return kind
-    return None
+    for part, names in _ANCHORS.items():
+        if header.keys() & set(names):
+            return part
+    return "calibration" if "slope" in header else None
 
 
 def _facts(part: Part, shapes: Shapes) -> dict[str, int]:

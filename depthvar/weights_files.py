@@ -5,9 +5,9 @@ A model folder has our own names, or those of the published checkpoints:
     config.json  transformer.safetensors  tokenizer.safetensors  [calibration.safetensors]
     var_d16.pth (..., var_d36.pth)  vae_ch160v4096z32.pth  [calibration.safetensors]
 
-What `--weights` may be: a local folder, a transformer file with the tokenizer beside it, or a
-Hugging Face repository (`owner/repo` or `hf://owner/repo[@revision]`). Nothing is fetched unless a
-repository is named.
+Those of a user's own VAR may have any (`own_model`). What `--weights` may be: a local folder, a
+transformer file with the tokenizer in it or beside it, or a Hugging Face repository (`owner/repo`
+or `hf://owner/repo[@revision]`). Nothing is fetched unless a repository is named.
 """
 
 from __future__ import annotations
@@ -20,13 +20,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from depthvar.config import CONFIG_FILE, ModelConfig, is_model_folder, model_config
+from depthvar.config import (
+    CONFIG_FILE,
+    MODELS,
+    ModelConfig,
+    folder_of,
+    is_model_path,
+    model_config,
+    stored_config,
+)
 from depthvar.errors import InputError
+from depthvar.file_kinds import kind_of
 
 BUNDLED = Path(__file__).parent / "models"
 TRANSFORMER_FILE = "transformer.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
+CLASSES_FILE = "classes.txt"
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+RECIPE_FILE = "recipe.json"
 
 PUBLISHED_REPO = "FoundationVision/var"
 _PUBLISHED_TRANSFORMERS = {
@@ -38,6 +50,8 @@ _PUBLISHED_TRANSFORMERS = {
 }
 _PUBLISHED_TOKENIZER = "vae_ch160v4096z32"
 _PUBLISHED_SUFFIXES = (".safetensors", ".pth")
+
+_TOKENIZER_LIKE = re.compile(r"vae|vq|tokenizer", re.IGNORECASE)
 
 _HUB_SCHEME = "hf://"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -81,10 +95,21 @@ def choose_files(
         [name for name in candidates if name in names][:1]
         for candidates in (transformers, tokenizer_names(model))
     ]
-    if not all(parts):
-        return ()
-    others = [name for name in (CALIBRATION_FILE, CONFIG_FILE) if name in names]
-    return (*parts[0], *parts[1], *others)
+    chosen = (*parts[0], *parts[1]) if all(parts) else ()
+    if not chosen and model not in MODELS:
+        chosen = _of_an_own_model(names, transformer)
+    others = [name for name in (CALIBRATION_FILE, CONFIG_FILE, CLASSES_FILE) if name in names]
+    return (*chosen, *others) if chosen else ()
+
+
+def _of_an_own_model(names: Collection[str], transformer: str | None) -> tuple[str, ...]:
+    """By their names alone, the files that can be a user's transformer and tokenizer."""
+    weights = sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES) and n != CALIBRATION_FILE)
+    tokenizers = [name for name in weights if _TOKENIZER_LIKE.search(name)]
+    if transformer is None and len(weights) <= 2:
+        return tuple(weights)
+    others = [transformer] if transformer else [n for n in weights if n not in tokenizers]
+    return (*others, *tokenizers) if len(others) == 1 and others[0] in names else ()
 
 
 def local_weights(model: str, weights: str | None) -> str | None:
@@ -131,6 +156,8 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
             "pip install huggingface_hub, or give a folder that holds the files"
         ) from None
     wanted = [*transformer_names(model), *tokenizer_names(model), CALIBRATION_FILE, CONFIG_FILE]
+    if model not in MODELS:
+        wanted += [CLASSES_FILE, *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)]
     try:
         return str(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the client's errors (HTTP, offline, cache) share no base
@@ -142,16 +169,50 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
         ) from error
 
 
-def find_weights(name: str, weights: str | None) -> tuple[ModelConfig, WeightsFiles]:
-    """A model's configuration and files. Raises `InputError` for whatever is not there."""
+def find_place(name: str, weights: str | None) -> str | None:
+    """The local folder or file of a model, None for the package. Raises as `local_weights` does."""
     place = local_weights(name, weights)
-    if place is None and is_model_folder(name):
+    if place is None and is_model_path(name):
         place = name
+    if place is not None and stored_config(folder_of(place)) is None:
+        _check_not_above_a_model(folder_of(place))
+    return place
+
+
+def _check_not_above_a_model(folder: Path) -> None:
+    """`InputError` for the folder of a training run, and for another around model folders."""
+    models = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if _is_ours(path)]
+    if models:
+        raise InputError(
+            f"{folder} is no model but holds {', '.join(map(str, models[:4]))}: pass --model "
+            f"{models[0]}"
+        )
+    if (folder / RECIPE_FILE).is_file():
+        raise InputError(
+            f"{folder} holds a run of jobs.train_model that has not finished: run it again, then "
+            f"pass --model {folder / 'model'}"
+        )
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return stored_config(config.parent) is not None
+    except InputError:
+        return False
+
+
+def find_weights(name: str, weights: str | None) -> tuple[ModelConfig, WeightsFiles]:
+    """Configuration and files of a model that is known or has a `config.json`.
+
+    Raises `InputError` for whatever is not there.
+    """
+    place = find_place(name, weights)
     config = model_config(name, place)
-    return config, _files_in(config, place)
+    return config, files_in(config, place)
 
 
-def _files_in(config: ModelConfig, place: str | None) -> WeightsFiles:
+def files_in(config: ModelConfig, place: str | None) -> WeightsFiles:
+    """The files of a model in a folder, by their usual names; `place` may be the transformer's."""
     transformer: Path | None = None
     folder = BUNDLED / config.name if place is None else Path(place)
     if place is None and not folder.is_dir():
@@ -160,13 +221,19 @@ def _files_in(config: ModelConfig, place: str | None) -> WeightsFiles:
             "the folder that holds them"
         )
     if folder.is_file():
-        transformer, folder = folder, folder.parent
+        transformer = None if folder.name == CONFIG_FILE else folder
+        folder = folder.parent
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if transformer is None:
         transformer = _choice(config, folder, names, "transformer", transformer_names(config.name))
     tokenizer = _choice(config, folder, names, "tokenizer", tokenizer_names(config.name))
-    calibration = folder / CALIBRATION_FILE if CALIBRATION_FILE in names else None
-    return WeightsFiles(transformer, tokenizer, calibration)
+    return WeightsFiles(transformer, tokenizer, calibration_in(folder))
+
+
+def calibration_in(folder: Path) -> Path | None:
+    """The calibration in a folder of weights, if there is one."""
+    path = folder / CALIBRATION_FILE
+    return path if path.is_file() else None
 
 
 def _choice(
@@ -175,7 +242,14 @@ def _choice(
     for name in wanted:
         if name in names:
             return folder / name
-    held = sorted(name for name in names if name.endswith((*_PUBLISHED_SUFFIXES, ".pt", ".bin")))
+    for name in wanted:
+        if (folder / name).is_dir() or (folder / name).is_symlink():
+            kind = "folder" if (folder / name).is_dir() else "broken link"
+            raise InputError(f"{folder / name} is a {kind}, wanted a file: fetch it again")
+    kind_of_folder = kind_of(folder)
+    if kind_of_folder is not None:
+        raise InputError(f"{folder} is {kind_of_folder.what}, wanted {kind_of_folder.to_do}")
+    held = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIXES))
     fitting = [model for model in _PUBLISHED_TRANSFORMERS if choose_files(model, names)]
     raise InputError(
         f"{folder} holds {', '.join(held) or 'no weights'}, wanted the {part} of {config.name} as "

@@ -23,7 +23,7 @@ from statistics import mean, median
 import torch
 from tqdm import tqdm
 
-from depthvar.checkpoint import BUNDLED, LoadedModel, load_model, random_model
+from depthvar.checkpoint import BUNDLED, LoadedModel, find_model, load_model, random_model
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
@@ -55,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(_device(flags.device))
     _check_paths(flags)
     torch.set_num_threads(flags.threads)
-    config = model_config(flags.model, flags.weights)
+    config = (
+        model_config(flags.model)
+        if _is_random(flags)
+        else find_model(flags.model, flags.weights).config
+    )
     policies = chosen_policies(config, flags.policies)
     for policy in policies.values():
         DepthPlan.build(config.sides, config.num_blocks, policy)  # what does not fit stops here
@@ -218,9 +222,15 @@ def _device(name: str) -> str:
     return name
 
 
+def _is_random(flags: argparse.Namespace) -> bool:
+    """Whether a published model is timed without its weights."""
+    is_bundled = (BUNDLED / flags.model).is_dir()
+    return flags.weights is None and flags.model in MODELS and not is_bundled
+
+
 def _model(flags: argparse.Namespace, device: torch.device) -> LoadedModel:
     dtype = getattr(torch, flags.precision)
-    if flags.weights is None and flags.model in MODELS and not (BUNDLED / flags.model).is_dir():
+    if _is_random(flags):
         return random_model(flags.model, device=device, dtype=dtype)
     return load_model(flags.model, flags.weights, device=device, dtype=dtype)
 

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_own_folder(job, identity.transformer.parent)
     else:
         check_new_folder(job.out)
+    for note in identity.notes:
+        print(f"note: {note}")
     model = load_model(job.model, weights, device=job.device, identity=identity)
     fit, explained_SL = calibrate(
         model, model.config.sampling, num_samples=job.samples, batch_size=job.batch_size

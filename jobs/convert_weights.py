@@ -51,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=getattr(torch, job.precision),
         with_encoder=job.keep_encoder,
     )
+    for note in source.notes:
+        print(f"note: {note}")
     for part in ("transformer", "tokenizer"):
         before, after = getattr(source, part), getattr(written, part)
         print(f"{part}: {_megabytes(before)} ({before.name}) -> {_megabytes(after)} ({after.name})")
-    print(f"sample from it with --model {job.model} --weights {job.out}")
+    print(f"sample from it with --model {job.out}")
     return EXIT_DONE
 
 

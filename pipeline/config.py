@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from depthvar.config import ModelConfig, SamplingSettings, model_config
+from depthvar.config import ModelConfig, SamplingSettings
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.paths import check_output_folder, checked_job_file
@@ -68,7 +68,7 @@ class GenerateConfig(JobConfig):
     """What `jobs.generate` and `jobs.plan` can be told."""
 
     out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
-    model: ModelName = Field("digits", description="model to sample from, by name or folder")
+    model: ModelName = Field("digits", description="model to sample from, by name, folder or file")
     weights: Weights | None = Field(
         None,
         description="weights as a folder, file, URI or Hugging Face repository"
@@ -205,15 +205,18 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
     Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
     """
+    from depthvar.checkpoint import find_model  # brings torch: `--help` need not wait for it
+
     _check_scratch(config)
     local = local_weights(config.model, config.weights)
-    model = model_config(config.model, local)
+    found = find_model(config.model, local)
+    model = found.config
     options = checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
     sampling = _sampling(config, model.sampling)
     depth = DepthPlan.build(model.sides, model.num_blocks, policy)
     full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
-    notes: list[str] = []
+    notes = list(found.notes)
     counts = _label_counts(config, model, notes.append)
     weights = identify_weights(config.model, local)
     if policy.proxy == "calibrated" and weights.calibration is None:
@@ -236,7 +239,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
 def identify_weights(model: str, weights: str | None) -> WeightsIdentity:
     """Find, check and hash a model's files, as `depthvar.checkpoint.weights_identity` does."""
-    from depthvar.checkpoint import weights_identity  # brings torch: `--help` need not wait for it
+    from depthvar.checkpoint import weights_identity
 
     return weights_identity(model, weights)
 

@@ -24,7 +24,7 @@ import grpc
 import ray
 from ray import exceptions as ray_errors
 
-from depthvar.config import is_model_folder
+from depthvar.config import is_model_path
 from depthvar.errors import InputError
 from pipeline.actor import (
     Progress,
@@ -141,7 +141,7 @@ def _worker_spec(
 ) -> WorkerSpec:
     """What the workers are told, with paths that do not depend on the current folder."""
     weights = config.weights
-    if weights is None and is_model_folder(config.model):
+    if weights is None and is_model_path(config.model):
         weights = config.model
     if weights is not None and os.path.exists(weights):
         weights = os.path.abspath(weights)

@@ -63,4 +63,4 @@ Location = Annotated[str, path_field(dataset_location), Metavar("PATH")]
 Weights = Annotated[str, path_field(_weights_location), Metavar("PATH")]
 """A local file or folder, the URI of a store, or a Hugging Face repository."""
 ModelName = Annotated[str, path_field(checked_model), Metavar("MODEL")]
-"""A known model, or a local folder that holds one."""
+"""A known model, or the local folder or file of one."""

@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from depthvar.config import ModelConfig, model_config, real_set_of
+from depthvar.config import ModelConfig, real_set_of
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
@@ -265,7 +265,8 @@ def resolve_study(config: StudyConfig) -> Study:
     Raises `InputError` for what cannot be run, with the method's name.
     """
     local = local_weights(config.model, config.weights)
-    model = model_config(config.model, local)
+    weights = identify_weights(config.model, local)
+    model = weights.config
     real_set = real_set_of(model.class_names, model.image_side, model.image_channels)
     if real_set is None:
         raise InputError(
@@ -287,7 +288,6 @@ def resolve_study(config: StudyConfig) -> Study:
         raise InputError(
             f"headroom_after is {after}, wanted a scale before the last one, {last}: lower it"
         )
-    weights = identify_weights(config.model, local)
     if weights.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
         raise InputError(
             f"a policy uses calibrated proxies and {model.name} has no calibration: run "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from depthvar.errors import InputError, advice
 from depthvar.paths import checked_path, checked_weights, is_uri
-from depthvar.weights_files import choose_files, sha256_of
+from depthvar.weights_files import WEIGHTS_SUFFIXES, choose_files, sha256_of
 from depthvar.weights_files import local_weights as depthvar_weights
 from pipeline.storage import Storage
 
@@ -52,10 +52,7 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
         return depthvar_weights(model, checked)
     storage = Storage.open(checked)
     file = None
-    if Path(storage.root).suffix in (
-        ".pth",
-        ".safetensors",
-    ):  # one file: what else the model needs lies beside it
+    if storage.root.endswith(WEIGHTS_SUFFIXES):  # what else the model needs lies beside it
         folder, _, file = storage.root.rpartition("/")
         storage = replace(storage, root=folder)
     cache = cache or default_cache()
@@ -79,7 +76,7 @@ def _fetched(storage: Storage, model: str, file: str | None, cache: Path) -> Pat
         held = ", ".join(sorted(listing)[:8]) or "no files"
         raise InputError(
             f"{storage} holds {held}, wanted the transformer and the tokenizer of {model}: check "
-            "--weights"
+            "--weights, which may name the transformer's file"
         )
     infos = storage.filesystem.get_file_info([f"{storage.root}/{name}" for name in names])
     state = [

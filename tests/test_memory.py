@@ -76,7 +76,7 @@ def _sampler(
     transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     initialise(transformer, torch.Generator().manual_seed(0))
     dtype = getattr(torch, precision)
-    identity = WeightsIdentity(Path("a"), Path("b"), None, "")
+    identity = WeightsIdentity(config, Path("a"), Path("b"), None, (), "")
     model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=dtype)
     return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
 

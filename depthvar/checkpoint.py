@@ -25,7 +25,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,7 @@ __all__ = [
     "save_model",
     "save_proxy_fit",
     "weights_identity",
+    "why_not_finite",
 ]
 
 _WIDE = (torch.float32, torch.float64)
@@ -324,6 +325,49 @@ def assemble(
     return LoadedModel(config, transformer, tokenizer, fit, identity)
 
 
+def why_not_finite(model: LoadedModel) -> str:
+    """Why a model can make numbers that are not finite, and what to do: looks at every weight."""
+    for part in ("transformer", "tokenizer"):
+        path = getattr(model.identity, part)
+        parameters = dict(getattr(model, part).named_parameters())
+        bad = [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]
+        has_nan = any(parameters[name].isnan().any() for name in bad)
+        if bad and model.dtype == torch.float16 and not has_nan:
+            return f"{path} {_overflow(bad, model.dtype)}: use --precision bfloat16 or float32"
+        if bad:
+            return _damage(path, bad, "NaN" if has_nan else "infinity")
+    if model.dtype in _WIDE:
+        return (
+            f"the weights of {model.identity.transformer} are finite, but too large to compute "
+            "with; take another checkpoint, or a smaller --cfg if that is far from its default"
+        )
+    wider = "float32" if model.dtype == torch.bfloat16 else "bfloat16 or float32"
+    return (
+        f"the weights fit {_type_name(model.dtype)}, what they compute may not: try --precision "
+        f"{wider}"
+    )
+
+
+def _damage(path: Path, names: Sequence[str], held: str) -> str:
+    return (
+        f"{path} holds {held} in {_some(names)}: it is damaged or of a training that diverged, "
+        "take another checkpoint"
+    )
+
+
+def _overflow(names: Sequence[str], dtype: torch.dtype) -> str:
+    return f"holds values in {_some(names)} that {_type_name(dtype)} cannot hold"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_proxy_fit(path: Path, config: ModelConfig, model_sha256: str) -> None:
     """`InputError` unless a calibration has the model's shape and names its weights."""
     header = read_tensors(path)
@@ -461,10 +505,11 @@ def _convert(
     tensors = read_part(source, part)
     names = parameter_names(part, tensors, with_encoder=with_encoder)
     stored = _stored({name: tensors.pop(name) for name in names}, dtype)
-    too_large = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
-    if too_large:
-        raise InputError(
-            f"{source} holds values in {', '.join(too_large[:3])} that {dtype} cannot hold: "
-            "convert with --precision bfloat16"
-        )
+    bad = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        tensors = read_part(source, part)
+        damaged = [name for name in bad if not torch.isfinite(tensors[name]).all()]
+        if damaged or dtype is None:
+            raise InputError(_damage(source, damaged, "numbers that are not finite"))
+        raise InputError(f"{source} {_overflow(bad, dtype)}: convert with --precision bfloat16")
     _save(target, stored)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from depthvar.checkpoint import LoadedModel
+from depthvar.checkpoint import LoadedModel, why_not_finite
 from depthvar.config import SamplingSettings
 from depthvar.cost import image_cost
 from depthvar.draw import Drawn, draw_tokens
@@ -291,8 +291,8 @@ class Sampler:
 
     def _not_finite(self, what: str) -> ArithmeticError:
         return ArithmeticError(
-            f"{self.config.name} {what} not finite, wanted finite ones: the weights or the "
-            "precision do not fit, try --precision float32"
+            f"{self.config.name} {what} not finite, wanted finite ones: "
+            f"{why_not_finite(self._model)}"
         )
 
     def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:

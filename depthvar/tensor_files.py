@@ -253,6 +253,8 @@ def _read_checkpoint(path: Path) -> object:
         raise ValueError("it does not begin as one")
     if head == b"PK" and not zipfile.is_zipfile(path):
         raise ValueError("its end is missing")
+    if kind_of(path) is not None:
+        raise ValueError("it is something else")
     # Files of the older format, which is no zip, cannot be mapped, and torch takes this suffix for
     # what it says.
     is_mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"

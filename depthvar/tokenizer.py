@@ -296,9 +296,10 @@ class Tokenizer(nn.Module):
         return latent if latent.dtype == torch.float64 else latent.float()
 
     def decode(self, feature_map_BZHW: Tensor) -> Tensor:
-        """Feature map to images clamped to [-1, 1], in the decoder's precision."""
+        """Feature map to images clamped to [-1, 1], in the decoder's precision; NaN stays NaN."""
         images: Tensor = self.decoder(self.post_quant_conv(feature_map_BZHW))
-        return images.clamp(-1, 1)
+        # Clamped, an infinite pixel would pass for black or white.
+        return images.masked_fill(images.isinf(), torch.nan).clamp(-1, 1)
 
     @torch.no_grad()
     def tokenize(self, latent_BZHW: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -17,6 +17,7 @@ from depthvar.checkpoint import (
     load_model,
     save_proxy_fit,
     weights_identity,
+    why_not_finite,
 )
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit, explained_SL = calibrate(
         model, model.config.sampling, num_samples=job.samples, batch_size=job.batch_size
     )
+    if not fit.slope_SLC.isfinite().all() or not fit.offset_SLC.isfinite().all():
+        raise InputError(f"the samples are not finite: {why_not_finite(model)}")
     if job.out is not None:
         _, identity = convert_weights(job.model, weights, job.out, dtype=None)
     target = identity.transformer.parent / CALIBRATION_FILE

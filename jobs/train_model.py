@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from depthvar.config import (
+    MODELS,
     ModelConfig,
     model_config,
     scenes_model_config,
@@ -136,8 +137,9 @@ def _data(job: TrainModelConfig) -> _Data:
         raise InputError(f"image_channels is {job.image_channels}, wanted 1 or 3: correct it")
     background = Background.of(job.background)
     pictures = PictureFolder.open(Path(job.data), flag="--data")
+    name = checked_name(pictures.path.resolve().name, "the folder of --data")
     config = small_model_config(
-        checked_name(pictures.path.resolve().name, "the folder of --data"),
+        f"my-{name}" if name in MODELS else name,
         pictures.class_names,
         image_channels=job.image_channels,
     )

@@ -140,6 +140,10 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(wide: Path, tmp_pa
         convert("digits", large, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
     assert convert("digits", large, tmp_path / "out", "--precision", "bfloat16") == 0
+    model.transformer.head.bias[3] = torch.nan
+    save_model(large, model.config, model.transformer, model.tokenizer, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"numbers that are not finite in head.bias: it is damag"):
+        convert("digits", large, tmp_path / "again", "--precision", "bfloat16")
 
 
 def test_a_model_of_the_users_own_keeps_its_name(tmp_path: Path):

@@ -252,6 +252,8 @@ def test_images_from_numbers_that_are_not_finite_are_never_committed(
     ledger = [json.loads(row) for row in (out / "commits" / "failures.jsonl").open()]
     assert [(row["shard_id"], row["set_aside"]) for row in ledger] == [(1, False)] * 2 + [(1, True)]
     assert all("drew tokens from numbers that are not finite" in row["error"] for row in ledger)
+    cause = f"{transformer} holds NaN in class_emb.weight: it is damaged"
+    assert all(cause in row["error"] for row in ledger)
     assert sorted(file.name for file in out.glob("train/*")) == ["00000.tar", "00002.tar"]
 
 

@@ -5,6 +5,7 @@ Shape legend: B images, G stream rows, T tokens of a scale, N tokens of an image
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -324,6 +325,34 @@ def test_an_image_that_is_not_finite_is_refused():
     feature_map[1, 3, 2, 2] = torch.nan
     with pytest.raises(ArithmeticError, match="tiny made an image with a pixel that is not finite"):
         sampler.decode(feature_map)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "value", "told"),
+    [
+        ("float32", "head.bias", torch.nan, "tiny holds NaN in head.bias: it is damaged"),
+        ("bfloat16", "pos_start", torch.nan, "tiny holds NaN in pos_start: it is damaged"),
+        ("float32", "decoder.conv_out.bias", -torch.inf, "holds infinity in decoder.conv_out.bias"),
+        ("bfloat16", "head.bias", torch.inf, "tiny holds infinity in head.bias: it is damaged"),
+        (
+            "float16",
+            "head.bias",
+            torch.inf,
+            "float16 cannot hold: use --precision bfloat16 or float32",
+        ),
+        ("float16", "decoder.conv_in.bias", 6e4, "may not: try --precision bfloat16 or float32"),
+        ("bfloat16", "decoder.conv_in.bias", 3e38, "bfloat16, what .* try --precision float32$"),
+        ("float32", "decoder.conv_in.bias", 3e38, "finite, but too large to compute with"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_told_with_their_cause(dtype, name, value, told):
+    model = copy.deepcopy(tiny_model(0, getattr(torch, dtype)))
+    module = model.tokenizer if name.startswith("decoder") else model.transformer
+    dict(module.named_parameters())[name].data.fill_(value)
+    with pytest.raises(ArithmeticError, match=told) as caught:
+        Sampler(model, make_policy("full"), GUIDED)(LABELS, seed=0, indices=[0, 1, 2])
+    if "holds" in told or dtype == "float32":
+        assert "precision" not in str(caught.value)
 
 
 def test_calibrated_proxies_without_a_calibration_are_refused():

@@ -9,7 +9,8 @@ import math
 import random
 from functools import cache
 from itertools import combinations
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +121,12 @@ def tiny_model(
         module.double()
         fill_with_noise(module, generator)
         module.to(dtype).eval().requires_grad_(False)
-    # The sampler never asks where weights came from.
-    nowhere = cast(WeightsIdentity, None)
     return LoadedModel(
         config=config,
         transformer=transformer,
         tokenizer=tokenizer,
         proxy_fit=random_fit(config, dtype),
-        identity=nowhere,
+        identity=WeightsIdentity(config, Path("tiny"), Path("tiny"), None, (), "tiny"),
     )
 
 

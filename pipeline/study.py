@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from depthvar.config import ModelConfig, real_set_of
+from depthvar.config import MODELS, ModelConfig, real_set_of
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
@@ -264,15 +264,12 @@ def resolve_study(config: StudyConfig) -> Study:
 
     Raises `InputError` for what cannot be run, with the method's name.
     """
+    if config.model in MODELS:
+        _real_set(MODELS[config.model])  # it need not be fetched to be told
     local = local_weights(config.model, config.weights)
     weights = identify_weights(config.model, local)
     model = weights.config
-    real_set = real_set_of(model.class_names, model.image_side, model.image_channels)
-    if real_set is None:
-        raise InputError(
-            f"got the model {model.name!r}, wanted one of the digits (10 classes, 32x32 or 48x48, "
-            "grey): the study measures against real digits"
-        )
+    real_set = _real_set(model)
     sections: tuple[tuple[Section, dict[str, StudyMethod]], ...] = (
         ("methods", config.methods),
         ("ablations", config.ablations),
@@ -296,6 +293,17 @@ def resolve_study(config: StudyConfig) -> Study:
     storage = Storage.open(config.out)
     storage.check_writable()
     return Study(config, model, real_set, local, weights.sha256, tuple(cells), storage)
+
+
+def _real_set(model: ModelConfig) -> str:
+    """Name of the real images to measure a model against; `InputError` where there are none."""
+    name = real_set_of(model.class_names, model.image_side, model.image_channels)
+    if name is None:
+        raise InputError(
+            f"got the model {model.name!r}, wanted one of the digits (10 classes, 32x32 or 48x48, "
+            "grey): the study measures against real digits"
+        )
+    return name
 
 
 def _cell(

@@ -62,6 +62,16 @@ def test_the_models_files_are_fetched_once(store: Store):
     assert store.reads == list(PTH)
 
 
+def test_a_user_s_own_model_is_fetched_by_its_file(store: Store):
+    (store.root / "bucket" / "weights" / "best.pt").write_bytes(b"x")
+    (store.root / "bucket" / "weights" / "classes.txt").write_bytes(b"boot")
+    found = Path(str(local_weights("shoes", f"{URI}/best.pt")))
+    held = {path.name for path in found.parent.iterdir()}
+    assert held == {"best.pt", PTH[1], "classes.txt", "sha256.json"}
+    with pytest.raises(InputError, match=r"check --weights, which may name the transformer's file"):
+        local_weights("shoes", URI)
+
+
 def test_one_file_is_fetched_with_what_lies_beside_it(store: Store):
     found = local_weights("var-d16", f"{URI}/var_d30.pth")
     assert found is not None

@@ -95,6 +95,27 @@ def test_a_copy_of_a_model_needs_its_own_files_alone():
     assert choose_files("var-d16", {"var_d16.pth"}) == ()
 
 
+@pytest.mark.parametrize(
+    ("names", "transformer", "chosen"),
+    [
+        (("best.pth",), None, ("best.pth",)),
+        (("a.pt", "vae.pth", "log.txt"), None, ("a.pt", "vae.pth")),
+        (("last.pth", "my_vqvae.pth", "old_tokenizer.pth"), None,
+         ("last.pth", "my_vqvae.pth", "old_tokenizer.pth")),
+        (("best.pth", "last.pth", "vae.pth"), None, ()),
+        (("best.pth", "last.pth", "vae.pth"), "last.pth", ("last.pth", "vae.pth")),
+        (("best.pth", "last.pth"), "last.pth", ("last.pth",)),
+        (("best.pth",), "typo.pth", ()),
+        (("log.txt",), None, ()),
+    ],
+)  # fmt: skip
+def test_a_copy_of_a_user_s_own_model_needs_what_can_be_its_files(names, transformer, chosen):
+    """Told by names alone, before anything is fetched; settings beside them come along."""
+    beside = ("calibration.safetensors", "config.json", "classes.txt")
+    wanted = (*chosen, *beside) if chosen else ()
+    assert choose_files("shoes", {*names, *beside}, transformer) == wanted
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A Hugging Face client that serves one folder and notes what it is asked for."""
@@ -125,6 +146,11 @@ def test_a_repository_is_fetched_when_it_is_named(hub, tmp_path: Path):
     names = {*transformer_names("var-d16"), *tokenizer_names("var-d16")}
     for call in hub:
         assert set(call["allow_patterns"]) == names | {"calibration.safetensors", "config.json"}
+
+
+def test_a_repository_of_a_user_s_own_model_is_fetched_with_files_of_any_name(hub):
+    local_weights("shoes", "me/shoes")
+    assert {"*.pth", "*.safetensors", "classes.txt", "config.json"} <= set(hub[0]["allow_patterns"])
 
 
 def test_nothing_is_fetched_for_a_local_path_or_for_a_bundled_model(hub, tmp_path: Path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,7 +14,7 @@ class InputError(ValueError):
     """Input that cannot work: the message says what was got, what was wanted and what to do."""
 
 
-_PERMISSIONS = "change the permissions of {nearest}, or choose another place"
+_PERMISSIONS = "change the permissions of {nearest}, or choose another"
 _NETWORK = "check the network and the address"
 _ADVICE = {
     errno.ENOSPC: "free space on {disk}: it is full (`df -h` and `df -i` tell)",
@@ -103,6 +105,17 @@ def advice(error: OSError, place: str | os.PathLike[str] | None = None) -> str:
         if pattern.search(str(error)):
             return what_to_do
     return "check the place that could not be read or written"
+
+
+@contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `place` in errors of the system that name no file, as of writing to an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(place)
+        raise
 
 
 def _nearest(path: str) -> str:

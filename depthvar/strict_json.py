@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 
 DataT = TypeVar("DataT")
 
@@ -20,9 +20,11 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file; `InputError` if it is unreadable or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{path} cannot be read as JSON ({reason}): write it again") from error
+    except OSError as error:
+        todo = advice(error, path)
+        raise InputError(f"{path} cannot be read ({error.strerror}): {todo}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): write it again") from error
 
 
 def from_json(kind: type[DataT], value: object, where: str) -> DataT:

@@ -25,7 +25,7 @@ import numpy as np
 
 from depthvar.config import ModelConfig, SamplingSettings
 from depthvar.cost import Cost
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from pipeline.config import GenerateConfig, ResolvedJob
@@ -203,10 +203,13 @@ class Worker:
             for start, stop in shard.micro_batches:
                 if should_stop():
                     raise ShardStopped(f"shard {shard_id} was stopped before sample {start}")
-                writer.add(self._sample(shard, start, stop), start)
+                batch = self._sample(shard, start, stop)
+                with naming(self._scratch.folder):
+                    writer.add(batch, start)
                 reach("batch-sampled")
                 yield Progress(shard_id, stop - start)
-            built = writer.finish()
+            with naming(self._scratch.folder):
+                built = writer.finish()
             reach("shard-built")
             record = CommitRecord.of(
                 self._plan,

@@ -296,13 +296,20 @@ def load_config(
     flags = vars(_parser(model, prog, description).parse_args(argv))
     flags = {key: value for key, value in flags.items() if value is not None}
     yaml_path = flags.pop("config", None)
-    from_file = {} if yaml_path is None else _read_config(Path(checked_job_file(yaml_path)), model)
+    from_file = {} if yaml_path is None else _read_config(_config_path(yaml_path), model)
     values = {**from_file, **_parsed_flags(model, flags)}
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = _error_lines(error, model, given_as_flags=set(flags), yaml_path=yaml_path)
         raise InputError("\n".join(lines)) from None
+
+
+def _config_path(text: str) -> Path:
+    try:
+        return Path(checked_job_file(text))
+    except InputError as error:
+        raise InputError(f"--config: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):

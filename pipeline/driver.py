@@ -642,7 +642,7 @@ class RayCrew:
             reason_of(error),
             plain(error),
             worker.name,
-            is_storage=isinstance(error, OSError),  # Ray's error is also of the cause's type
+            storage_error=storage_error_of(error),
         )
         if is_charged and cause == "worker":
             until_s = time.monotonic() + _NODE_GRACE_S
@@ -713,6 +713,12 @@ def reason_of(error: ray_errors.RayError) -> str:
     if cause_of(error) == "worker":
         return "its process died: it crashed, was killed, or ran out of memory"
     return one_line(error)
+
+
+def storage_error_of(error: ray_errors.RayError) -> OSError | None:
+    """The error of a file that a worker could not read or write, None for any other."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, OSError) else None
 
 
 def plain(error: BaseException) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 
 from depthvar.class_folders import folder_names
 from depthvar.errors import InputError
+from depthvar.paths import check_writable
 from pipeline.loader import Dataset, iterate_samples, iterate_stored, stored_image
 from pipeline.samples import ShardError, encode_image
 from pipeline.storage import TEMP_PREFIX
@@ -106,14 +107,13 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         raise _exists(out)
     if not out.absolute().parent.is_dir():
         raise InputError(f"got --out {out}, whose folder does not exist: make it first")
+    check_writable(out.absolute().parent, f"--out {out}")
     temporary = out.absolute().with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}-{out.name}")
     try:
         yield temporary
         if os.path.lexists(out):
             raise _exists(out)
         os.rename(temporary, out)
-    except PermissionError as error:
-        raise InputError(f"got --out {out}, which cannot be written ({error.strerror})") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import Any
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 from pipeline.actor import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, WorkerSpec
 from pipeline.console import ProgressBar, environment_changes, say
 from pipeline.manifest import (
@@ -155,18 +155,19 @@ class ShardRun:
         trace: str,
         worker: str,
         *,
-        is_storage: bool = False,
+        storage_error: OSError | None = None,
     ) -> bool:
         """Charge a shard with a failure, unless it was committed all the same; True if charged.
 
-        `is_storage`: a file could not be read or written, which is no fault of the shard; a later
-        run tries it again without being told. Raises `JobStopped` when nothing else happens.
+        `storage_error`: a file could not be read or written, which is no fault of the shard; a
+        later run tries it again without being told. Raises `JobStopped` when nothing else happens.
         """
         shard_id = assignment.shard_id
         if self._is_committed(shard_id):
             say(f"shard {shard_name(shard_id)} was committed before {worker} failed: {error}")
             self._done(shard_id)
             return False
+        is_storage = storage_error is not None
         set_aside = self.queue.failed(shard_id)
         self._bar.take_back(shard_id)
         self.memory_may_be_short |= _is_out_of_memory(error)
@@ -186,10 +187,10 @@ class ShardRun:
             what = f"left for the next run, see {LEDGER_NAME}" if is_storage else _SET_ASIDE
         say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
         self._storage_failures = self._storage_failures + 1 if is_storage else 0
-        if self._storage_failures >= _MAX_STORAGE_FAILURES:
+        if storage_error is not None and self._storage_failures >= _MAX_STORAGE_FAILURES:
             raise JobStopped(
                 f"{self._storage_failures} shards in a row could not be stored, the last with"
-                f" {error}: free or repair the output and the scratch folder"
+                f" {error}: {advice(storage_error)}"
             )
         return True
 
@@ -282,6 +283,8 @@ def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bo
         worker = Worker(spec)
     except InputError:
         raise
+    except OSError as error:
+        raise JobStopped(f"no worker can start: {one_line(error)}: {advice(error)}") from error
     except Exception as error:
         raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
     run.worker_ready(worker.info)
@@ -307,7 +310,7 @@ def _run_one(
             one_line(error),
             traceback.format_exc(),
             worker.info.name,
-            is_storage=isinstance(error, OSError),
+            storage_error=error if isinstance(error, OSError) else None,
         )
 
 

@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.leftovers import is_leftover
 from depthvar.paths import check_output_folder, checked_location, is_uri
 from pipeline.faults import reach
@@ -272,7 +272,7 @@ class Storage:
         _make_folder(target.parent)
         temp = target.parent / _temp_name(target.name)
         try:
-            with open(temp, "xb") as stream:
+            with naming(target), open(temp, "xb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -404,7 +404,7 @@ def _temp_name(name: str) -> str:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "xb") as stream:
+    with naming(path), open(path, "xb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

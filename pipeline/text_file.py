@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 
 _OTHER_FILES = (  # by their first bytes; UTF-32 begins as UTF-16 does
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -28,7 +28,8 @@ def read_text(path: Path, what: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise InputError(f"{what} {path} cannot be read: {reason}") from None
+        todo = advice(error, path)
+        raise InputError(f"{what} {path} cannot be read: {reason}: {todo}") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

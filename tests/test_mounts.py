@@ -110,7 +110,7 @@ def test_an_output_that_turns_read_only_stops_the_job_and_a_rerun_completes(
     said = capsys.readouterr().err
     assert "5 shards in a row could not be stored" in said
     assert "Read-only file system" in said
-    assert "free or repair the output" in said
+    assert f": have {place} mounted writable, or choose another place" in said
     assert "missing: 3 shards: 2-4" in said
     assert done_in(out) == [0, 1]
     assert not list((tmp_path / "scratch").glob("*/shard-*"))
@@ -151,6 +151,7 @@ def test_a_disk_that_fills_up_within_a_shard_loses_nothing_once_there_is_room(
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "shards in a row could not be stored" in said
+    assert f": free space on {small}: it is full" in said
     assert "run the same command again" in said
     assert "--retry-failed" not in said
     assert {entry["cause"] for entry in ledger(out)} <= {"storage"}

@@ -338,8 +338,13 @@ def test_paths_in_yaml_and_flags_are_the_same(tmp_path: Path, home: Path):
     (home / "job.yaml").write_text("out: s3:/b/x\n")
     with pytest.raises(InputError, match=r"^out in .*job\.yaml: got 's3:/b/x', wanted s3://b/x"):
         load("--config=~/job.yaml")
-    with pytest.raises(InputError, match=r"^--out: got 's3:/b/x', wanted s3://b/x"):
-        load("--out", "s3:/b/x")
+    for flag in ("--out", "--config"):
+        with pytest.raises(InputError, match=rf"^{flag}: got 's3:/b/x', wanted s3://b/x"):
+            load(flag, "s3:/b/x")
+    with pytest.raises(
+        InputError, match=r"^--config: got s3://b/job\.yaml, .* stores are not taken"
+    ):
+        load("--config", "s3://b/job.yaml")
 
 
 def test_a_local_name_that_looks_like_more_stays_that_name():

@@ -34,5 +34,5 @@ def test_what_is_no_text_is_named_for_what_it_looks_like(tmp_path: Path, data: b
 
 @pytest.mark.parametrize(("name", "reason"), [("none", "No such file"), (".", "Is a directory")])
 def test_what_cannot_be_read_is_an_input_error(tmp_path: Path, name: str, reason: str):
-    with pytest.raises(InputError, match=f"cannot be read: {reason}"):
+    with pytest.raises(InputError, match=f"cannot be read: {reason}.*: (check that|name a file)"):
         read_text(tmp_path / name, "the file")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from depthvar.class_folders import class_names_of
-from depthvar.errors import InputError
+from depthvar.errors import InputError, advice
 from depthvar.leftovers import leftover_kind
 from depthvar.names import comparable
 from depthvar.pictures import WHITE, Background, PictureError, read_picture
@@ -179,8 +179,8 @@ class _Listing:
             paths = sorted(folder.iterdir())
         except OSError as error:
             raise InputError(
-                f"{shown(folder)} cannot be listed ({error.strerror or error}): change its "
-                "permissions, or move it away"
+                f"{shown(folder)} cannot be listed ({error.strerror or error}): "
+                f"{advice(error, shown(folder))}, or move it away"
             ) from error
         for path in paths:
             kind = leftover_kind(path.name)

@@ -45,7 +45,7 @@ from depthvar.config import (
     stored_config,
 )
 from depthvar.engine import ProxyFit
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.own_model import read_own_model
 from depthvar.tensor_files import (
     Part,
@@ -421,11 +421,12 @@ def _save(
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # as the umask has it; the library makes a file of 0600
-        save_file(
-            {name: _on_its_own(tensor) for name, tensor in tensors.items()},
-            unfinished,
-            metadata=metadata,
-        )
+        with naming(path):
+            save_file(
+                {name: _on_its_own(tensor) for name, tensor in tensors.items()},
+                unfinished,
+                metadata=metadata,
+            )
         unfinished.chmod(mode)
         unfinished.replace(path)
     finally:

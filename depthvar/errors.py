@@ -109,13 +109,30 @@ def advice(error: OSError, place: str | os.PathLike[str] | None = None) -> str:
 
 @contextmanager
 def naming(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Name `place` in errors of the system that name no file, as of writing to an open one."""
+    """Name `place` in errors of the system that name no file, as of writing to an open one.
+
+    A library's own error that comes of one becomes an `OSError` again.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(place)
         raise
+    except Exception as error:
+        system = system_error(f"{error} {error.__context__}", place)
+        if system is None:
+            raise
+        raise system from error
+
+
+def system_error(told: str, place: str | os.PathLike[str]) -> OSError | None:
+    """The error of the system that the text of another error tells of, None where it does not."""
+    found = re.search(r"\[Errno (\d+)\]|\bos error (\d+)\b", told)
+    if found is None:
+        return None
+    number = int(found[1] or found[2])
+    return OSError(number, os.strerror(number), os.fspath(place))
 
 
 def _nearest(path: str) -> str:

@@ -197,6 +197,10 @@ def _scheme(text: str) -> str | None:
     if text.startswith("//"):
         path = shown.lstrip("/")
         raise InputError(f"got {shown!r}, wanted /{path} or s3://{path}: write one of them")
+    if "\\" in text and not os.path.lexists(text):
+        raise InputError(
+            f"got {text} with a backslash: write / between folders and a space as it is"
+        )
     return None
 
 

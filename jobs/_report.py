@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from depthvar.errors import naming
 from depthvar.paths import check_output_file
 from pipeline.config import JobConfig
 from pipeline.marks import Metavar
@@ -38,5 +39,6 @@ def write_report(config: ReportConfig, numbers: Mapping[str, object]) -> None:
     if config.json is None:
         return
     temporary = config.json.with_name(f".tmp-{os.getpid()}-{config.json.name}")
-    temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    with naming(config.json):
+        temporary.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, config.json)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from depthvar.checkpoint import BUNDLED, LoadedModel, find_model, load_model, random_model
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
     if flags.json is not None:
         content = {"machine": heading(model, device), "rounds": flags.rounds, "rows": report}
-        flags.json.write_text(json.dumps(content, indent=1) + "\n")
+        with naming(flags.json):
+            flags.json.write_text(json.dumps(content, indent=1) + "\n")
     return EXIT_DONE
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.paths import check_output_file
 from depthvar.rate import rate_text
 from jobs._entry import EXIT_DONE, run_job
@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShardError as error:
         raise InputError(str(error)) from error
     if config.model_out is not None:
-        config.model_out.write_bytes(to_safetensors(model))
+        with naming(config.model_out):
+            config.model_out.write_bytes(to_safetensors(model))
     return EXIT_DONE
 
 

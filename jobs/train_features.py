@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from tqdm import tqdm
 
+from depthvar.errors import naming
 from depthvar.paths import check_output_file
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.config import JobConfig, load_config
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(config.threads)
     with tqdm(total=ClassifierRecipe().steps, unit="step", desc="train", file=sys.stderr) as bar:
         model = train_features("digits", bar.update)
-    config.out.write_bytes(to_safetensors(model))
+    with naming(config.out):
+        config.out.write_bytes(to_safetensors(model))
     print(
         f"{config.out}: reads {accuracy(model, *digit_arrays('held-out')):.1%} of held-out digits"
     )

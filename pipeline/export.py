@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from depthvar.class_folders import folder_names
-from depthvar.errors import InputError
+from depthvar.errors import InputError, naming
 from depthvar.paths import check_writable
 from pipeline.loader import Dataset, iterate_samples, iterate_stored, stored_image
 from pipeline.samples import ShardError, encode_image
@@ -110,7 +110,8 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     check_writable(out.absolute().parent, f"--out {out}")
     temporary = out.absolute().with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}-{out.name}")
     try:
-        yield temporary
+        with naming(out):
+            yield temporary
         if os.path.lexists(out):
             raise _exists(out)
         os.rename(temporary, out)

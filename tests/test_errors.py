@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from depthvar.errors import InputError, advice
+from depthvar.errors import InputError, advice, naming
+from depthvar.training.loop import save_state
 from jobs._entry import run_job
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +77,40 @@ def test_the_mount_that_is_full_is_named(tmp_path, monkeypatch):
 )
 def test_advice_for_a_store_follows_its_message(message: str, wanted: str):
     assert wanted in advice(OSError(message), "s3://bucket/x")
+
+
+def test_an_error_of_writing_names_what_was_written():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as caught:  # noqa: SIM117
+        with naming("/dev/full"), open("/dev/full", "wb", buffering=0) as stream:
+            stream.write(b"x")
+    assert advice(caught.value).startswith("free space on /")
+    store = OSError("AWS Error SLOW_DOWN")
+    with pytest.raises(OSError, match=r"^AWS Error SLOW_DOWN$"), naming("/some/place"):
+        raise store
+    assert store.filename is None
+
+
+def test_an_error_of_a_library_that_comes_of_the_system_is_the_systems(tmp_path: Path):
+    def fails(error: Exception) -> Exception:
+        with pytest.raises(Exception, match=r".") as caught, naming("/some/place"):
+            raise error
+        return caught.value
+
+    full = fails(RuntimeError("Error while serializing: I/O error: No space (os error 28)"))
+    assert isinstance(full, OSError)
+    assert (full.errno, full.filename) == (errno.ENOSPC, "/some/place")
+    other = RuntimeError("no errors os error")
+    assert fails(other) is other
+    (tmp_path / "state.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_state(tmp_path / "state.pt", {"a": torch.zeros(9)})
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_state_is_there_whole_or_not_at_all(tmp_path: Path):
+    save_state(tmp_path / "state.pt", {"a": torch.ones(3)})
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["a"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
 def exits(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:

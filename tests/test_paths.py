@@ -72,6 +72,11 @@ def test_a_path_is_taken_as_it_is_and_a_home_expanded(home: Path, text: str, wan
     assert checked_location(text) == wanted.format(home=home)
 
 
+def test_a_backslash_is_taken_where_there_is_such_a_name():
+    Path("back\\slash").mkdir()
+    assert checked_location("back\\slash") == "back\\slash"
+
+
 def test_a_file_uri_is_what_python_writes(tmp_path: Path):
     for name in ("hash#1", "a b", "100%", "pct%20x", "q?x", "ü"):
         assert checked_path((tmp_path / name).as_uri()) == str(tmp_path / name)
@@ -104,6 +109,9 @@ def test_a_file_uri_is_what_python_writes(tmp_path: Path):
         ("foo:/x", "got the scheme 'foo'"),
         ("C:\\data\\x", "a path of Windows"),
         ("d:/x", "a path of Windows"),
+        ("\\\\server\\x", "write / between folders"),
+        ("out\\mine", "write / between folders"),
+        ("/data/my\\ images", "and a space as it is"),
         ("//b/x", "wanted /b/x or s3://b/x"),
         ("/mnt/s3://b/x", "a URI starts with its scheme"),
         ("out/s3://b/x", "a URI starts with its scheme"),

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from depthvar.errors import naming
+
 LossFunction = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 """(step, random stream of this step and process) -> (loss, numbers to log)."""
 
@@ -74,9 +76,11 @@ class Process:
         return torch.autocast(self.device.type, self.precision)
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a file that appears whole. Errors: `OSError`."""
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    with naming(path), open(temporary, "wb") as stream:
+        torch.save(state, stream)
     os.replace(temporary, path)
 
 
@@ -165,5 +169,5 @@ def train(
                     "average": average,
                     "step": step + 1,
                 }
-                _save(state_path, saved)
+                save_state(state_path, saved)
     return average

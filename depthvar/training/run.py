@@ -14,18 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from depthvar.calibration import calibrate
 from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 from depthvar.config import ModelConfig, TokenizerConfig, model_config
-from depthvar.errors import InputError
+from depthvar.errors import InputError, system_error
 from depthvar.leftovers import is_leftover
 from depthvar.processes import end_with_parent
 from depthvar.streams import outlive_readers
 from depthvar.strict_json import read_json
 from depthvar.tokenizer import Tokenizer
 from depthvar.training.data import Augmentation, ImageSet, to_float
-from depthvar.training.loop import Process
+from depthvar.training.loop import Process, save_state
 from depthvar.training.tokenizer import TokenizerRecipe, train_tokenizer
 from depthvar.training.transformer import TransformerRecipe, train_transformer
 from depthvar.transformer import Transformer, initialise
@@ -202,11 +203,17 @@ def _run_stages(
     processes: int,
     threads: int,
 ) -> None:
-    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        _train_in_process,
-        (processes, _free_port(), config, data, recipe, folder, threads),
-        nprocs=processes,
-    )
+    try:
+        mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            _train_in_process,
+            (processes, _free_port(), config, data, recipe, folder, threads),
+            nprocs=processes,
+        )
+    except ProcessRaisedException as error:  # it holds the process's traceback as text
+        system = system_error(str(error).rstrip().splitlines()[-1], folder)
+        if system is None:
+            raise
+        raise system from error
 
 
 def _train_in_process(
@@ -239,7 +246,7 @@ def _train_in_process(
     )
     if rank == 0:
         states = {"tokenizer": tokenizer.state_dict(), "transformer": transformer.state_dict()}
-        torch.save(states, folder / _TRAINED)
+        save_state(folder / _TRAINED, states)
     if world > 1:
         dist.destroy_process_group()
 

@@ -188,7 +188,8 @@ def test_in_a_submitted_job_a_model_of_the_working_directory_is_refused(
 ):
     monkeypatch.setenv(IN_JOB, "{}")
     Path("mine").mkdir()
-    for text in ("mine", "./other"):
+    Path("mine.pth").touch()
+    for text in ("mine", "mine.pth", "./other"):
         with pytest.raises(InputError, match="temporary copy"):
             checked_model(text)
 

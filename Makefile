@@ -16,11 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # 1,000 digits with DepthVAR at half of the full token-layers, into 4 shards.
 demo: setup
-	$(RUN) -m jobs.generate --model digits --classes 0-9 --per-class 100 \
+	$(VENV)/bin/depthvar generate --model digits --classes 0-9 --per-class 100 \
 	    --policy depthvar --reference-scale 3 --samples-per-shard 250 --out out/digits
 
 test: setup lint
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .

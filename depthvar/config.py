@@ -14,7 +14,7 @@ from typing import Any
 
 from depthvar import imagenet
 from depthvar.errors import InputError
-from depthvar.names import comparable
+from depthvar.host.names import comparable
 from depthvar.strict_json import from_json, read_json
 
 CONFIG_FILE = "config.json"

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from depthvar.config import MODELS
 from depthvar.errors import InputError, advice
-from depthvar.weights_files import is_repository
+from depthvar.weights.files import is_repository
 
 STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 _SERVED = (*STORE_SCHEMES, "file")

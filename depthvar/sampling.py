@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from depthvar.checkpoint import LoadedModel, why_not_finite
 from depthvar.config import SamplingSettings
 from depthvar.cost import image_cost
 from depthvar.draw import Drawn, draw_tokens
@@ -27,7 +26,8 @@ from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
-from depthvar.transformer import Condition
+from depthvar.var.transformer import Condition
+from depthvar.weights.checkpoint import LoadedModel, why_not_finite
 
 ScaleHook = Callable[[int, Tensor, ScaleTrace], None]
 """Called after every scale with (scale, guided logits (B, T, V), trace)."""
@@ -95,7 +95,7 @@ class Sampler:
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             raise InputError(
                 f"policy {policy.preset!r} uses calibrated proxies and {model.config.name} has no "
-                "calibration: run python -m jobs.calibrate, or use a policy with another proxy"
+                "calibration: run depthvar calibrate, or use a policy with another proxy"
             )
         self.config = model.config
         self.plan = DepthPlan.build(model.config.sides, model.config.num_blocks, policy)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from depthvar.checkpoint import LoadedModel
 from depthvar.policy import DepthPolicy
 from depthvar.sampling import SampleBatch, Sampler
+from depthvar.weights.checkpoint import LoadedModel
 
 
 @dataclass(frozen=True)

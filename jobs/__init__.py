@@ -1,5 +1,5 @@
 """Entry points: parse, call one function, exit with its code."""
 
-from depthvar.streams import hold_descriptors
+from depthvar.host.streams import hold_descriptors
 
 hold_descriptors()  # before any import opens a file

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from depthvar.errors import InputError, advice
-from depthvar.streams import outlive_readers
+from depthvar.host.streams import outlive_readers
 
 EXIT_DONE = 0
 EXIT_INCOMPLETE = 1

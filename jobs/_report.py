@@ -12,9 +12,9 @@ from pydantic import Field
 
 from depthvar.errors import naming
 from depthvar.paths import check_output_file
-from pipeline.config import JobConfig
-from pipeline.marks import Metavar
-from pipeline.paths import LocalPath
+from pipeline.request.config import JobConfig
+from pipeline.request.marks import Metavar
+from pipeline.request.paths import LocalPath
 
 with warnings.catch_warnings():
     # pydantic's BaseModel has a deprecated method of the name `json`, which is our flag.

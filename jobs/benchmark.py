@@ -1,4 +1,4 @@
-"""Time depth policies on this machine: `python -m jobs.benchmark --model var-d16`.
+"""Time depth policies on this machine: `depthvar benchmark --model var-d16`.
 
 Prints a Markdown table: time per image in the transformer and in the decoder, the time against full
 depth, compared batch by batch, and the distance: mean squared difference of the pixels, in [-1, 1],
@@ -23,15 +23,15 @@ from statistics import mean, median
 import torch
 from tqdm import tqdm
 
-from depthvar.checkpoint import BUNDLED, LoadedModel, find_model, load_model, random_model
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
 from depthvar.errors import InputError, naming
+from depthvar.host.rate import rate_text
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
-from depthvar.rate import rate_text
 from depthvar.timing import Lap, time_policies
+from depthvar.weights.checkpoint import BUNDLED, LoadedModel, find_model, load_model, random_model
 from jobs._entry import EXIT_DONE, run_job
 
 FULL = "full"
@@ -51,7 +51,7 @@ _COLUMNS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the JSON file; exit code 0."""
-    flags = _parser().parse_args(argv)
+    flags = parser().parse_args(argv)
     device = torch.device(_device(flags.device))
     _check_paths(flags)
     torch.set_num_threads(flags.threads)
@@ -159,9 +159,10 @@ def row(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The flags; without pydantic, which need not be where the GPU is."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.benchmark", description=__doc__, allow_abbrev=False
+        prog="depthvar benchmark", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--model", default="digits", help="model to time (default: digits)")
     parser.add_argument(

@@ -8,26 +8,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from depthvar.calibration import calibrate
-from depthvar.checkpoint import (
-    BUNDLED,
-    CALIBRATION_FILE,
-    check_new_folder,
-    convert_weights,
-    load_model,
-    save_proxy_fit,
-    weights_identity,
-    why_not_finite,
-)
 from depthvar.errors import InputError
+from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, load_config
-from pipeline.paths import LocalPath, ModelName, Weights
-from pipeline.weights import local_weights
+from pipeline.request.config import JobConfig, load_config
+from pipeline.request.paths import LocalPath, ModelName, Weights
+from pipeline.request.weights import local_weights
 
 
 class CalibrateConfig(JobConfig):
-    """What `jobs.calibrate` can be told."""
+    """What `depthvar calibrate` can be told."""
 
     model: ModelName = Field("digits", description="model to calibrate")
     weights: Weights | None = Field(
@@ -49,9 +39,17 @@ class CalibrateConfig(JobConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the calibration and print what it explains."""
-    job = load_config(
-        CalibrateConfig, argv, prog="python -m jobs.calibrate", description=__doc__ or ""
+    job = load_config(CalibrateConfig, argv, prog="depthvar calibrate", description=__doc__ or "")
+    from depthvar.training.calibration import calibrate
+    from depthvar.weights.checkpoint import (
+        check_new_folder,
+        convert_weights,
+        load_model,
+        save_proxy_fit,
+        weights_identity,
+        why_not_finite,
     )
+
     weights = local_weights(job.model, job.weights)
     identity = weights_identity(job.model, weights)
     if job.out is None:

@@ -10,13 +10,13 @@ from pydantic import Field
 
 from depthvar.paths import check_output_folder
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, load_config
-from pipeline.paths import LocalPath, ModelName, Weights
-from pipeline.weights import local_weights
+from pipeline.request.config import JobConfig, load_config
+from pipeline.request.paths import LocalPath, ModelName, Weights
+from pipeline.request.weights import local_weights
 
 
 class ConvertConfig(JobConfig):
-    """What `jobs.convert_weights` can be told."""
+    """What `depthvar convert-weights` can be told."""
 
     model: ModelName = Field(description="model that the weights belong to")
     weights: Weights | None = Field(
@@ -29,20 +29,20 @@ class ConvertConfig(JobConfig):
     )
     keep_encoder: bool = Field(
         False,
-        description="keep the tokenizer's encoder, which training from it and jobs.study use and"
-        " sampling does not",
+        description="keep the tokenizer's encoder, which training from it and depthvar study use"
+        " and sampling does not",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the folder and print the sizes before and after."""
     job = load_config(
-        ConvertConfig, argv, prog="python -m jobs.convert_weights", description=__doc__ or ""
+        ConvertConfig, argv, prog="depthvar convert-weights", description=__doc__ or ""
     )
     check_output_folder(job.out, f"--out {job.out}")
     import torch
 
-    from depthvar.checkpoint import convert_weights
+    from depthvar.weights.checkpoint import convert_weights
 
     source, written = convert_weights(
         job.model,

@@ -1,7 +1,8 @@
-"""Measure a dataset's quality: `python -m jobs.evaluate DIR [--json FILE]`. Reads, changes nothing.
+"""Measure a dataset's quality: `depthvar evaluate DIR [--json FILE]`. Reads, changes nothing.
 
-Digits: label accuracy, CAS, Frechet distance, precision and recall, against real digits. Other
-images: FID, Inception Score, precision and recall, with --inception-weights and --reference.
+Digits: label accuracy, Frechet distance, precision and recall against real digits, and with
+--cas-runs the accuracy of classifiers trained on the images (CAS). Other images: FID, Inception
+Score, precision and recall, with --inception-weights and --reference.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from tqdm import tqdm
@@ -18,11 +19,11 @@ from depthvar.errors import InputError
 from depthvar.paths import check_input_file
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
-from pipeline.config import Positional, load_config
-from pipeline.evaluation import Evaluation, EvaluationRequest, evaluate
-from pipeline.loader import open_dataset
-from pipeline.paths import LocalPath, Location
-from pipeline.samples import ShardError
+from pipeline.request.config import Positional, load_config
+from pipeline.request.paths import LocalPath, Location
+
+if TYPE_CHECKING:
+    from pipeline.research.quality.evaluation import Evaluation
 
 _SHOWN = {
     "label_accuracy": "share read as their label by a network trained on real digits",
@@ -36,7 +37,7 @@ _SHOWN = {
 
 
 class EvaluateConfig(ReportConfig):
-    """What `jobs.evaluate` can be told."""
+    """What `depthvar evaluate` can be told."""
 
     out: Annotated[Location, Positional()] = Field(description="dataset to measure")
     samples: int | None = Field(
@@ -45,7 +46,9 @@ class EvaluateConfig(ReportConfig):
     cas_samples: int | None = Field(
         None, gt=0, description="images to train on for CAS (default: all, at most 5,000)"
     )
-    cas_runs: int = Field(3, ge=0, description="trainings for CAS, 0 for none")
+    cas_runs: int = Field(
+        0, ge=0, description="trainings for CAS, a minute or more each on a CPU, 0 for none"
+    )
     reference: LocalPath | None = Field(
         None, description=".npz with mu, sigma or arr_0 for FID (default: none)"
     )
@@ -57,14 +60,16 @@ class EvaluateConfig(ReportConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table and write the JSON file; exit code 0."""
-    config = load_config(
-        EvaluateConfig, argv, prog="python -m jobs.evaluate", description=__doc__ or ""
-    )
+    config = load_config(EvaluateConfig, argv, prog="depthvar evaluate", description=__doc__ or "")
     check_report(config)
     if config.reference is not None:
         check_input_file(config.reference, "--reference")
     if config.inception_weights is not None:
         check_input_file(config.inception_weights, "--inception-weights")
+    from pipeline.dataset.loader import open_dataset
+    from pipeline.research.quality.evaluation import EvaluationRequest, evaluate
+    from pipeline.shards.samples import ShardError
+
     dataset = open_dataset(config.out)
     request = EvaluationRequest(
         samples=config.samples,

@@ -1,4 +1,4 @@
-"""Copy a dataset into another format: `python -m jobs.export DIR --format adm-npz --out FILE.npz`.
+"""Copy a dataset into another format: `depthvar export DIR --format adm-npz --out FILE.npz`.
 
 adm-npz is the sample file of OpenAI's evaluator; png-folder is OUT/{class name}/{key}.png, with
 `%2F` and the like for what no folder can be called (`/`, a dot in front, a space at the end).
@@ -15,15 +15,12 @@ from tqdm import tqdm
 
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, Positional, load_config
-from pipeline.export import export_adm_npz, export_png_folder
-from pipeline.loader import open_dataset
-from pipeline.paths import LocalPath, Location
-from pipeline.samples import ShardError
+from pipeline.request.config import JobConfig, Positional, load_config
+from pipeline.request.paths import LocalPath, Location
 
 
 class ExportConfig(JobConfig):
-    """What `jobs.export` can be told."""
+    """What `depthvar export` can be told."""
 
     dataset: Annotated[Location, Positional()] = Field(description="dataset to copy")
     format: Literal["adm-npz", "png-folder"] = Field(description="what to write")
@@ -33,11 +30,13 @@ class ExportConfig(JobConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the copy and print its size; exit code 0."""
-    config = load_config(
-        ExportConfig, argv, prog="python -m jobs.export", description=__doc__ or ""
-    )
+    config = load_config(ExportConfig, argv, prog="depthvar export", description=__doc__ or "")
     if config.flat and config.format != "png-folder":
         raise InputError("got --flat with adm-npz, wanted it with png-folder alone: leave it out")
+    from pipeline.dataset.export import export_adm_npz, export_png_folder
+    from pipeline.dataset.loader import open_dataset
+    from pipeline.shards.samples import ShardError
+
     dataset = open_dataset(config.dataset)
     count, planned = dataset.num_samples, dataset.plan.num_samples
     try:

@@ -1,19 +1,18 @@
-"""Make a labelled image dataset: `python -m jobs.generate --out DIR`. Run it again to resume."""
+"""Make a labelled image dataset: `depthvar generate --out DIR`. Run it again to resume."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from jobs._entry import run_job
-from pipeline.config import GenerateConfig, load_config
-from pipeline.driver import generate
+from pipeline.request.config import GenerateConfig, load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 if every planned shard is committed, 1 if some are missing."""
-    config = load_config(
-        GenerateConfig, argv, prog="python -m jobs.generate", description=__doc__ or ""
-    )
+    config = load_config(GenerateConfig, argv, prog="depthvar generate", description=__doc__ or "")
+    from pipeline.run.driver import generate
+
     return generate(config)
 
 

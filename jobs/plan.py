@@ -1,4 +1,4 @@
-"""Show what `jobs.generate` with the same flags would make and cost. Writes nothing."""
+"""Show what `depthvar generate` with the same flags would make and cost. Writes nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from depthvar.memory import memory_need
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.actor import job_plan
-from pipeline.config import GenerateConfig, load_config, resolve_job
-from pipeline.console import human_bytes, memory_warning, plan_report
-from pipeline.manifest import committed_shards
-from pipeline.plan import check_output
-from pipeline.schedule import (
+from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.plan import check_output
+from pipeline.run.console import human_bytes, memory_warning, plan_report
+from pipeline.run.schedule import (
     Machine,
     available_cores,
     available_memory,
@@ -19,14 +18,13 @@ from pipeline.schedule import (
     worker_room,
     worker_shape,
 )
+from pipeline.shards.manifest import committed_shards
 from pipeline.storage import Storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the dry run; exit code 0."""
-    config = load_config(
-        GenerateConfig, argv, prog="python -m jobs.plan", description=__doc__ or ""
-    )
+    config = load_config(GenerateConfig, argv, prog="depthvar plan", description=__doc__ or "")
     job = resolve_job(config)
     plan = job_plan(config, job)
     storage = Storage.open(config.out)

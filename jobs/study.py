@@ -1,4 +1,4 @@
-"""Compare depth policies: `python -m jobs.study --config jobs/study.yaml`; rerun to resume.
+"""Compare depth policies: `depthvar study --config jobs/study.yaml`; rerun to resume.
 
 Writes results.parquet, table.md and plots into the study's folder.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import load_config
-from pipeline.study import StudyConfig, resolve_study, run_study
-from pipeline.study_report import write_report
+from pipeline.request.config import load_config
+from pipeline.research.study.protocol import StudyConfig, resolve_study, run_study
+from pipeline.research.study.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all of the study is done and reported."""
-    config = load_config(StudyConfig, argv, prog="python -m jobs.study", description=__doc__ or "")
+    config = load_config(StudyConfig, argv, prog="depthvar study", description=__doc__ or "")
     study = resolve_study(config)
     run_study(study)
     for name in write_report(study):

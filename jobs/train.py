@@ -1,4 +1,4 @@
-"""Train a classifier on a dataset, test it on others: `python -m jobs.train OUT --test digits`.
+"""Train a classifier on a dataset, test it on others: `depthvar train OUT --test digits`.
 
 It trains from the shards alone; --real adds real digits, and no OUT leaves only these. Several
 numbers after --samples and --real give a table, a row for each pair. Every row takes the same
@@ -18,25 +18,24 @@ from pydantic import Field
 from tqdm import tqdm
 
 from depthvar.errors import InputError, naming
+from depthvar.host.rate import rate_text
 from depthvar.paths import check_output_file
-from depthvar.rate import rate_text
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
-from pipeline.config import Positional, load_config
-from pipeline.loader import Dataset, open_dataset
-from pipeline.marks import Metavar
-from pipeline.paths import LocalPath, Location, dataset_location, path_field
-from pipeline.samples import ShardError
+from pipeline.request.config import Positional, load_config
+from pipeline.request.marks import Metavar
+from pipeline.request.paths import LocalPath, Location, dataset_location, path_field
 
 if TYPE_CHECKING:
-    from depthvar.features import Classifier, ClassifierRecipe
-    from pipeline.downstream import HeldOut, TrainingSet
+    from pipeline.dataset.loader import Dataset
+    from pipeline.research.quality.downstream import HeldOut, TrainingSet
+    from pipeline.research.quality.features import Classifier, ClassifierRecipe
 
 _COLUMNS = ("synthetic", "real", "test accuracy", "seconds per run", "images/s")
 
 
 class TrainConfig(ReportConfig):
-    """What `jobs.train` can be told."""
+    """What `depthvar train` can be told."""
 
     out: Annotated[Location | None, Positional()] = Field(
         None, description="dataset to train on (default: none, real digits alone)"
@@ -123,14 +122,16 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per row when it is done, and write the JSON file after each; exit code 0."""
-    config = load_config(TrainConfig, argv, prog="python -m jobs.train", description=__doc__ or "")
+    config = load_config(TrainConfig, argv, prog="depthvar train", description=__doc__ or "")
     check_report(config)
     _check_model_out(config)
     import torch
 
-    from depthvar.features import ClassifierRecipe, to_safetensors
-    from depthvar.pictures import Background
-    from pipeline.downstream import open_held_out, training_sets
+    from depthvar.training.pictures import Background
+    from pipeline.dataset.loader import open_dataset
+    from pipeline.research.quality.downstream import open_held_out, training_sets
+    from pipeline.research.quality.features import ClassifierRecipe, to_safetensors
+    from pipeline.shards.samples import ShardError
 
     torch.set_num_threads(config.threads)
     background = Background.of(config.background)
@@ -188,8 +189,8 @@ def _row(
     bar: tqdm[Any],
 ) -> tuple[Row, Classifier]:
     """The numbers of all runs on one set, and the classifier of the last run."""
-    from depthvar.features import accuracy
-    from pipeline.downstream import train_on
+    from pipeline.research.quality.downstream import train_on
+    from pipeline.research.quality.features import accuracy
 
     started, accuracies = time.perf_counter(), []
     for run in range(config.runs):

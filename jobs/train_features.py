@@ -1,4 +1,4 @@
-"""Train the feature network of the digits again, as the shipped one was: see jobs.evaluate."""
+"""Train the feature network of the digits again, as the shipped one was: see depthvar evaluate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tqdm import tqdm
 from depthvar.errors import naming
 from depthvar.paths import check_output_file
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, load_config
-from pipeline.paths import LocalPath
+from pipeline.request.config import JobConfig, load_config
+from pipeline.request.paths import LocalPath
 
 
 class TrainFeaturesConfig(JobConfig):
-    """What `jobs.train_features` can be told."""
+    """What `depthvar train-features` can be told."""
 
     out: LocalPath = Field(description="new .safetensors file")
     threads: int = Field(1, gt=0, description="CPU threads; another number may change the last bit")
@@ -25,12 +25,12 @@ class TrainFeaturesConfig(JobConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file and print what the network reads right; exit code 0."""
     config = load_config(
-        TrainFeaturesConfig, argv, prog="python -m jobs.train_features", description=__doc__ or ""
+        TrainFeaturesConfig, argv, prog="depthvar train-features", description=__doc__ or ""
     )
     check_output_file(config.out, "--out", is_new=True)
     import torch
 
-    from depthvar.features import (
+    from pipeline.research.quality.features import (
         ClassifierRecipe,
         accuracy,
         digit_arrays,

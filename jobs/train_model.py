@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,26 +18,24 @@ from depthvar.config import (
 )
 from depthvar.errors import InputError
 from depthvar.paths import checked_path
-from depthvar.pictures import Background
-from depthvar.training.data import REAL_SETS, Augmentation, ImageSet
-from depthvar.training.folders import PictureFolder, checked_name
-from depthvar.training.run import Recipe, check_run_folder, train_model
-from depthvar.training.tokenizer import TokenizerRecipe
-from depthvar.training.transformer import TransformerRecipe
+from depthvar.training.recipe import Augmentation, Recipe, TokenizerRecipe, TransformerRecipe
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.config import JobConfig, load_config
-from pipeline.marks import Metavar
-from pipeline.paths import LocalPath, ModelName, path_field
-from pipeline.storage import Storage
+from pipeline.request.config import JobConfig, load_config
+from pipeline.request.marks import Metavar
+from pipeline.request.paths import LocalPath, ModelName, path_field
+
+if TYPE_CHECKING:
+    from depthvar.training.data import ImageSet
 
 _DEFAULT = Recipe()
+_REAL_SETS = (MODELS["digits"].name, scenes_model_config().name)
 
 
 class TrainModelConfig(JobConfig):
-    """What `jobs.train_model` can be told; the defaults are the recipe of the bundled model."""
+    """What `depthvar train-model` can be told; the defaults are the recipe of the bundled model."""
 
     out: LocalPath = Field(description="folder of the run; the finished model is in its model/")
-    data: Annotated[str, path_field(checked_path, *REAL_SETS), Metavar("PATH")] = Field(
+    data: Annotated[str, path_field(checked_path, *_REAL_SETS), Metavar("PATH")] = Field(
         "digits",
         description="`digits`, `digit-scenes` (digits on a larger canvas), or a folder of "
         "<class name>/<image files>",
@@ -95,13 +93,16 @@ class TrainModelConfig(JobConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the model folder is finished."""
     job = load_config(
-        TrainModelConfig, argv, prog="python -m jobs.train_model", description=__doc__ or ""
+        TrainModelConfig, argv, prog="depthvar train-model", description=__doc__ or ""
     )
     if job.batch_size % job.processes:
         raise InputError(
             f"batch_size is {job.batch_size} and processes {job.processes}, wanted a multiple: "
             "change either"
         )
+    from depthvar.training.run import check_run_folder, train_model
+    from pipeline.storage import Storage
+
     Storage.open(job.out).check_writable()
     check_run_folder(job.out)
     data = _data(job)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads=job.threads,
         data_facts=data.facts,
     )
-    print(f"model finished: sample from it with python -m jobs.generate --model {folder} --out DIR")
+    print(f"model finished: sample from it with depthvar generate --model {folder} --out DIR")
     return EXIT_DONE
 
 
@@ -130,6 +131,10 @@ class _Data:
 
 
 def _data(job: TrainModelConfig) -> _Data:
+    from depthvar.training.data import REAL_SETS
+    from depthvar.training.folders import PictureFolder, checked_name
+    from depthvar.training.pictures import Background
+
     if job.data in REAL_SETS:
         config = model_config("digits") if job.data == "digits" else scenes_model_config()
         return _Data(config, REAL_SETS[job.data]("train"), REAL_SETS[job.data]("held-out"))

@@ -1,4 +1,4 @@
-"""Check a dataset against its plan: `python -m jobs.verify DIR [--deep]`.
+"""Check a dataset against its plan: `depthvar verify DIR [--deep]`.
 
 Changes nothing, unless `--repair` is given: it takes back the shards that are damaged, and the
 generate command of the dataset makes them again.
@@ -9,20 +9,23 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
-from pipeline.config import VerifyConfig, load_config
-from pipeline.console import mixture_lines, ranges
-from pipeline.manifest import shard_name
-from pipeline.plan import JobPlan, stored_plan
-from pipeline.regenerate import Comparison, regenerate
-from pipeline.repair import Repair, repair
-from pipeline.samples import ShardError
-from pipeline.schedule import available_cores
+from pipeline.dataset.repair import Repair, repair
+from pipeline.dataset.verify import Report, verify
+from pipeline.request.config import VerifyConfig, load_config
+from pipeline.request.plan import JobPlan, stored_plan
+from pipeline.run.console import mixture_lines, ranges
+from pipeline.run.schedule import available_cores
+from pipeline.shards.manifest import shard_name
+from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
-from pipeline.verify import Report, verify
+
+if TYPE_CHECKING:
+    from pipeline.run.regenerate import Comparison
 
 _SHOWN = 10  # images that differ, one line each
 _SHALLOW = "records and sizes only, add --deep to read every byte"
@@ -34,9 +37,7 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     Images that come out otherwise under `--regenerate` are a problem only where nothing in the
     environment differs. `sampler_factory` as of `WorkerSpec`.
     """
-    config = load_config(
-        VerifyConfig, argv, prog="python -m jobs.verify", description=__doc__ or ""
-    )
+    config = load_config(VerifyConfig, argv, prog="depthvar verify", description=__doc__ or "")
     storage = Storage.open(config.out)
     plan = stored_plan(storage)
     with tqdm(total=plan.num_shards, unit="shard", desc="verify", file=sys.stderr) as bar:
@@ -66,6 +67,8 @@ def _regenerated(
     report: Report,
     sampler_factory: str | None,
 ) -> list[Comparison]:
+    from pipeline.run.regenerate import regenerate
+
     bad = set(report.shards_to_make)
     records = {i: r for i, r in report.records.items() if i not in bad}
     num_images = min(config.regenerate, sum(record.num_samples for record in records.values()))
@@ -139,7 +142,7 @@ def next_steps(report: Report, where: str, *, is_repaired: bool) -> list[str]:
     if not is_repaired and any(problem.is_hidden for problem in report.problems):
         now = "then"
         steps.append(
-            f"first run `python -m jobs.verify {where} --deep --repair`: records and sizes of"
+            f"first run `depthvar verify {where} --deep --repair`: records and sizes of"
             " damaged shards are right, so generate alone takes them for done"
         )
     if any(problem.shard is not None for problem in report.problems):

@@ -33,9 +33,9 @@ import PIL.PngImagePlugin  # noqa: F401
 from tqdm import tqdm
 
 from jobs import verify
-from pipeline.config import GenerateConfig
-from pipeline.driver import generate
 from pipeline.faults import POINTS
+from pipeline.request.config import GenerateConfig
+from pipeline.run.driver import generate
 from tests.chaos_ray import RayNodes, kills_on_ray
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import data_files
@@ -253,7 +253,7 @@ def main() -> int:
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=place))
     with (
-        mock.patch("pipeline.config.identify_weights", fake_weights),
+        mock.patch("pipeline.request.job.identify_weights", fake_weights),
         tqdm(total=options.kills, unit="kill", file=sys.stderr) as bar,
     ):
         chaos = Chaos(folder, random.Random(options.seed), bar)

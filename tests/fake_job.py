@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 from jobs._entry import run_job
-from pipeline.config import GenerateConfig, load_config
-from pipeline.driver import generate
+from pipeline.request.config import GenerateConfig, load_config
+from pipeline.run.driver import generate
 
 FAKE_SAMPLER = "tests.fakes:fake_sampler"
 
@@ -20,7 +20,7 @@ def fake_weights(model: str, weights: str | None) -> SimpleNamespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(GenerateConfig, argv, prog="fake_job", description="")
-    with mock.patch("pipeline.config.identify_weights", fake_weights):
+    with mock.patch("pipeline.request.job.identify_weights", fake_weights):
         return generate(config, sampler_factory=FAKE_SAMPLER)
 
 

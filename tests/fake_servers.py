@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
-from pipeline.address import ClusterAddress
+from pipeline.run.address import ClusterAddress
 
 Talk = Callable[[socket.socket], object]
 

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.labels import LabelCounts
-from pipeline.loader import Dataset, open_dataset
-from pipeline.manifest import (
+from pipeline.dataset.loader import Dataset, open_dataset
+from pipeline.request.labels import LabelCounts
+from pipeline.request.plan import ImageCompute, JobPlan, JobSettings, Segment, ShardPlan, open_plan
+from pipeline.shards.manifest import (
     BuiltShard,
     CommitRecord,
     committed_shards,
@@ -31,9 +32,8 @@ from pipeline.manifest import (
     tar_name,
     write_indexes,
 )
-from pipeline.plan import ImageCompute, JobPlan, JobSettings, Segment, ShardPlan, open_plan
+from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
-from pipeline.writer import ShardWriter
 
 NUM_SCALES = 3
 

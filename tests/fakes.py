@@ -19,8 +19,8 @@ from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, image_cost
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
-from pipeline.actor import WorkerSpec
-from pipeline.plan import JobPlan
+from pipeline.request.plan import JobPlan
+from pipeline.run.worker import WorkerSpec
 from tests.fault_hook import FAULTS_VARIABLE
 
 # The variable names a JSON file, read at every batch: Ray's workers and children see it too:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthvar.inception import library_network
+from pipeline.research.quality.inception import library_network
 
 has_library = pytest.mark.skipif(
     importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed"

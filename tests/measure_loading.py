@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from depthvar.checkpoint import convert_weights, load_model, weights_identity
+from depthvar.weights.checkpoint import convert_weights, load_model, weights_identity
 from tests.published_weights import write_published
 
 WAYS = (

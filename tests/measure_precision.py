@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from depthvar.checkpoint import BUNDLED, load_model
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
+from depthvar.weights.checkpoint import BUNDLED, load_model
 from tests.published_weights import write_published
 
 HALVES = ("bfloat16", "float16")

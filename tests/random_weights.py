@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from depthvar.checkpoint import random_model, save_model
+from depthvar.weights.checkpoint import random_model, save_model
 
 
 def write_random_weights(folder: Path, model: str = "digits") -> Path:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.config import GenerateConfig, load_config
+from pipeline.request.config import GenerateConfig, load_config
 
 FILE = Path(__file__).parent.parent / "cluster.yaml"
 

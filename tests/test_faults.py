@@ -23,20 +23,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pipeline.manifest as manifest
+import pipeline.shards.manifest as manifest
 from depthvar.errors import InputError
 from jobs import verify as verify_job
-from pipeline.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
-from pipeline.config import GenerateConfig, load_config
-from pipeline.console import ProgressBar
-from pipeline.driver import generate
-from pipeline.labels import read_labels_file
-from pipeline.loader import iterate_samples, open_dataset
-from pipeline.manifest import CommitRecord, committed_shards, tar_name
-from pipeline.plan import JobPlan, read_plan
-from pipeline.run import ShardRun, StopSignals, set_aside_earlier
-from pipeline.samples import ShardError
-from pipeline.schedule import Assignment, ShardQueue
+from pipeline.dataset.loader import iterate_samples, open_dataset
+from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.labels import read_labels_file
+from pipeline.request.plan import JobPlan, read_plan
+from pipeline.run.console import ProgressBar
+from pipeline.run.driver import generate
+from pipeline.run.ledger import ShardRun, StopSignals, set_aside_earlier
+from pipeline.run.schedule import Assignment, ShardQueue
+from pipeline.shards.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
+from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
+from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import (
@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
     set_faults(tmp_path / "faults.json")
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
 
@@ -191,7 +191,7 @@ def test_an_output_that_turns_full_stops_the_job_with_its_real_error(
     assert "5 shards in a row could not be stored" in said
     assert "No space left on device" in said
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
     assert run(tmp_path / "out") == 0
 
 
@@ -309,7 +309,7 @@ def test_who_does_what_verify_prints_ends_with_a_sound_dataset(
     capsys.readouterr()
     assert verify_job.main([str(out), "--deep"]) == 1
     said = capsys.readouterr().out
-    if f"`python -m jobs.verify {out} --deep --repair`" in said:
+    if f"`depthvar verify {out} --deep --repair`" in said:
         verify_job.main([str(out), "--deep", "--repair"])
     if "run the generate command" in said:
         assert run(out) == 0
@@ -480,7 +480,7 @@ def test_a_mixture_of_two_environments_is_never_called_done(tmp_path: Path):
 def test_a_worker_that_meets_a_claim_checks_its_bytes_and_leaves_the_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from pipeline.writer import ShardWriter
+    from pipeline.shards.writer import ShardWriter
 
     storage, plan = Storage.open(tmp_path / "out"), make_plan()
     publish_record = manifest.publish_record
@@ -571,7 +571,7 @@ def test_a_run_in_another_environment_says_so_before_it_goes_on_and_in_its_summa
 def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("pipeline.driver.available_memory", lambda: 10**9)
+    monkeypatch.setattr("pipeline.run.cluster.available_memory", lambda: 10**9)
     fitting = config(tmp_path / "out", batch_size=2000, samples_per_shard=2000)
     told: list[str] = []
 
@@ -579,7 +579,7 @@ def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
         told.append(capsys.readouterr().err)
         raise InputError("no plan today")
 
-    monkeypatch.setattr("pipeline.driver.open_plan", refuse)
+    monkeypatch.setattr("pipeline.run.driver.open_plan", refuse)
     with pytest.raises(InputError, match="no plan today"):
         generate(fitting, sampler_factory=FAKE_SAMPLER)
     found = re.search(
@@ -591,7 +591,7 @@ def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
     with pytest.raises(InputError, match="no plan today"):
         generate(config(tmp_path / "out", batch_size=int(found[1]), samples_per_shard=2000))
     assert "warning" not in told[1]
-    monkeypatch.setattr("pipeline.driver.available_memory", lambda: 10**6)
+    monkeypatch.setattr("pipeline.run.cluster.available_memory", lambda: 10**6)
     with pytest.raises(InputError, match="no plan today"):
         generate(fitting)
     assert "no batch size fits" in told[2]

@@ -9,48 +9,43 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Inside pipeline a file may import only files before it.
-PIPELINE_ORDER = (
-    "faults",
-    "storage",
-    "marks",
-    "paths",
-    "claims",
-    "weights",
-    "text_file",
-    "yaml_file",
-    "labels",
-    "schema",
-    "settings",
-    "config",
-    "plan",
-    "card",
-    "manifest",
-    "samples",
-    "writer",
-    "loader",
-    "evaluation",
-    "downstream",
-    "study",
-    "study_report",
-    "export",
-    "shard_check",
-    "verify",
-    "repair",
-    "contact_sheet",
-    "actor",
-    "regenerate",
-    "address",
-    "schedule",
-    "console",
-    "run",
-    "driver",
+# A room is a folder or a file. It imports only rooms that stand before it, in this order.
+ROOMS = (
+    "depthvar.errors",
+    "depthvar.strict_json",
+    "depthvar.host",
+    "depthvar.imagenet",
+    "depthvar.config",
+    "depthvar.policy",
+    "depthvar.plan",
+    "depthvar.cost",
+    "depthvar.memory",
+    "depthvar.draw",
+    "depthvar.randomness",
+    "depthvar.engine",
+    "depthvar.var",
+    "depthvar.weights",
+    "depthvar.sampling",
+    "depthvar.timing",
+    "depthvar.paths",
+    "depthvar.training",
+    "pipeline.faults",
+    "pipeline.store_uri",
+    "pipeline.storage",
+    "pipeline.request",
+    "pipeline.shards",
+    "pipeline.dataset",
+    "pipeline.run",
+    "pipeline.research.quality",
+    "pipeline.research.study",
 )
+RESEARCH = "pipeline.research."
+RESEARCH_JOBS = {"benchmark", "evaluate", "study", "train", "train_features"}
 ENTRY = "_entry"
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+    return sorted(f for f in (ROOT / package).rglob("*.py") if f.name != "__init__.py")
 
 
 def imported(file: Path) -> set[str]:
@@ -69,15 +64,48 @@ def packages(file: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(file)}
 
 
+def room_of(name: str) -> str:
+    (room,) = [r for r in ROOMS if name == r or name.startswith(f"{r}.")]
+    return room
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def rooms_known_to(file: Path) -> set[str]:
+    ours = {n for n in imported(file) if n.startswith(("depthvar.", "pipeline."))}
+    return {room_of(name) for name in ours - {"depthvar.models"}}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_those_before_it(room: str):
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    files = [f for f in [*modules("depthvar"), *modules("pipeline")] if room_of(name_of(f)) == room]
+    assert files
+    for file in files:
+        assert rooms_known_to(file) <= allowed, file
+
+
+def test_nothing_but_its_jobs_imports_research():
+    for file in modules("jobs"):
+        if any(room.startswith(RESEARCH) for room in rooms_known_to(file)):
+            assert file.stem in RESEARCH_JOBS, file
+
+
 def test_depthvar_knows_no_pipeline():
     forbidden = {"ray", "pyarrow", "webdataset", "pydantic", "yaml", "pipeline", "jobs", "tests"}
     for file in modules("depthvar"):
         assert not packages(file) & forbidden, file
 
 
-def test_only_the_driver_imports_ray():
+def test_ray_is_imported_where_the_work_is_run_alone():
     files = [*modules("depthvar"), *modules("pipeline"), *modules("jobs")]
-    assert [f for f in files if "ray" in packages(f)] == [ROOT / "pipeline" / "driver.py"]
+    assert {name_of(f) for f in files if "ray" in packages(f)} == {
+        "pipeline.run.cluster",
+        "pipeline.run.ray_crew",
+        "pipeline.run.worker_failures",
+    }
 
 
 def test_the_benchmark_needs_no_pipeline():
@@ -94,35 +122,14 @@ def test_nothing_but_jobs_imports_jobs_and_nothing_imports_tests():
         assert "tests" not in packages(file), file
 
 
-def test_the_order_names_every_file_of_pipeline():
-    names = {file.stem for file in modules("pipeline")} - {"__init__"}
-    assert names == set(PIPELINE_ORDER)
-
-
-@pytest.mark.parametrize("name", PIPELINE_ORDER)
-def test_pipeline_files_import_only_earlier_ones(name: str):
-    file = ROOT / "pipeline" / f"{name}.py"
-    inside = {i.split(".")[1] for i in imported(file) if i.startswith("pipeline.")}
-    assert inside <= set(PIPELINE_ORDER[: PIPELINE_ORDER.index(name)])
-
-
-def test_only_the_actor_touches_what_runs_a_model():
-    """The pure parts of depthvar (numbers and names) are open to all of the pipeline."""
+def test_only_the_worker_and_research_run_a_model():
+    """What is left of depthvar, numbers, names and files, is open to all of the pipeline."""
+    running = {"depthvar.engine", "depthvar.var", "depthvar.sampling", "depthvar.timing"}
     for file in modules("pipeline"):
-        parts = {i.split(".")[1] for i in imported(file) if i.startswith("depthvar.")}
-        numbers = {"cost", "memory", "plan", "policy", "rate"}
-        pure = {"class_folders", "config", "errors", "leftovers", "names", "paths"} | numbers
-        more = {
-            "weights": {"weights_files"},
-            "config": {"checkpoint"},
-            "actor": {"checkpoint", "sampling"},
-            "evaluation": {"features", "metrics", "inception"},
-            "downstream": {"features", "pictures", "training"},
-            "study": {"checkpoint", "held_out", "processes", "study", "timing"},
-        }.get(file.stem, set())
-        assert parts <= pure | more, file
+        if name_of(file) != "pipeline.run.worker" and not name_of(file).startswith(RESEARCH):
+            assert not rooms_known_to(file) & running, file
 
 
 def test_torch_is_imported_by_the_pipeline_only_where_a_model_runs_or_trains():
-    users = [f.stem for f in modules("pipeline") if "torch" in packages(f)]
-    assert users == ["actor", "downstream"]
+    users = [name_of(f) for f in modules("pipeline") if "torch" in packages(f)]
+    assert [name for name in users if not name.startswith(RESEARCH)] == ["pipeline.run.worker"]

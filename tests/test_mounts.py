@@ -16,10 +16,10 @@ import pytest
 
 from depthvar.errors import InputError
 from jobs import verify as verify_job
-from pipeline.config import GenerateConfig
-from pipeline.driver import generate
-from pipeline.manifest import committed_shards, parquet_name, tar_name
-from pipeline.plan import read_plan
+from pipeline.request.config import GenerateConfig
+from pipeline.request.plan import read_plan
+from pipeline.run.driver import generate
+from pipeline.shards.manifest import committed_shards, parquet_name, tar_name
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import data_files
@@ -55,7 +55,7 @@ def remount(place: Path, options: str) -> None:
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
     set_faults(tmp_path / "faults.json")
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
 

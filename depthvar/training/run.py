@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from depthvar.calibration import calibrate
-from depthvar.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 from depthvar.config import ModelConfig, TokenizerConfig, model_config
 from depthvar.errors import InputError, system_error
-from depthvar.leftovers import is_leftover
-from depthvar.processes import end_with_parent
-from depthvar.streams import outlive_readers
+from depthvar.host.leftovers import is_leftover
+from depthvar.host.processes import end_with_parent
+from depthvar.host.streams import outlive_readers
 from depthvar.strict_json import read_json
-from depthvar.tokenizer import Tokenizer
-from depthvar.training.data import Augmentation, ImageSet, to_float
+from depthvar.training.calibration import calibrate
+from depthvar.training.data import ImageSet, to_float
 from depthvar.training.loop import Process, save_state
-from depthvar.training.tokenizer import TokenizerRecipe, train_tokenizer
-from depthvar.training.transformer import TransformerRecipe, train_transformer
-from depthvar.transformer import Transformer, initialise
+from depthvar.training.recipe import Recipe
+from depthvar.training.tokenizer import train_tokenizer
+from depthvar.training.transformer import train_transformer
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer, initialise
+from depthvar.weights.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
 
 RECIPE_FILE = "recipe.json"
 _TRAINED = "trained.pt"
 _LONGEST_VALUES = 60  # characters of a difference that is spelled out
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run besides its data.
-
-    `tokenizer_from` names the model, as `load_model` does, whose tokenizer the new one starts from;
-    it may have other sides. `precision` is that of matrix products and convolutions, bfloat16 or
-    float32. `calibration_samples` full-depth samples of the finished model fit its proxies.
-    """
-
-    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    tokenizer_from: str | None = None
-    precision: str = "bfloat16"
-    calibration_samples: int = 400
-    seed: int = 0
 
 
 def train_model(

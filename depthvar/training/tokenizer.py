@@ -9,7 +9,7 @@ Shape legend: B images, Z code channels, H W sides, T tokens of one scale, S sca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,31 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthvar.config import TokenizerConfig
-from depthvar.tokenizer import Tokenizer
-from depthvar.training.data import Augmentation, ImageSet, random_batch
-from depthvar.training.loop import Process, Schedule, train
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """How the tokenizer is trained.
-
-    `schedule` is of all of it, `tuning` of the decoder alone, on `tuning_plain_share` unaltered
-    images. `prefix_share` of each batch is decoded from fewer scales; `commitment` ties latents to
-    their codes and `latent_decay` keeps their size bounded: else they run away from the codes.
-    """
-
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
-    )
-    tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=1e-3, warmup_steps=50)
-    )
-    tuning_plain_share: float = 0.75
-    prefix_share: float = 0.4
-    commitment: float = 1.0
-    latent_decay: float = 0.05
-    revive_every: int = 50
+from depthvar.training.data import ImageSet, random_batch
+from depthvar.training.loop import Process, train
+from depthvar.training.recipe import Augmentation, TokenizerRecipe
+from depthvar.var.tokenizer import Tokenizer
 
 
 class Usage:

@@ -8,41 +8,18 @@ Shape legend: B images, T tokens of an image, Z code channels, V codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.tokenizer import Tokenizer
-from depthvar.training.data import Augmentation, ImageSet, random_batch
-from depthvar.training.loop import Process, Schedule, train
-from depthvar.transformer import Transformer, block_causal_mask
-
-
-@dataclass(frozen=True)
-class TransformerRecipe:
-    """How the transformer is trained.
-
-    `schedule` is of the first cycle, on altered images; `tuning` of a second one, on
-    `tuning_plain_share` unaltered images. `layer_drop` is the probability that a block is left out
-    of a step, reached linearly over the first `layer_drop_ramp` of the first cycle; `label_drop`
-    trains the unconditional stream.
-    """
-
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(
-            steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150
-        )
-    )
-    tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=8e-4, warmup_steps=50)
-    )
-    tuning_plain_share: float = 0.5
-    layer_drop: float = 0.25
-    layer_drop_ramp: float = 0.3
-    label_drop: float = 0.1
+from depthvar.training.data import ImageSet, random_batch
+from depthvar.training.loop import Process, train
+from depthvar.training.recipe import Augmentation, Schedule, TransformerRecipe
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer, block_causal_mask
 
 
 def train_transformer(

@@ -1,0 +1,516 @@
+"""A model from its files, in a precision, on a device; and back to files.
+
+What stays in float32 when a model runs in bfloat16 or float16, and where:
+
+- the feature map, the codebook and the phi convolutions (`quantize.*`, here), with the bicubic and
+  area resizing between the scales, because every scale adds to what the earlier ones left;
+- the attention's learned log scales (`scale_mul_1H11`, here): half precision would move the
+  temperature of the attention by up to 1.6%;
+- the residual stream, with the AdaLN vectors that norm and gate it and the changes that the engine
+  adds to it (`Transformer.embed`, `Transformer.condition`, `Block`): rounded after every branch it
+  would lose what they add;
+- the logits, guidance, truncation and draws (`Transformer.logits`, `draw`);
+- the statistics of every norm: L2 norms of queries and keys (`Attention`), layer norms and group
+  norms (torch computes these inside the operation);
+- the sums that rank tokens (`engine`).
+
+Everything else is in the model's precision: weights, what goes into the matrix products and comes
+out of them, keys and values, and the decoder. Under float32 and float64 all of a model is in that
+precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from depthvar.config import (
+    CONFIG_FILE,
+    MODELS,
+    ModelConfig,
+    config_json,
+    folder_of,
+    model_config,
+    model_name,
+    stored_config,
+)
+from depthvar.engine import ProxyFit
+from depthvar.errors import InputError, naming
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer
+from depthvar.weights.files import (
+    BUNDLED,
+    CALIBRATION_FILE,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    WeightsFiles,
+    calibration_in,
+    files_in,
+    find_place,
+    sha256_of,
+)
+from depthvar.weights.own_model import read_own_model
+from depthvar.weights.tensor_files import (
+    Part,
+    check_fit,
+    find_part,
+    holds_encoder,
+    parameter_names,
+    part_of,
+    read_contents,
+    read_part,
+    read_tensors,
+    what_was_taken,
+)
+
+__all__ = [
+    "BUNDLED",
+    "CALIBRATION_FILE",
+    "CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "TRANSFORMER_FILE",
+    "FoundModel",
+    "LoadedModel",
+    "WeightsIdentity",
+    "assemble",
+    "check_new_folder",
+    "convert_weights",
+    "find_model",
+    "load_model",
+    "random_model",
+    "save_model",
+    "save_proxy_fit",
+    "weights_identity",
+    "why_not_finite",
+]
+
+_WIDE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What a model is and where its files are; `notes` say what was chosen or assumed of them."""
+
+    config: ModelConfig
+    transformer: Path
+    tokenizer: Path
+    calibration: Path | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightsIdentity(FoundModel):
+    """The files of a model and one SHA-256 over all of them."""
+
+    sha256: str
+
+    @property
+    def model_sha256(self) -> str:
+        """SHA-256 over the transformer and the tokenizer: what a calibration belongs to."""
+        return _combined(self.transformer, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Weights on a device, in a precision; see the module for what stays float32."""
+
+    config: ModelConfig
+    transformer: Transformer
+    tokenizer: Tokenizer
+    proxy_fit: ProxyFit | None
+    identity: WeightsIdentity
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.pos_start.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the transformer and the decoder."""
+        return self.transformer.pos_start.dtype
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Precision of the residual stream."""
+        return stream_precision(self.dtype)
+
+
+def find_model(name: str, weights: str | None = None) -> FoundModel:
+    """Find a model's files and compare their names and shapes with the model.
+
+    `name` is a known model, the folder or file of one, or what to call a user's own VAR, whose
+    configuration is read off `weights`. No tensor is loaded. Raises `InputError` for missing,
+    truncated and unfitting files.
+    """
+    place = find_place(name, weights)
+    is_described = place is None or stored_config(folder_of(place)) is not None
+    assumed: tuple[str, ...] = ()
+    if place is None or is_described or model_name(name) in MODELS:
+        config = model_config(name, place)
+        files = _trainer_file(place) or files_in(config, place)
+    else:
+        own = read_own_model(name, place)
+        config, files, assumed = own.config, own.files, own.notes
+    parts: dict[Path, list[Part]] = {files.transformer: ["transformer"]}
+    parts.setdefault(files.tokenizer, []).append("tokenizer")
+    taken = [_check_file(path, config, held) for path, held in parts.items()]
+    notes = (*(note for note in taken if note), *assumed)
+    return FoundModel(config, files.transformer, files.tokenizer, files.calibration, notes)
+
+
+def _trainer_file(place: str | None) -> WeightsFiles | None:
+    """A file that holds the tokenizer with the transformer, as a trainer writes them."""
+    if place is None or not Path(place).is_file() or Path(place).name == CONFIG_FILE:
+        return None
+    path = Path(place)
+    contents = read_contents(path)
+    if not (find_part(contents, "transformer", path) and find_part(contents, "tokenizer", path)):
+        return None
+    return WeightsFiles(path, path, calibration_in(path.parent))
+
+
+def _check_file(path: Path, config: ModelConfig, parts: Iterable[Part]) -> str | None:
+    """`InputError` unless a file fits the model; says what of it was taken if that is not all."""
+    contents = read_contents(path)
+    for part in parts:
+        check_fit(path, config, part, part_of(contents, part, path))
+    found = [find_part(contents, part, path) for part in parts]
+    return what_was_taken(path, contents, [part for part in found if part])
+
+
+def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
+    """Find and check a model's files as `find_model` does, and hash them, once per process.
+
+    Raises `InputError` as that does, and for a calibration of other weights.
+    """
+    found = find_model(name, weights)
+    paths = [found.transformer, found.tokenizer]
+    if found.calibration is not None:
+        _check_proxy_fit(found.calibration, found.config, _combined(*paths))
+        paths.append(found.calibration)
+    return WeightsIdentity(**vars(found), sha256=_combined(*paths))
+
+
+def _combined(*paths: Path) -> str:
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
+
+
+def load_model(
+    name: str,
+    weights: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    identity: WeightsIdentity | None = None,
+    with_encoder: bool = False,
+) -> LoadedModel:
+    """Load a model for sampling.
+
+    Every tensor goes from the file straight to its device and precision; those that are as they
+    should be stay mapped from the file. `identity` is what `weights_identity` gave for the same
+    arguments, which spares finding, checking and hashing the files again. Without `with_encoder`
+    the tokenizer has none. Raises `InputError` as `weights_identity` does, and for a file without
+    the encoder that is asked for.
+    """
+    identity = identity or weights_identity(name, weights)
+    config = identity.config
+    with torch.device("meta"):
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    if not with_encoder:
+        del tokenizer.encoder, tokenizer.quant_conv
+    else:
+        _require_encoder(identity.tokenizer)
+    _fill(transformer, "transformer", identity.transformer, device, dtype)
+    _fill(tokenizer, "tokenizer", identity.tokenizer, device, dtype, with_encoder=with_encoder)
+    return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+
+
+def _require_encoder(path: Path) -> None:
+    if not holds_encoder(read_part(path, "tokenizer")):
+        raise InputError(
+            f"{path} holds no encoder, wanted one: give the weights that this file was converted "
+            "from"
+        )
+
+
+def random_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    with_encoder: bool = False,
+) -> LoadedModel:
+    """A model by its name with random weights, the same every time on a device.
+
+    It takes the time and the memory of the real one, and makes noise.
+    """
+    config = model_config(name)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+        for parameter in (*transformer.parameters(), *tokenizer.parameters()):
+            if not parameter.any():  # a fresh block adds nothing
+                nn.init.normal_(parameter, std=0.02)
+    if not with_encoder:
+        del tokenizer.encoder, tokenizer.quant_conv
+    identity = WeightsIdentity(config, Path("random"), Path("random"), None, (), "random")
+    return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+
+
+def _fill(
+    module: nn.Module,
+    part: Part,
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    with_encoder: bool = False,
+) -> None:
+    """Give a module without storage the tensors of its file."""
+    tensors = read_part(path, part)
+    names = parameter_names(part, tensors, with_encoder=with_encoder)
+    # Popped one by one, so that no tensor is held twice.
+    loaded = {
+        name: tensors.pop(name).to(device=device, dtype=precision_of(name, dtype)) for name in names
+    }
+    module.load_state_dict(loaded, assign=True)
+
+
+def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Precision of a parameter of a model that runs in `dtype`."""
+    stays_wide = name.startswith("quantize.") or name.endswith(".scale_mul_1H11")
+    return torch.float32 if stays_wide and dtype not in _WIDE else dtype
+
+
+def stream_precision(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the residual stream of a model that runs in `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def assemble(
+    config: ModelConfig,
+    transformer: Transformer,
+    tokenizer: Tokenizer,
+    identity: WeightsIdentity,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> LoadedModel:
+    """Put modules on a device in a precision, with the calibration if there is one.
+
+    See the top of this file for what stays float32.
+    """
+    for module in (transformer, tokenizer):
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))
+        module.eval().requires_grad_(False)
+    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fit = None
+    if identity.calibration is not None:
+        tensors = read_tensors(identity.calibration)
+        wide = stream_precision(dtype)
+        slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
+        fit = ProxyFit(slope, offset)
+    return LoadedModel(config, transformer, tokenizer, fit, identity)
+
+
+def why_not_finite(model: LoadedModel) -> str:
+    """Why a model can make numbers that are not finite, and what to do: looks at every weight."""
+    for part in ("transformer", "tokenizer"):
+        path = getattr(model.identity, part)
+        parameters = dict(getattr(model, part).named_parameters())
+        bad = [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]
+        has_nan = any(parameters[name].isnan().any() for name in bad)
+        if bad and model.dtype == torch.float16 and not has_nan:
+            return f"{path} {_overflow(bad, model.dtype)}: use --precision bfloat16 or float32"
+        if bad:
+            return _damage(path, bad, "NaN" if has_nan else "infinity")
+    if model.dtype in _WIDE:
+        return (
+            f"the weights of {model.identity.transformer} are finite, but too large to compute "
+            "with; take another checkpoint, or a smaller --cfg if that is far from its default"
+        )
+    wider = "float32" if model.dtype == torch.bfloat16 else "bfloat16 or float32"
+    return (
+        f"the weights fit {_type_name(model.dtype)}, what they compute may not: try --precision "
+        f"{wider}"
+    )
+
+
+def _damage(path: Path, names: Sequence[str], held: str) -> str:
+    return (
+        f"{path} holds {held} in {_some(names)}: it is damaged or of a training that diverged, "
+        "take another checkpoint"
+    )
+
+
+def _overflow(names: Sequence[str], dtype: torch.dtype) -> str:
+    return f"holds values in {_some(names)} that {_type_name(dtype)} cannot hold"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_proxy_fit(path: Path, config: ModelConfig, model_sha256: str) -> None:
+    """`InputError` unless a calibration has the model's shape and names its weights."""
+    header = read_tensors(path)
+    shape = (len(config.sides), config.num_blocks, config.transformer.width)
+    fits = {name: tuple(tensor.shape) for name, tensor in header.items()} == {
+        "slope": shape,
+        "offset": shape,
+    }
+    with safe_open(path, framework="pt") as file:
+        made_from = (file.metadata() or {}).get("weights_sha256")
+    if made_from != model_sha256 or not fits:
+        raise InputError(
+            f"{path} was made from other weights than those beside it: run "
+            "depthvar calibrate --overwrite"
+        )
+
+
+def save_proxy_fit(path: Path, fit: ProxyFit, identity: WeightsIdentity) -> None:
+    """Write a calibration that names the weights it belongs to."""
+    tensors = {"slope": fit.slope_SLC.half(), "offset": fit.offset_SLC.half()}
+    _save(path, tensors, {"weights_sha256": identity.model_sha256})
+
+
+def save_model(
+    folder: Path,
+    config: ModelConfig,
+    transformer: nn.Module,
+    tokenizer: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a model folder in half precision; what runs in float32 is stored in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, module in ((TRANSFORMER_FILE, transformer), (TOKENIZER_FILE, tokenizer)):
+        _save(folder / file, _stored(module.state_dict(), dtype))
+    _write_config(folder, config)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().to(tensor.dtype if dtype is None else precision_of(name, dtype))
+        for name, tensor in tensors.items()
+    }
+
+
+def _save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file that appears whole: a process that mapped the one it replaces keeps that."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the umask has it; the library makes a file of 0600
+        with naming(path):
+            save_file(
+                {name: _on_its_own(tensor) for name, tensor in tensors.items()},
+                unfinished,
+                metadata=metadata,
+            )
+        unfinished.chmod(mode)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, as the only one in its storage."""
+    tensor = tensor.contiguous().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json(config), indent=2) + "\n")
+
+
+def check_new_folder(folder: Path) -> None:
+    """`InputError` where a model folder cannot begin: something is there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: choose a new --out")
+
+
+def convert_weights(
+    name: str,
+    weights: str | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    with_encoder: bool = False,
+) -> tuple[WeightsIdentity, WeightsIdentity]:
+    """Write a model's weights as a model folder of safetensors; returns both identities.
+
+    `dtype` is half precision, or None for the precision that every tensor has. Without
+    `with_encoder` the tokenizer's encoder is left out, which sampling does not use. A calibration
+    goes along, under the name of the new files. Raises `InputError` for weights that do not fit,
+    values that `dtype` cannot hold, an encoder that is asked for and not there, and a folder that
+    is not empty.
+    """
+    check_new_folder(folder)
+    source = weights_identity(name, weights)
+    if with_encoder:
+        _require_encoder(source.tokenizer)
+    folder = folder.resolve()
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    unfinished.mkdir(parents=True)
+    try:
+        _convert(source.transformer, "transformer", unfinished / TRANSFORMER_FILE, dtype)
+        _convert(
+            source.tokenizer,
+            "tokenizer",
+            unfinished / TOKENIZER_FILE,
+            dtype,
+            with_encoder=with_encoder,
+        )
+        _write_config(unfinished, source.config)
+        if source.calibration is not None:
+            fit = read_tensors(source.calibration)
+            written = weights_identity(source.config.name, str(unfinished))
+            target = unfinished / CALIBRATION_FILE
+            save_proxy_fit(target, ProxyFit(fit["slope"], fit["offset"]), written)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return source, weights_identity(source.config.name, str(folder))
+
+
+def _convert(
+    source: Path,
+    part: Part,
+    target: Path,
+    dtype: torch.dtype | None,
+    *,
+    with_encoder: bool = False,
+) -> None:
+    tensors = read_part(source, part)
+    names = parameter_names(part, tensors, with_encoder=with_encoder)
+    stored = _stored({name: tensors.pop(name) for name in names}, dtype)
+    bad = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        tensors = read_part(source, part)
+        damaged = [name for name in bad if not torch.isfinite(tensors[name]).all()]
+        if damaged or dtype is None:
+            raise InputError(_damage(source, damaged, "numbers that are not finite"))
+        raise InputError(f"{source} {_overflow(bad, dtype)}: convert with --precision bfloat16")
+    _save(target, stored)

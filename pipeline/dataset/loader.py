@@ -1,0 +1,305 @@
+"""Reading a dataset back: only shards that are done, from a folder or an object store.
+
+`iterate_samples` reads everything once, in order. `training_pipeline` is a webdataset pipeline for
+`torch.utils.data.DataLoader` with shuffling, several workers and several ranks. The shards are
+plain WebDataset tars, so `webdataset.WebDataset` reads them too.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from webdataset.utils import PipelineStage, pytorch_worker_info
+
+from depthvar.errors import InputError
+from pipeline.request.plan import JobPlan, stored_plan
+from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
+from pipeline.shards.samples import ShardError, TarSample, decode_image, read_tar
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample read back; `image` is uint8 (height, width, channels)."""
+
+    key: str
+    label: int
+    image: np.ndarray
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The part of a dataset that is done: its plan and its commit records by shard id."""
+
+    storage: Storage
+    plan: JobPlan
+    records: dict[int, CommitRecord]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shards that are done."""
+        return sum(record.num_samples for record in self.records.values())
+
+    @property
+    def num_missing(self) -> int:
+        """Planned shards that are not done."""
+        return self.plan.num_shards - len(self.records)
+
+
+def open_dataset(uri: str) -> Dataset:
+    """The dataset in a folder or at a store URI.
+
+    Errors: `InputError` where there is none, or none of its shards is done.
+    """
+    storage = Storage.open(uri)
+    plan = stored_plan(storage)
+    records = committed_shards(storage, plan)
+    if not records:
+        raise InputError(
+            f"got {storage}, where none of {plan.num_shards} shards is done: run its job first"
+        )
+    return Dataset(storage, plan, records)
+
+
+def requested_samples(dataset: Dataset, samples: int | None) -> int:
+    """How many samples are asked for with `--samples`: all that are committed for None.
+
+    Errors: `InputError` where there are fewer.
+    """
+    available = dataset.num_samples
+    if samples is not None and samples > available:
+        raise InputError(
+            f"got --samples {samples}, wanted at most {available}, which are committed in "
+            f"{dataset.storage}: generate more, or ask for fewer"
+        )
+    return available if samples is None else samples
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """What is read of a shard: its first `num_taken` samples of `num_samples`."""
+
+    shard_id: int
+    num_samples: int
+    num_taken: int
+
+
+def shard_parts(dataset: Dataset, num_samples: int | None = None) -> list[ShardPart]:
+    """The shards that hold the first `num_samples` committed samples, in order; None for all."""
+    left = dataset.num_samples if num_samples is None else num_samples
+    parts = []
+    for shard_id, record in sorted(dataset.records.items()):
+        if left > 0:
+            parts.append(ShardPart(shard_id, record.num_samples, min(left, record.num_samples)))
+            left -= record.num_samples
+    return parts
+
+
+def check_enough_shards(num_shards: int, *, num_ranks: int = 1, num_workers: int) -> None:
+    """`InputError` where some loader worker would have no shard to read."""
+    if num_shards < num_ranks * num_workers:
+        raise InputError(
+            f"got {num_shards} shards for {num_ranks} ranks x {num_workers} loader workers, wanted "
+            "a shard for each: use fewer workers, or generate with a smaller --samples-per-shard"
+        )
+
+
+def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
+    """Every sample of the shards that are done, in key order.
+
+    Errors: `ShardError` where a shard does not hold what its record says.
+    """
+    for stored in iterate_stored(dataset):
+        image = stored_image(stored, dataset.plan.settings.image_channels)
+        with naming_damage(stored.key):
+            metadata = _metadata(stored)
+        yield Sample(stored.key, stored.label, image, metadata)
+
+
+def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
+    """Every sample of the shards that are done as the bytes of its files, in key order.
+
+    Errors: `ShardError` where a shard does not hold what its record says.
+    """
+    for part in shard_parts(dataset):
+        yield from _read_shard(dataset.storage, part, dataset.plan.settings.image_format)
+
+
+def stored_image(stored: TarSample, channels: int) -> np.ndarray:
+    """The pixels of a stored sample: uint8 (height, width, channels).
+
+    Errors: `ShardError`, with the sample's key, where the file is damaged.
+    """
+    with naming_damage(stored.key):
+        return decode_image(stored.image, channels)
+
+
+def stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Images of one size as uint8 (N, height, width, channels), and their int64 labels (N,)."""
+    images_NHWC = np.stack([sample.image for sample in samples])
+    return images_NHWC, np.array([sample.label for sample in samples], dtype=np.int64)
+
+
+def training_pipeline(
+    dataset: Dataset,
+    *,
+    seed: int = 0,
+    num_samples: int | None = None,
+    shuffle_buffer: int = 1000,
+    equal_share: bool = False,
+    transform: Callable[[np.ndarray], Any] | None = None,
+) -> TrainingPipeline:
+    """Pairs (image, label) for training, shuffled, split over ranks and loader workers by shard.
+
+    `num_samples` takes the first samples of the shards that are done, None all of them.
+    `shuffle_buffer` samples wait in each worker to be mixed; 0 keeps the order. With `equal_share`
+    every worker gives the same number of samples (total // workers, repeating its shards where
+    they hold fewer), so that no rank waits for another at the end of an epoch; without it every
+    sample comes exactly once. `transform` maps the uint8 image (height, width, channels). Object
+    stores want loader workers that are spawned, not forked.
+    Errors, at the start of iteration: `InputError` for fewer shards than ranks x workers.
+    """
+    settings = dataset.plan.settings
+    parts = shard_parts(dataset, num_samples)
+    shards = ShardOrder(parts, seed, shuffle=shuffle_buffer > 0, repeat=equal_share)
+    stages: list[Any] = [
+        shards,
+        partial(_read_shards, uri=dataset.storage.uri, image_format=settings.image_format),
+    ]
+    if shuffle_buffer > 0:
+        stages.append(SampleShuffle(shards, shuffle_buffer))
+    stages.append(partial(_training_pairs, channels=settings.image_channels, transform=transform))
+    if equal_share:
+        total = sum(part.num_taken for part in parts)
+        stages.append(partial(_first_share, num_samples=total))
+    return TrainingPipeline(shards, stages)
+
+
+class TrainingPipeline(wds.DataPipeline):  # type: ignore[misc]
+    """A webdataset pipeline whose order depends on (seed, epoch) alone."""
+
+    def __init__(self, shards: ShardOrder, stages: list[Any]) -> None:
+        super().__init__(*stages)
+        self.shards = shards
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration.
+
+        Call it before each epoch. Persistent loader workers keep their own copy, which counts
+        epochs by itself.
+        """
+        self.shards.epoch = epoch
+
+
+class ShardOrder(PipelineStage):  # type: ignore[misc]
+    """The first stage: what this worker reads of which shards, in order."""
+
+    def __init__(self, parts: list[ShardPart], seed: int, *, shuffle: bool, repeat: bool) -> None:
+        self.parts = parts
+        self.seed, self.shuffle, self.repeat = seed, shuffle, repeat
+        self.epoch = 0
+
+    def run(self) -> Iterator[ShardPart]:
+        """One epoch, or with `repeat` one epoch after the other without an end."""
+        rank, num_ranks, worker, num_workers = pytorch_worker_info()
+        check_enough_shards(len(self.parts), num_ranks=num_ranks, num_workers=num_workers)
+        first_epoch, self.epoch = self.epoch, self.epoch + 1
+        mine = list(self.parts)
+        self._mix(mine, f"{first_epoch}")
+        mine = mine[rank * num_workers + worker :: num_ranks * num_workers]
+        yield from mine
+        for lap in count(1) if self.repeat else ():
+            self._mix(mine, f"{first_epoch} {lap}")
+            yield from mine
+
+    def _mix(self, parts: list[ShardPart], when: str) -> None:
+        if self.shuffle:
+            random.Random(f"{self.seed} {when}").shuffle(parts)
+
+
+class SampleShuffle(PipelineStage):  # type: ignore[misc]
+    """Mixes the samples of a worker through a buffer, as (seed, epoch, worker) decide."""
+
+    def __init__(self, shards: ShardOrder, size: int) -> None:
+        self.shards, self.size = shards, size
+
+    def run(self, source: Iterable[TarSample]) -> Iterator[TarSample]:
+        """Every sample of `source` once."""
+        rank, _, worker, _ = pytorch_worker_info()
+        rng = random.Random(f"{self.shards.seed} {self.shards.epoch} {rank} {worker}")
+        buffer: list[TarSample] = []
+        for sample in source:
+            buffer.append(sample)
+            if len(buffer) > self.size:
+                place = rng.randrange(len(buffer))
+                buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                yield buffer.pop()
+        rng.shuffle(buffer)
+        yield from buffer
+
+
+def _read_shards(parts: Iterable[ShardPart], *, uri: str, image_format: str) -> Iterator[TarSample]:
+    """The samples of the shards; the storage is opened here, in the loader worker's process."""
+    storage = Storage.open(uri)
+    for part in parts:
+        yield from _read_shard(storage, part, image_format)
+
+
+def _read_shard(storage: Storage, part: ShardPart, image_format: str) -> Iterator[TarSample]:
+    num_read = 0
+    with (
+        naming_damage(tar_name(part.shard_id)),
+        storage.open_input(tar_name(part.shard_id)) as stream,
+    ):
+        for sample in read_tar(stream, image_format):
+            yield sample
+            num_read += 1
+            if num_read == part.num_taken < part.num_samples:
+                return
+        if num_read != part.num_samples:
+            raise ShardError(f"got {num_read} samples, wanted {part.num_samples}")
+
+
+@contextmanager
+def naming_damage(what: str) -> Iterator[None]:
+    """Say which file or sample is damaged, and what to do."""
+    try:
+        yield
+    except ShardError as error:
+        raise ShardError(
+            f"{what}: {error}; run verify --deep --repair, then generate again"
+        ) from error
+
+
+def _training_pairs(
+    samples: Iterable[TarSample],
+    *,
+    channels: int,
+    transform: Callable[[np.ndarray], Any] | None,
+) -> Iterator[tuple[Any, int]]:
+    for sample in samples:
+        image = stored_image(sample, channels)
+        yield (image if transform is None else transform(image)), sample.label
+
+
+def _first_share(pairs: Iterable[Any], *, num_samples: int) -> Iterator[Any]:
+    _, num_ranks, _, num_workers = pytorch_worker_info()
+    return islice(iter(pairs), num_samples // (num_ranks * num_workers))
+
+
+def _metadata(stored: TarSample) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json.loads(stored.metadata)
+    except (ValueError, RecursionError) as error:
+        raise ShardError("its .json member does not parse") from error
+    return metadata

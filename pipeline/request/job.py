@@ -1,0 +1,156 @@
+"""A generation request checked against its model: what will be made, before anything is."""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from depthvar.config import ModelConfig, SamplingSettings
+from depthvar.cost import Cost, image_cost
+from depthvar.errors import InputError
+from depthvar.paths import check_output_folder
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from pipeline.request.config import GenerateConfig, Scalar
+from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
+from pipeline.request.plan import JobPlan, Segment
+from pipeline.request.settings import ImageCompute, JobSettings
+from pipeline.request.weights import local_weights
+
+if TYPE_CHECKING:
+    from depthvar.weights.checkpoint import WeightsIdentity
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A generation request checked against its model; costs are per image, all streams.
+
+    `notes` say what of the request may have been meant otherwise.
+    """
+
+    model: ModelConfig
+    policy: DepthPolicy
+    sampling: SamplingSettings
+    depth: DepthPlan
+    cost: Cost
+    full_cost: Cost
+    weights: WeightsIdentity
+    counts: LabelCounts
+    notes: tuple[str, ...]
+
+
+def resolve_job(config: GenerateConfig) -> ResolvedJob:
+    """Check a request against its model: names, classes, scales, weights.
+
+    Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
+    """
+    from depthvar.weights.checkpoint import find_model  # brings torch: flags need not wait for it
+
+    _check_scratch(config)
+    local = local_weights(config.model, config.weights)
+    found = find_model(config.model, local)
+    model = found.config
+    options = checked_options(config.policy_options)
+    policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
+    sampling = _sampling(config, model.sampling)
+    depth = DepthPlan.build(model.sides, model.num_blocks, policy)
+    full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
+    notes = list(found.notes)
+    counts = _label_counts(config, model, notes.append)
+    weights = identify_weights(config.model, local)
+    if policy.proxy == "calibrated" and weights.calibration is None:
+        raise InputError(
+            f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
+            " no calibration: run depthvar calibrate, or choose another policy"
+        )
+    return ResolvedJob(
+        model=model,
+        policy=policy,
+        sampling=sampling,
+        depth=depth,
+        cost=image_cost(model, depth, streams=sampling.streams),
+        full_cost=image_cost(model, full, streams=sampling.streams),
+        weights=weights,
+        counts=counts,
+        notes=tuple(notes),
+    )
+
+
+def identify_weights(model: str, weights: str | None) -> WeightsIdentity:
+    """Find, check and hash a model's files, as `depthvar.weights.checkpoint` does."""
+    from depthvar.weights.checkpoint import weights_identity
+
+    return weights_identity(model, weights)
+
+
+def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Policy options of the right type; unknown names are left for `make_policy` to refuse."""
+    hints = typing.get_type_hints(DepthPolicy)
+    checked: dict[str, Any] = dict(options)
+    for name in options.keys() & hints.keys():
+        try:
+            checked[name] = TypeAdapter(hints[name]).validate_python(options[name], strict=True)
+        except ValidationError as error:
+            wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise InputError(
+                f"policy option {name}: got {options[name]!r}, wanted {wanted}: correct it"
+            ) from None
+    return checked
+
+
+def _check_scratch(config: GenerateConfig) -> None:
+    """`InputError` where the scratch folder cannot be; a cluster's nodes say so themselves."""
+    joins_cluster = config.address is not None or "RAY_ADDRESS" in os.environ
+    if config.scratch is not None and (config.workers == 0 or not joins_cluster):
+        check_output_folder(config.scratch, f"--scratch {config.scratch}")
+
+
+def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSettings:
+    return SamplingSettings(
+        cfg=default.cfg if config.cfg is None else config.cfg,
+        top_k=default.top_k if config.top_k is None else config.top_k,
+        top_p=default.top_p if config.top_p is None else config.top_p,
+    )
+
+
+def _label_counts(
+    config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]
+) -> LabelCounts:
+    if config.labels_file is not None:
+        return read_labels_file(config.labels_file, model.class_names, model.other_names, note=note)
+    class_ids = parse_classes(config.classes, model.class_names, model.other_names)
+    return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
+
+
+def job_plan(config: GenerateConfig, job: ResolvedJob) -> JobPlan:
+    """The plan of a checked request: everything that decides a byte, and the labels."""
+    settings = JobSettings(
+        model=job.model.name,
+        weights_sha256=job.weights.sha256,
+        class_names=job.model.class_names,
+        image_side=job.model.image_side,
+        image_channels=job.model.image_channels,
+        policy=asdict(job.policy),
+        cfg=job.sampling.cfg,
+        top_k=job.sampling.top_k,
+        top_p=job.sampling.top_p,
+        precision=config.precision,
+        seed=config.seed,
+        samples_per_shard=config.samples_per_shard,
+        batch_size=config.batch_size,
+        image_format=config.image_format,
+        compute=ImageCompute(
+            token_layers=job.depth.token_layers,
+            full_token_layers=job.depth.full_token_layers,
+            transformer_flops=float(job.cost.transformer_flops),
+            decoder_flops=float(job.cost.decoder_flops),
+            full_transformer_flops=float(job.full_cost.transformer_flops),
+            depth_per_scale=tuple(job.depth.mean_depth_per_scale),
+        ),
+    )
+    return JobPlan(settings, (Segment(job.counts),))

@@ -1,0 +1,138 @@
+"""Weights that a URI names, fetched once per machine into a local cache.
+
+A cache entry is a folder named by the URI and by the names, sizes and times of its files: it
+appears whole, together with the SHA-256 that every file had when it came over the network. New
+files under the same URI make a new entry; old entries may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from depthvar.errors import InputError, advice
+from depthvar.paths import checked_path, checked_weights, is_uri
+from depthvar.weights.files import WEIGHTS_SUFFIXES, choose_files, sha256_of
+from depthvar.weights.files import local_weights as depthvar_weights
+from pipeline.storage import Storage
+
+CACHE_VARIABLE = "DEPTHVAR_CACHE"
+_HASHES = "sha256.json"
+_COPY_BYTES = 8 * 2**20
+
+
+def default_cache() -> Path:
+    """`$DEPTHVAR_CACHE`, else `depthvar` in the user's cache folder."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        try:
+            return Path(checked_path(named))
+        except InputError as error:
+            raise InputError(f"{CACHE_VARIABLE}: {error}") from error
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthvar"
+
+
+def local_weights(model: str, weights: str | None, *, cache: Path | None = None) -> str | None:
+    """A local folder or file for `--weights` as `depthvar` takes it; fetches what is elsewhere.
+
+    Local paths and None come back as they are. `cache` defaults to `default_cache()`.
+    Errors: `InputError` for files that are missing or cannot be fetched.
+    """
+    checked = None if weights is None else checked_weights(weights)
+    if checked is None or not is_uri(checked) or checked.startswith("hf://"):
+        return depthvar_weights(model, checked)
+    storage = Storage.open(checked)
+    file = None
+    if storage.root.endswith(WEIGHTS_SUFFIXES):  # what else the model needs lies beside it
+        folder, _, file = storage.root.rpartition("/")
+        storage = replace(storage, root=folder)
+    cache = cache or default_cache()
+    try:
+        entry = _fetched(storage, model, file, cache)
+    except OSError as error:
+        place = str(storage) if isinstance(error, FileNotFoundError) else cache
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"the weights at {storage} cannot be fetched ({reason}): "
+            f"{advice(error, place)}, then run it again"
+        ) from error
+    return str(entry if file is None else entry / file)
+
+
+def _fetched(storage: Storage, model: str, file: str | None, cache: Path) -> Path:
+    """The cache entry of a folder in a store."""
+    listing = storage.list("")
+    names = choose_files(model, listing, file)
+    if not names:
+        held = ", ".join(sorted(listing)[:8]) or "no files"
+        raise InputError(
+            f"{storage} holds {held}, wanted the transformer and the tokenizer of {model}: check "
+            "--weights, which may name the transformer's file"
+        )
+    infos = storage.filesystem.get_file_info([f"{storage.root}/{name}" for name in names])
+    state = [
+        str(storage),
+        *sorted((n, i.size, i.mtime_ns) for n, i in zip(names, infos, strict=True)),
+    ]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    entry = cache / "weights" / key
+    with _alone(entry):
+        if not _is_sound(entry):
+            _download(storage, {name: listing[name] for name in names}, entry)
+    return entry
+
+
+@contextmanager
+def _alone(entry: Path) -> Iterator[None]:
+    """One process at a time works on an entry; the lock dies with its process."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with open(entry.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_sound(entry: Path) -> bool:
+    """Whether an entry is there and its files still have their hashes.
+
+    The hashes are those that the weights' identity needs anyway: a process takes them once.
+    """
+    try:
+        hashes = json.loads((entry / _HASHES).read_text())
+        return bool(hashes) and all(sha256_of(entry / n) == h for n, h in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _download(storage: Storage, sizes: dict[str, int], entry: Path) -> None:
+    """Fetch files into a new entry, in place of a damaged one."""
+    unfinished = entry.with_suffix(".tmp")
+    for leftover in (unfinished, entry):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    hashes = {}
+    with tqdm(
+        total=sum(sizes.values()), desc="fetch weights", unit="B", unit_scale=True, leave=False
+    ) as bar:
+        for name, size in sizes.items():
+            digest = hashlib.sha256()
+            with storage.open_input(name) as source, open(unfinished / name, "xb") as target:
+                while block := source.read(_COPY_BYTES):
+                    digest.update(block)
+                    target.write(block)
+                    bar.update(len(block))
+                target.flush()
+                os.fsync(target.fileno())
+            hashes[name] = digest.hexdigest()
+            if (unfinished / name).stat().st_size != size:
+                raise OSError(f"{name} ended early, wanted {size:,} bytes")
+    (unfinished / _HASHES).write_text(json.dumps(hashes))
+    unfinished.rename(entry)

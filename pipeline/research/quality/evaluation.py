@@ -1,0 +1,421 @@
+"""How good a dataset is: quality numbers from the images in its committed shards.
+
+Digits are judged by the shipped feature network and the real digits. Other images are judged as the
+field judges ImageNet models: by the Inception network and reference statistics that the user gives.
+
+Shape legend: N images of a set, F features, K classes, B images of a batch, H W sides, C channels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from depthvar.config import real_set_of
+from depthvar.errors import InputError
+from pipeline.dataset.loader import Dataset, iterate_samples, requested_samples, stacked
+from pipeline.research.quality.metrics import (
+    Moments,
+    frechet_distance,
+    frechet_from_moments,
+    inception_score,
+    moments,
+    precision_recall,
+)
+
+MIN_SAMPLES = 10
+"""Below this nothing is computed; a Frechet distance wants thousands."""
+NEIGHBOURS = 3
+MAX_CAS_SAMPLES = 5_000
+SCORE_SPLIT = 5_000
+"""Images of one split of the Inception Score, as in OpenAI's evaluator."""
+_BATCH_DIGITS, _BATCH_INCEPTION = 250, 50
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""(what is counted, how many there are) -> a context that gives the function to count on."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to compute; `cas_samples` None means all there are up to `MAX_CAS_SAMPLES`.
+
+    `samples` None means every committed image. A `reference` is an `.npz` with mu and sigma, or
+    images in arr_0, or all three, as OpenAI's evaluator has it.
+    """
+
+    samples: int | None = None
+    cas_samples: int | None = None
+    cas_runs: int = 0
+    reference: Path | None = None
+    inception_weights: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of a dataset: `scores` by name, in the order to show them."""
+
+    num_samples: int
+    num_planned: int
+    features: str
+    reference: str
+    scores: dict[str, float]
+    settings: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object: the scores under their names, then what they were computed from."""
+        return {
+            **self.scores,
+            **self.settings,
+            "num_samples": self.num_samples,
+            "num_planned": self.num_planned,
+            "features": self.features,
+            "reference": self.reference,
+            "notes": list(self.notes),
+        }
+
+
+class Network(Protocol):
+    """What FID needs of a network."""
+
+    def read(self, images_NHWC: np.ndarray, /) -> Any:
+        """Features `features_NF` and probabilities `probabilities_NK` of uint8 RGB images."""
+
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """No progress bar."""
+    yield lambda count: None
+
+
+def evaluate(
+    dataset: Dataset, request: EvaluationRequest, progress: Progress = silent
+) -> Evaluation:
+    """The numbers that apply to a dataset.
+
+    Errors: `InputError` for too few images and for missing or unfit references and weights;
+    `ShardError` for a shard that does not hold what its record says.
+    """
+    count = requested_samples(dataset, request.samples)
+    if count < MIN_SAMPLES:
+        raise InputError(
+            f"got {count} images, wanted at least {MIN_SAMPLES} to compare: generate more"
+        )
+    if shows_digits(dataset):
+        return _evaluate_digits(dataset, request, count, progress)
+    return _evaluate_with_inception(dataset, request, count, progress)
+
+
+def shows_digits(dataset: Dataset) -> bool:
+    """Whether the images are those of a model of the digits, by classes and format."""
+    shown = dataset.plan.settings
+    return real_set_of(shown.class_names, shown.image_side, shown.image_channels) == "digits"
+
+
+def _evaluate_digits(
+    dataset: Dataset, request: EvaluationRequest, count: int, progress: Progress
+) -> Evaluation:
+    from pipeline.research.quality.features import (  # torch comes with it
+        Readings,
+        digit_arrays,
+        digit_features,
+    )
+
+    cas_samples = _cas_samples(request, count)
+    network = digit_features()
+    real = network.read(digit_arrays("train")[0])
+    images, labels, readings = [], [], []
+    for batch_BHWC, labels_B in _batches(dataset, count, _BATCH_DIGITS, progress):
+        readings.append(network.read(batch_BHWC))
+        images.append(batch_BHWC)
+        labels.append(labels_B)
+    labels_N = np.concatenate(labels)
+    made = Readings(
+        np.concatenate([r.features_NF for r in readings]),
+        np.concatenate([r.probabilities_NK for r in readings]),
+    )
+    precision, recall = precision_recall(real.features_NF, made.features_NF, neighbours=NEIGHBOURS)
+    scores = {"label_accuracy": float((made.labels == labels_N).mean())}
+    settings = {}
+    if cas_samples:
+        images_NHWC = np.concatenate(images)[:cas_samples]
+        runs = _cas_runs(images_NHWC, labels_N[:cas_samples], request.cas_runs, progress)
+        scores["cas"] = float(np.mean(runs))
+        scores["cas_std"] = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
+        settings = {"cas_samples": cas_samples, "cas_runs": request.cas_runs}
+    scores["frechet_distance"] = frechet_distance(real.features_NF, made.features_NF)
+    scores |= {"precision": precision, "recall": recall}
+    return Evaluation(
+        num_samples=count,
+        num_planned=dataset.plan.num_samples,
+        features="digit features (96, shipped)",
+        reference=f"{len(real.features_NF):,} real training digits; cas: 1,000 held-out digits",
+        scores=scores,
+        settings=settings,
+        notes=_notes(dataset, count, labels_N),
+    )
+
+
+def _cas_samples(request: EvaluationRequest, count: int) -> int:
+    """Images to train on, 0 for no CAS."""
+    from pipeline.research.quality.features import ClassifierRecipe
+
+    least = ClassifierRecipe().batch
+    if request.cas_runs == 0:
+        return 0
+    if request.cas_samples is None:
+        return 0 if count < least else min(count, MAX_CAS_SAMPLES)
+    if not least <= request.cas_samples <= count:
+        raise InputError(
+            f"got --cas-samples {request.cas_samples}, wanted {least} to {count}, the images there "
+            "are: generate more, or choose another number"
+        )
+    return request.cas_samples
+
+
+def _cas_runs(
+    images_NHWC: np.ndarray, labels_N: np.ndarray, num_runs: int, progress: Progress
+) -> list[float]:
+    """Accuracy on the real held-out digits of classifiers trained on these images alone."""
+    from pipeline.research.quality.features import (
+        ClassifierRecipe,
+        accuracy,
+        digit_arrays,
+        train_classifier,
+    )
+
+    recipe, held_out = ClassifierRecipe(), digit_arrays("held-out")
+    runs = []
+    with progress("step of cas", num_runs * recipe.steps) as advance:
+        for run in range(num_runs):
+            model = train_classifier(
+                images_NHWC,
+                labels_N,
+                num_classes=10,
+                seed=run,
+                recipe=recipe,
+                after_step=lambda: advance(1),
+            )
+            runs.append(accuracy(model, *held_out))
+    return runs
+
+
+def _evaluate_with_inception(
+    dataset: Dataset, request: EvaluationRequest, count: int, progress: Progress
+) -> Evaluation:
+    missing = [
+        f"{flag} is missing, wanted {what}: nothing is downloaded, so fetch it and name it"
+        for flag, path, what in (
+            (
+                "--inception-weights",
+                request.inception_weights,
+                "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
+            ),
+            (
+                "--reference",
+                request.reference,
+                "reference statistics such as OpenAI's VIRTUAL_imagenet256_labeled.npz",
+            ),
+        )
+        if path is None
+    ]
+    if missing:
+        raise InputError("\n".join(missing))
+    assert request.reference is not None
+    assert request.inception_weights is not None
+    settings = dataset.plan.settings
+    if settings.image_channels != 3:
+        raise InputError(
+            f"{dataset.storage} holds grey images of {settings.model}, wanted RGB for the Inception"
+            " network, or the bundled digits"
+        )
+    reference = Reference.open(request.reference, settings.image_side)
+    from pipeline.research.quality.inception import InceptionNetwork
+
+    network = InceptionNetwork(request.inception_weights, device=request.device)
+    return inception_evaluation(dataset, network, reference, count, progress)
+
+
+def inception_evaluation(
+    dataset: Dataset,
+    network: Network,
+    reference: Reference,
+    count: int,
+    progress: Progress = silent,
+) -> Evaluation:
+    """FID, Inception Score, and precision and recall where the reference holds images."""
+    features, probabilities, labels = [], [], []
+    for images_BHWC, labels_B in _batches(dataset, count, _BATCH_INCEPTION, progress):
+        readings = network.read(images_BHWC)
+        features.append(readings.features_NF)
+        probabilities.append(readings.probabilities_NK)
+        labels.append(labels_B)
+    made_NF = np.concatenate(features)
+    notes = list(_notes(dataset, count, np.concatenate(labels)))
+    real_NF = None
+    if reference.num_images:
+        with progress("reference image", reference.num_images) as advance:
+            parts = []
+            for images_BHWC in reference.batches(_BATCH_INCEPTION):
+                parts.append(network.read(images_BHWC).features_NF)
+                advance(len(images_BHWC))
+        real_NF = np.concatenate(parts)
+    real = reference.moments
+    if real is None:
+        assert real_NF is not None, "a reference has moments or images"
+        real = moments(real_NF)
+    if real.mean_F.size != made_NF.shape[1]:
+        raise InputError(
+            f"{reference.path} holds {real.mean_F.size} features, wanted {made_NF.shape[1]}: "
+            "use reference statistics of the pooled Inception features"
+        )
+    splits = max(1, count // SCORE_SPLIT)
+    score, score_std = inception_score(np.concatenate(probabilities), splits=splits)
+    scores = {
+        "fid": frechet_from_moments(real, moments(made_NF)),
+        "inception_score": score,
+        "inception_score_std": score_std,
+    }
+    if real_NF is not None and len(real_NF) > NEIGHBOURS:
+        precision, recall = precision_recall(real_NF, made_NF, neighbours=NEIGHBOURS)
+        scores |= {"precision": precision, "recall": recall}
+    else:
+        notes.append("the reference has no images (arr_0): no precision and recall")
+    return Evaluation(
+        num_samples=count,
+        num_planned=dataset.plan.num_samples,
+        features="Inception v3 of 2015-12-05, pooled (2048)",
+        reference=reference.path.name,
+        scores=scores,
+        settings={"inception_splits": splits},
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Real images' statistics in an `.npz`: their moments (mu, sigma), `num_images` images, both.
+
+    The images (arr_0, uint8, N x H x W x 3) are read in batches: 10,000 of 256 pixels are 2 GB.
+    """
+
+    path: Path
+    moments: Moments | None
+    num_images: int
+
+    @staticmethod
+    def open(path: Path, image_side: int) -> Reference:
+        """Read the moments and check the images' shape.
+
+        Errors: `InputError` for a file that is missing, damaged, no `.npz` or of another size.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                names = set(arrays.files)
+                found = None
+                if {"mu", "sigma"} <= names:
+                    found = _checked_moments(path, arrays["mu"], arrays["sigma"])
+            shape = _image_shape(path) if "arr_0" in names else None
+        except _UNREADABLE as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"cannot read the reference {path} ({error}), wanted an .npz file with mu and "
+                "sigma or with images in arr_0: check --reference"
+            ) from error
+        if found is None and shape is None:
+            raise InputError(
+                f"{path} holds {', '.join(sorted(names)) or 'nothing'}, wanted mu and sigma or "
+                "images in arr_0: check --reference"
+            )
+        if shape is not None and shape[1:] != (image_side, image_side, 3):
+            raise InputError(
+                f"{path} holds images {'x'.join(map(str, shape[1:]))}, the dataset's are "
+                f"{image_side}x{image_side}x3: use the reference of this size"
+            )
+        return Reference(path, found, 0 if shape is None else shape[0])
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, uint8 (B, H, W, 3), without holding all of them."""
+        with _opened_images(self.path) as (stream, shape):
+            image_bytes = int(np.prod(shape[1:]))
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                data = stream.read(count * image_bytes)
+                if len(data) != count * image_bytes:
+                    raise InputError(f"{self.path} is cut off in arr_0: fetch it again")
+                yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape[1:]).copy()
+
+
+def _checked_moments(path: Path, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        raise InputError(
+            f"{path} holds mu {mean.shape} and sigma {covariance.shape}, wanted (F,) and (F, F): "
+            "check --reference"
+        )
+    return Moments(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def _image_shape(path: Path) -> tuple[int, ...]:
+    with _opened_images(path) as (_, shape):
+        return shape
+
+
+@contextmanager
+def _opened_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The stream of arr_0's bytes after its header, and its shape."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise InputError(f"{path} has arr_0 in format {version}, wanted 1.0 or 2.0: save anew")
+        shape, is_fortran, dtype = read_header(stream)
+        if dtype != np.uint8 or is_fortran or len(shape) != 4 or shape[0] == 0:
+            raise InputError(
+                f"{path} holds arr_0 {shape} of {dtype}, wanted uint8 (images, height, width, 3): "
+                "check --reference"
+            )
+        yield stream, shape
+
+
+def _batches(
+    dataset: Dataset, count: int, size: int, progress: Progress
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first `count` images in key order with their labels, `size` at a time."""
+    samples = islice(iterate_samples(dataset), count)
+    with progress("image", count) as advance:
+        while batch := list(islice(samples, size)):
+            yield stacked(batch)
+            advance(len(batch))
+
+
+def _notes(dataset: Dataset, count: int, labels_N: np.ndarray) -> tuple[str, ...]:
+    """What a reader of the numbers must know."""
+    notes = []
+    plan = dataset.plan
+    if dataset.num_missing:
+        notes.append(
+            f"not finished: {dataset.num_samples:,} of {plan.num_samples:,} images are committed; "
+            "the numbers are of these alone"
+        )
+    if count < dataset.num_samples:
+        notes.append(f"the first {count:,} of {dataset.num_samples:,} committed images were used")
+    shares = np.bincount(labels_N, minlength=len(plan.settings.class_names)) / count
+    if shares.max() - shares.min() > max(0.2 / len(shares), 2.5 / count):
+        notes.append("the classes are not balanced, those of the reference are")
+    if plan.settings.image_format == "jpg":
+        notes.append("the images are JPEG files: their losses are part of the numbers")
+    return tuple(notes)

@@ -1,0 +1,372 @@
+"""What the user sees while a job runs and after it: the progress bar and plain text."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+from tqdm import tqdm
+
+from depthvar.host.rate import rate_text
+from depthvar.memory import largest_batch, memory_need
+from depthvar.plan import DepthPlan
+from pipeline.request.config import GenerateConfig
+from pipeline.request.job import ResolvedJob
+from pipeline.request.plan import JobPlan
+from pipeline.shards.manifest import CommitRecord, mixed_environments
+
+_MAX_RANGES = 12
+_MAX_CLASSES = 10  # above it the first and the last ones stand for all
+_MAX_NAME = 40
+
+
+def say(text: str) -> None:
+    """Print a line to stderr without tearing a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class ProgressBar:
+    """Images and shards on stderr, with rate and time left. Images of a lost shard are taken back.
+
+    `num_done` images and `shards_done` shards are committed before the run starts.
+    """
+
+    def __init__(self, plan: JobPlan, *, num_done: int, shards_done: int) -> None:
+        self._num_shards = plan.num_shards
+        self._shards_done = shards_done
+        self._of_shard: dict[int, int] = {}
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=plan.num_samples,
+            initial=num_done,
+            desc=plan.settings.model,
+            unit="image",
+            dynamic_ncols=on_terminal,
+            mininterval=0.2 if on_terminal else 10.0,
+            file=sys.stderr,
+        )
+        self._show_shards()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def images(self, shard_id: int, num_images: int) -> None:
+        """Count images of a shard that is being made."""
+        self._of_shard[shard_id] = self._of_shard.get(shard_id, 0) + num_images
+        self._bar.update(num_images)
+
+    def shard_done(self, shard_id: int, num_images: int) -> None:
+        """Count a committed shard of `num_images`, whatever was heard of it before."""
+        self._bar.update(num_images - self._of_shard.pop(shard_id, 0))
+        self._shards_done += 1
+        self._show_shards()
+
+    def take_back(self, shard_id: int) -> None:
+        """Forget the images of a shard that has to be made again."""
+        self._bar.update(-self._of_shard.pop(shard_id, 0))
+
+    def _show_shards(self) -> None:
+        self._bar.set_postfix_str(f"{self._shards_done}/{self._num_shards} shards")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return `0-2, 5, 7-9` for increasing numbers; a long list ends in its count."""
+    parts: list[tuple[int, int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1] = (parts[-1][0], number)
+        else:
+            parts.append((number, number))
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
+    if len(texts) > _MAX_RANGES:
+        texts = [*texts[:_MAX_RANGES], f"and {len(texts) - _MAX_RANGES} more ranges"]
+    return ", ".join(texts)
+
+
+def _shards(count: int) -> str:
+    return "shard" if count == 1 else "shards"
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return `1.2 MB`: decimal units, as disks and clouds count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def compute_line(plan: JobPlan) -> str:
+    """GFLOP per image, guided, against full depth."""
+    compute = plan.settings.compute
+    total = compute.transformer_flops + compute.decoder_flops
+    full = compute.full_transformer_flops + compute.decoder_flops
+    return (
+        f"{_gflop(total)} GFLOP per image, full depth {_gflop(full)}: transformer"
+        f" {_gflop(compute.transformer_flops)} of {_gflop(compute.full_transformer_flops)},"
+        f" decoder {_gflop(compute.decoder_flops)};"
+        f" {compute.token_layers_ratio:.1%} of the token-layers"
+    )
+
+
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:.3g}"
+
+
+def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: str) -> str:
+    """What is committed, a line each: images, bytes, compute, time, where."""
+    images = sum(record.num_samples for record in records.values())
+    tar_bytes = sum(record.files.tar.size for record in records.values())
+    parquet_bytes = sum(record.files.parquet.size for record in records.values())
+    blank = sum(record.num_blank for record in records.values())
+    doubled = sum(record.num_duplicates for record in records.values())
+    odd = f", {blank:,} blank, {doubled:,} duplicates" if blank or doubled else ""
+    classes = len(plan.total_counts.class_ids)
+    shards = f"{len(records):,} of {plan.num_shards:,} shards"
+    lines = [
+        f"dataset   {images:,} images of {classes:,} classes in {shards}{odd}",
+        f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
+        f"compute   {compute_line(plan)}",
+        f"time      {time_line(records)}",
+        *(f"mixed     {line}" for line in mixture_lines(records.values())),
+        f"where     {where}",
+    ]
+    return "\n".join(lines)
+
+
+def mixture_lines(records: Iterable[CommitRecord]) -> list[str]:
+    """What differs between the shards' environments, a line each: every value with its shards."""
+    return [
+        f"{name}: {_with_shards(values)}" for name, values in mixed_environments(records).items()
+    ]
+
+
+def environment_changes(records: Iterable[CommitRecord], made_with: Mapping[str, str]) -> list[str]:
+    """Where this worker differs from what committed shards were made with, a line each."""
+    others: dict[str, dict[str, list[int]]] = {}
+    for record in records:
+        then = record.made_with
+        for name in sorted({*then, *made_with}):
+            value = then.get(name, "none")
+            if value != made_with.get(name, "none"):
+                others.setdefault(name, {}).setdefault(value, []).append(record.shard_id)
+    return [
+        f"{name}: {_with_shards(values)}, this run has {made_with.get(name, 'none')}"
+        for name, values in others.items()
+    ]
+
+
+def _with_shards(values: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(
+        f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(shards)})"
+        for value, shards in values.items()
+    )
+
+
+def time_line(records: Mapping[int, CommitRecord]) -> str:
+    """Milliseconds of one worker per image, by phase; encoding runs beside the others."""
+    batches = [batch for record in records.values() for batch in record.batches]
+    images = sum(batch.stop - batch.start for batch in batches)
+    if not images:
+        return "nothing made yet"
+
+    def per_image(seconds: float) -> str:
+        milliseconds = 1000 * seconds / images
+        return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+
+    return (
+        f"per image and worker: transformer {per_image(sum(b.sampling_s for b in batches))},"
+        f" decoder {per_image(sum(b.decoding_s for b in batches))},"
+        f" encoding {per_image(sum(b.encoding_s for b in batches))} beside them"
+    )
+
+
+def run_summary(num_images: int, making_s: float, loading_s: float, workers: Sequence[str]) -> str:
+    """What this run did: images per second while workers were ready, and the time to get there."""
+    devices = ", ".join(f"{count} x {device}" for device, count in Counter(workers).items())
+    rate = num_images / making_s if making_s > 0 else 0.0
+    return (
+        f"this run  {num_images:,} images in {making_s:.1f} s, {rate_text(rate)} images/s"
+        f" on {devices} (ready after {loading_s:.1f} s)"
+    )
+
+
+def memory_warning(job: ResolvedJob, config: GenerateConfig, room: int | None) -> str | None:
+    """What to change if a batch does not fit into the bytes a worker has; None where it fits.
+
+    `room` is None where nobody knows how much a worker has.
+    """
+    batch = min(config.batch_size, config.samples_per_shard)
+    streams, precision = job.sampling.streams, config.precision
+    need = memory_need(job.model, job.depth, batch_size=batch, streams=streams, precision=precision)
+    if room is None or need.peak <= room:
+        return None
+    fitting = largest_batch(
+        job.model, job.depth, room, at_most=batch, streams=streams, precision=precision
+    )
+    advice = f"--batch-size {fitting} fits" if fitting else "no batch size fits"
+    return (
+        f"at --batch-size {batch} a worker needs about {human_bytes(need.peak)} of memory and has"
+        f" {human_bytes(room)}: {advice}, fewer --workers on CPUs leave more for each; the batch"
+        " size is part of the plan, for the last bit of an image may depend on it: choose it before"
+        " the first shard"
+    )
+
+
+def missing_summary(
+    missing: Sequence[int],
+    set_aside: Sequence[int],
+    ledger: str,
+    *,
+    num_shards: int,
+    interrupted: bool,
+    unstored: Sequence[int] = (),
+    too_large_batch: int | None = None,
+) -> str:
+    """Which shards are not there, why, and how to go on.
+
+    `unstored` failed for want of a place to write: the next run tries them again unasked.
+    `too_large_batch` is the batch size if memory may have run out with it.
+    """
+    lines = [f"missing: {len(missing):,} {_shards(len(missing))}: {ranges(missing)}"]
+    if set_aside:
+        lines.append(f"set aside after repeated failures: {ranges(set_aside)}: see {ledger}")
+    if unstored:
+        lines.append(
+            f"could not be stored: {ranges(unstored)}: see {ledger}, and free or repair the output"
+            " and the scratch folder"
+        )
+    if too_large_batch is not None:
+        lines.append(
+            f"if memory ran out at --batch-size {too_large_batch}: fewer --workers leave more for"
+            " each; a smaller batch needs another --out, for the plan of this one keeps its batch"
+            " size, on which the last bit of an image may depend"
+            + (": delete what is here or choose another" if num_shards == len(missing) else "")
+        )
+    if interrupted:
+        done = f"{num_shards - len(missing):,} of {num_shards:,} shards"
+        lines.insert(0, f"stopped as asked, {done} are done: committed shards are safe")
+    if len(set_aside) < len(missing):
+        lines.append("run the same command again to make the rest")
+    if set_aside:
+        lines.append("add --retry-failed to try those again that were set aside")
+    return "\n".join(lines)
+
+
+def plan_report(
+    plan: JobPlan,
+    depth: DepthPlan,
+    sides: Sequence[int],
+    records: Mapping[int, CommitRecord],
+    *,
+    where: str,
+    workers: int | None,
+) -> str:
+    """The dry run: what would be made, what it costs, what is there already, and warnings."""
+    settings = plan.settings
+    done = sum(record.num_samples for record in records.values())
+    side, classes = settings.image_side, len(plan.total_counts.class_ids)
+    drawing = f"cfg {settings.cfg:g}, top-k {settings.top_k}, top-p {settings.top_p:g}"
+    images = f"{plan.num_samples:,} images of {classes:,} classes, {side}x{side}"
+    lines = [
+        f"model     {settings.model}, weights {settings.weights_sha256[:12]}, {settings.precision}",
+        f"policy    {settings.preset}, {drawing}, seed {settings.seed}",
+        f"dataset   {images} {settings.image_format}",
+        class_line(plan),
+        f"shards    {plan.num_shards:,} of {settings.samples_per_shard:,} images",
+        f"done      {done:,} images in {len(records):,} shards",
+        f"bytes     {_expected_bytes(plan, records)}",
+        f"compute   {compute_line(plan)}",
+        f"where     {where}",
+        f"identity  {plan.fingerprint}",
+        "",
+        depth_table(depth, sides),
+    ]
+    warnings = plan_warnings(plan, workers)
+    return "\n".join(lines + ([""] if warnings else []) + [f"warning: {w}" for w in warnings])
+
+
+def _expected_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> str:
+    """A forecast from the shards that are there; nothing is known before the first."""
+    done = sum(record.num_samples for record in records.values())
+    if not done:
+        return "not known before the first shard is committed"
+    tar_bytes = sum(record.files.tar.size for record in records.values())
+    return f"about {human_bytes(tar_bytes / done * plan.num_samples)} of images"
+
+
+def class_line(plan: JobPlan) -> str:
+    """Which class each id stands for and how many images it gets, in one line."""
+    counts = plan.total_counts.as_mapping()
+    names = plan.settings.class_names
+    equal = len(set(counts.values())) == 1
+    shown = [
+        f"{class_id} {_name(names[class_id])}" + ("" if equal else f" x {count:,}")
+        for class_id, count in counts.items()
+    ]
+    if len(shown) > _MAX_CLASSES:
+        half = _MAX_CLASSES // 2
+        shown = [*shown[:half], f"... {len(shown) - 2 * half:,} more ...", *shown[-half:]]
+    count = next(iter(counts.values()))
+    each = f"{count:,} {'image' if count == 1 else 'images'} each: " if equal else ""
+    return f"classes   {each}{', '.join(shown)}"
+
+
+def _name(name: str) -> str:
+    text = repr(name)
+    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 3]}..."
+
+
+def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:
+    """One row per scale: tokens, mean depth, and how many tokens how many blocks compute."""
+    rows = [("scale", "side", "tokens", "depth", "tokens x blocks")]
+    for index, (side, mean) in enumerate(zip(sides, depth.mean_depth_per_scale, strict=True)):
+        is_sampled = index < len(depth.scales)
+        widths = Counter(int(k) for k in depth.scales[index].prefix) if is_sampled else {}
+        work = ", ".join(f"{k} x {n}" for k, n in sorted(widths.items(), reverse=True))
+        work = work or "not sampled"
+        rows.append((str(index), str(side), str(side * side), f"{mean:.2f}", work))
+    widths_of = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths_of, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def plan_warnings(plan: JobPlan, workers: int | None) -> list[str]:
+    """What will work, but perhaps not as meant."""
+    settings = plan.settings
+    size, batch = settings.samples_per_shard, settings.batch_size
+    warnings = []
+    start, stop = plan.shard_range(plan.num_shards - 1)
+    if stop - start < size:
+        warnings.append(
+            f"the last shard holds {stop - start:,} images, the others {size:,}:"
+            " choose --samples-per-shard that divides the total for equal shards"
+        )
+    if size % batch and size > batch:
+        warnings.append(
+            f"--batch-size {batch} does not divide --samples-per-shard {size}: every shard ends"
+            f" with a batch of {size % batch}"
+        )
+    if batch > size:
+        warnings.append(
+            f"--batch-size {batch} is more than --samples-per-shard {size}: batches of {size}"
+        )
+    if workers is not None and plan.num_shards < workers:
+        warnings.append(
+            f"{plan.num_shards} {_shards(plan.num_shards)} for {workers} workers:"
+            f" {workers - plan.num_shards} of them stay idle; fewer --samples-per-shard make more"
+            " shards"
+        )
+    return warnings

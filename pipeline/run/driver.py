@@ -1,0 +1,278 @@
+"""The driver: hands shards to workers and answers for the result.
+
+Ray Core only: one actor per GPU, or per share of the cores. What is done is read from the output,
+never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+
+from depthvar.config import is_model_path
+from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipeline.dataset.loader import Dataset
+from pipeline.faults import reach
+from pipeline.request.config import GenerateConfig
+from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.plan import JobPlan, check_output, open_plan
+from pipeline.run.address import cluster_address
+from pipeline.run.cluster import (
+    autoscaler_limit,
+    cluster_machines,
+    found_cluster,
+    known_node_types,
+    ray_session,
+    this_machine,
+)
+from pipeline.run.console import (
+    ProgressBar,
+    class_line,
+    dataset_summary,
+    memory_warning,
+    missing_summary,
+    run_summary,
+    say,
+)
+from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, run_in_process, set_aside_earlier
+from pipeline.run.ray_crew import RayCrew
+from pipeline.run.schedule import (
+    ShardQueue,
+    num_slots,
+    require_fit,
+    require_slots,
+    worker_room,
+    worker_shape,
+)
+from pipeline.run.worker import WorkerSpec, require_device
+from pipeline.shards.claims import sweep_claims
+from pipeline.shards.manifest import LEDGER_NAME, CommitRecord, committed_shards, write_indexes
+from pipeline.shards.samples import ShardError
+from pipeline.storage import Storage
+
+_SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minute
+
+Make = Callable[[ShardRun], None]
+
+
+def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> int:
+    """Make every missing shard of a dataset; 0 if all planned shards are committed, else 1.
+
+    `sampler_factory` replaces the sampler (`module:function`, see `WorkerSpec`). Raises
+    `InputError` before anything is written for a request that cannot work.
+    """
+    job = resolve_job(config)
+    plan = job_plan(config, job)
+    storage = Storage.open(config.out)
+    stored = check_output(storage, plan, extend=config.extend)
+    plan = stored or plan
+    done = {} if stored is None else committed_shards(storage, plan)
+    if len(done) == plan.num_shards:
+        say(f"all {plan.num_shards:,} shards of {storage} are committed already")
+        return _conclude(config, storage, plan, None, interrupted=False)
+    given_up = frozenset[int]()
+    if stored is not None and not config.retry_failed:
+        given_up = set_aside_earlier(storage, plan)
+    missing = [i for i in range(plan.num_shards) if i not in done and i not in given_up]
+    if not missing:
+        return _conclude(config, storage, plan, None, interrupted=False, given_up=given_up)
+    queue = ShardQueue(missing, config.max_attempts)
+    spec = _worker_spec(config, storage, plan, sampler_factory)
+    with StopSignals() as stop:
+        with _crew(config, storage, spec, stop) as crew:
+            stop.install()
+            if warning := memory_warning(job, config, crew.room):
+                say(f"warning: {warning}")
+            plan = open_plan(storage, plan, extend=config.extend)
+            num_done = sum(record.num_samples for record in done.values())
+            say("\n".join([class_line(plan), *(f"note: {note}" for note in job.notes)]))
+            with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
+                run = ShardRun(storage, plan, queue, bar, done.values())
+                problem = _made(crew.make, run)
+        stopped = stop.is_set()
+        return _conclude(
+            config, storage, plan, run, problem, interrupted=stopped, given_up=given_up
+        )
+
+
+def _worker_spec(
+    config: GenerateConfig, storage: Storage, plan: JobPlan, sampler_factory: str | None
+) -> WorkerSpec:
+    """What the workers are told, with paths that do not depend on the current folder."""
+    weights = config.weights
+    if weights is None and is_model_path(config.model):
+        weights = config.model
+    if weights is not None and os.path.exists(weights):
+        weights = os.path.abspath(weights)
+    spec = WorkerSpec(
+        plan_json=plan.to_json(),
+        out=storage.root if storage.is_local else storage.uri,
+        weights=weights,
+        scratch=None if config.scratch is None else os.path.abspath(config.scratch),
+        device=config.device,
+        threads=config.threads_per_worker,
+    )
+    return spec if sampler_factory is None else replace(spec, sampler_factory=sampler_factory)
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """Who makes the shards, and the bytes that one worker may take, None if nobody knows."""
+
+    make: Make
+    room: int | None
+
+
+def _made(make: Make, run: ShardRun) -> str | None:
+    """Run to the end; the reason if the job had to be given up."""
+    try:
+        make(run)
+    except JobStopped as error:
+        return str(error)
+    finally:
+        run.finish()
+    return None
+
+
+def _conclude(
+    config: GenerateConfig,
+    storage: Storage,
+    plan: JobPlan,
+    run: ShardRun | None,
+    problem: str | None = None,
+    *,
+    interrupted: bool,
+    given_up: frozenset[int] = frozenset(),
+) -> int:
+    """Read what is committed, write the indexes and the contact sheet, and say how it went."""
+    set_aside = given_up | set(() if run is None else run.queue.set_aside)
+    done = committed_shards(storage, plan)
+    if problem is None and not interrupted:
+        done = _settled(storage, plan, done, set_aside)
+    is_complete = len(done) == plan.num_shards
+    if run is not None and run.num_images:
+        print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
+    print(dataset_summary(plan, done, str(storage)))
+    if is_complete:
+        reach("indexes-wanted")
+        write_indexes(storage, plan, done)
+        reach("indexes-written")
+        sweep_claims(storage, done)
+        is_new = run is not None or storage.size(CONTACT_SHEET_NAME) is None
+        if config.contact_sheet and is_new:
+            try:
+                write_contact_sheet(Dataset(storage, plan, done), config.contact_sheet)
+            except ShardError as error:
+                say(f"error: {error}")
+                return 1
+        if config.contact_sheet:
+            print(f"pictures  {storage}/{CONTACT_SHEET_NAME}")
+        return 0
+    if problem is not None:
+        say(f"error: {problem}")
+    missing = [shard_id for shard_id in range(plan.num_shards) if shard_id not in done]
+    unstored = set() if run is None else run.unstored
+    is_memory_short = run is not None and run.memory_may_be_short
+    text = missing_summary(
+        missing,
+        sorted((set_aside - unstored).intersection(missing)),
+        LEDGER_NAME,
+        num_shards=plan.num_shards,
+        interrupted=interrupted,
+        unstored=sorted(unstored.intersection(missing)),
+        too_large_batch=plan.settings.batch_size if is_memory_short else None,
+    )
+    say(text)
+    return 1
+
+
+def _settled(
+    storage: Storage, plan: JobPlan, done: dict[int, CommitRecord], set_aside: Collection[int]
+) -> dict[int, CommitRecord]:
+    """What is committed once another job has published the shards that it writes over.
+
+    All shards but those set aside were committed when this run ended. One that is not any more is
+    being made again, by a job in another environment: it is waited for, within bounds.
+    """
+    wanted = set(range(plan.num_shards)) - set(set_aside)
+    deadline_s = time.monotonic() + _SETTLING_S
+    while wanted - done.keys() and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+        done = committed_shards(storage, plan)
+    return done
+
+
+@contextlib.contextmanager
+def _crew(
+    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
+) -> Iterator[_Crew]:
+    """Give those who make the shards; what cannot work is found out before they are given.
+
+    A cluster is joined at once, Ray on this machine starts with the work. Raises `InputError` for
+    more workers than this machine has room for, and for a cluster that cannot be joined.
+    """
+    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
+    if config.workers == 0:
+        machine = this_machine(with_gpus=config.device != "cpu")
+        shape = worker_shape([machine], device=config.device, threads_per_worker=1)
+        require_slots(None, num_slots([machine], shape), shape)
+        require_device(config.device)
+        yield _Crew(
+            lambda run: run_in_process(spec, run, stop.is_set), worker_room([machine], shape, 1)
+        )
+    elif address is not None:
+        found = found_cluster(address)
+        with ray_session({"address": found.text}):
+            yield _cluster_crew(config, storage, spec, stop)
+    else:
+        yield _local_crew(config, spec, stop)
+
+
+def _local_crew(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> _Crew:
+    """Check that the workers fit on this machine, then make shards with Ray started here."""
+    machine = this_machine(with_gpus=config.device != "cpu")
+    shape = worker_shape([machine], device=config.device, threads_per_worker=spec.threads)
+    slots = num_slots([machine], shape)
+    require_slots(config.workers, slots, shape)
+    require_device(config.device)
+
+    def make(run: ShardRun) -> None:
+        with ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
+            stop.install()
+            RayCrew(spec, shape, lambda: config.workers or slots, stop.is_set).make(run)
+
+    return _Crew(make, worker_room([machine], shape, config.workers))
+
+
+def _cluster_crew(
+    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
+) -> _Crew:
+    """Workers on a cluster, whose nodes may come and go while the job runs."""
+    machines, node_types = cluster_machines(), known_node_types()
+    shape = worker_shape(
+        [*machines, *(node_types or ())],
+        device=config.device,
+        threads_per_worker=spec.threads,
+    )
+    if node_types is not None:
+        require_fit(machines, node_types, shape)
+    limit = autoscaler_limit()
+    room = num_slots(machines, shape)
+    if config.workers is not None and config.workers > room:
+        say(
+            f"warning: --workers is {config.workers}, the cluster has room for {room} now:"
+            " the others start when nodes join"
+        )
+    if storage.is_local and len(machines) > 1:
+        say(f"warning: {storage} must be one shared folder on all {len(machines)} nodes")
+
+    def target() -> int:
+        return config.workers or max(
+            num_slots(cluster_machines(), shape), num_slots([limit], shape), 1
+        )
+
+    make = RayCrew(spec, shape, target, stop.is_set, is_shared=True).make
+    return _Crew(make, worker_room(machines, shape, config.workers))

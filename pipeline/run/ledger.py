@@ -1,0 +1,320 @@
+"""One run over the missing shards: its bookkeeping, its signals, and running it in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from types import FrameType, TracebackType
+from typing import Any
+
+from depthvar.errors import InputError, advice
+from pipeline.request.plan import JobPlan
+from pipeline.run.console import ProgressBar, environment_changes, say
+from pipeline.run.schedule import Assignment, ShardQueue
+from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, WorkerSpec
+from pipeline.shards.manifest import (
+    LEDGER_NAME,
+    OLD_LEDGER_NAME,
+    CommitRecord,
+    read_commit,
+    shard_name,
+)
+from pipeline.storage import Storage
+
+_SET_ASIDE = f"set aside, see {LEDGER_NAME}"
+_STORAGE = "storage"
+_MAX_STORAGE_FAILURES = 5  # in a row, without a shard committed in between
+
+
+class JobStopped(Exception):  # noqa: N818 - names what happened to the job
+    """The job cannot go on; the message is the real error."""
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP ask for an orderly stop; a second one ends the process at once.
+
+    They are taken from `install` on, until the end of the context.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
+            if self._before[signal.SIGHUP] == signal.SIG_IGN:  # as `nohup` wants it
+                del self._before[signal.SIGHUP]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals; call it again after something else (`ray.init`) took them.
+
+        Only the main thread can: elsewhere nothing happens and the signals keep their meaning.
+        """
+        for number in self._before:
+            signal.signal(number, self._on_signal)
+
+    def is_set(self) -> bool:
+        """Whether the job was asked to stop."""
+        return self._asked.is_set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            os._exit(128 + number)
+        self._asked.set()
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: shards being made are dropped, once more to end at once\n")
+
+
+class ShardRun:
+    """Bookkeeping of one run: what is heard of a shard goes to the queue, the bar and the ledger.
+
+    The ledger is `commits/failures.jsonl`, one line per charged failure with its traceback, and one
+    per charge that was taken back.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        plan: JobPlan,
+        queue: ShardQueue,
+        bar: ProgressBar,
+        earlier: Iterable[CommitRecord] = (),
+    ) -> None:
+        """`earlier` are the records of the shards that this run finds committed."""
+        self.queue = queue
+        self.memory_may_be_short = False
+        self.unstored: set[int] = set()
+        self.num_images = 0
+        self.started_s = time.monotonic()
+        self.ready_s: float | None = None
+        self.finished_s: float | None = None
+        self.workers: list[str] = []
+        self._storage_failures = 0
+        self._earlier = tuple(earlier)
+        self._said: set[str] = set()
+        self._storage = storage
+        self._plan = plan
+        self._bar = bar
+
+    def worker_ready(self, info: WorkerInfo) -> None:
+        """A worker has loaded its model; says so if earlier shards were made with other things."""
+        self.workers.append(info.device)
+        for line in environment_changes(self._earlier, info.made_with):
+            if line not in self._said:
+                say(f"warning: {line}: the same bytes are only promised for the same environment")
+            self._said.add(line)
+        if self.ready_s is None:
+            self.ready_s = time.monotonic()
+
+    @property
+    def loading_s(self) -> float:
+        """Seconds until the first worker was ready."""
+        return (self.ready_s or time.monotonic()) - self.started_s
+
+    def finish(self) -> None:
+        """Stop the clock."""
+        self.finished_s = time.monotonic()
+
+    @property
+    def making_s(self) -> float:
+        """Seconds from the first ready worker to the end of the run."""
+        end_s = self.finished_s or time.monotonic()
+        return end_s - (self.ready_s or end_s)
+
+    def heard(self, event: Progress | ShardDone) -> None:
+        """Take in what a worker yields."""
+        if isinstance(event, Progress):
+            self._bar.images(event.shard_id, event.num_images)
+        else:
+            self._done(event.shard_id)
+
+    def failed(
+        self,
+        assignment: Assignment,
+        error: str,
+        trace: str,
+        worker: str,
+        *,
+        storage_error: OSError | None = None,
+    ) -> bool:
+        """Charge a shard with a failure, unless it was committed all the same; True if charged.
+
+        `storage_error`: a file could not be read or written, which is no fault of the shard; a
+        later run tries it again without being told. Raises `JobStopped` when nothing else happens.
+        """
+        shard_id = assignment.shard_id
+        if self._is_committed(shard_id):
+            say(f"shard {shard_name(shard_id)} was committed before {worker} failed: {error}")
+            self._done(shard_id)
+            return False
+        is_storage = storage_error is not None
+        set_aside = self.queue.failed(shard_id)
+        self._bar.take_back(shard_id)
+        self.memory_may_be_short |= _is_out_of_memory(error)
+        if set_aside and is_storage:
+            self.unstored.add(shard_id)
+        self._write_ledger(
+            shard_id,
+            attempt=assignment.attempt,
+            set_aside=set_aside,
+            cause=_STORAGE if is_storage else "shard",
+            error=error,
+            traceback=trace,
+            worker=worker,
+        )
+        what = "will be tried again"
+        if set_aside:
+            what = f"left for the next run, see {LEDGER_NAME}" if is_storage else _SET_ASIDE
+        say(f"shard {shard_name(shard_id)} failed on {worker}, {what}: {error}")
+        self._storage_failures = self._storage_failures + 1 if is_storage else 0
+        if storage_error is not None and self._storage_failures >= _MAX_STORAGE_FAILURES:
+            raise JobStopped(
+                f"{self._storage_failures} shards in a row could not be stored, the last with"
+                f" {error}: {advice(storage_error)}"
+            )
+        return True
+
+    def lost(self, assignment: Assignment, reason: str) -> None:
+        """Put a shard back, free of charge: its worker went away or was asked to stop."""
+        if self._is_committed(assignment.shard_id):
+            self._done(assignment.shard_id)
+            return
+        self.queue.lost(assignment.shard_id)
+        self._bar.take_back(assignment.shard_id)
+        if reason:
+            say(f"shard {shard_name(assignment.shard_id)} goes to another worker: {reason}")
+
+    def refund(self, shard_id: int, reason: str) -> None:
+        """Take back the charge for a failure that was none of the shard's."""
+        self.queue.refund(shard_id)
+        self.unstored.discard(shard_id)
+        self._write_ledger(shard_id, set_aside=False, cause="node", error=reason)
+        say(f"shard {shard_name(shard_id)} gets its attempt back: {reason}")
+
+    def _done(self, shard_id: int) -> None:
+        start, stop = self._plan.shard_range(shard_id)
+        self.queue.done(shard_id)
+        self._storage_failures = 0
+        self.num_images += stop - start
+        self._bar.shard_done(shard_id, stop - start)
+
+    def _is_committed(self, shard_id: int) -> bool:
+        try:
+            return read_commit(self._storage, self._plan, shard_id) is not None
+        except OSError:
+            return False
+
+    def _write_ledger(self, shard_id: int, **what: object) -> None:
+        entry = {
+            "shard_id": shard_id,
+            "fingerprint": self._plan.shard_fingerprint(shard_id),
+            "failures": self.queue.failures(shard_id),
+            **what,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            earlier = _read_or_nothing(self._storage, LEDGER_NAME)
+            line = json.dumps(entry).encode() + b"\n"
+            self._storage.publish_bytes(earlier + line, LEDGER_NAME)
+        except OSError as error:
+            say(f"warning: {LEDGER_NAME} cannot be written: {error}")
+
+
+def _is_out_of_memory(error: str) -> bool:
+    """Whether a failure's one line says that memory ran out, or that it may have."""
+    words = ("memoryerror", "out of memory", "can't allocate memory", "alloc_failed")
+    return any(word in error.lower() for word in words)
+
+
+def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
+    """The shards that an earlier run of this plan gave up, by the ledger's last word on each.
+
+    Lines that are no entry of this plan say nothing. Errors: `OSError`.
+    """
+    ledgers = [_read_or_nothing(storage, name) for name in (OLD_LEDGER_NAME, LEDGER_NAME)]
+    lines = [line for ledger in ledgers for line in ledger.splitlines()]
+    last: dict[int, bool] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            shard_id, fingerprint = entry["shard_id"], entry["fingerprint"]
+            is_given_up = entry["set_aside"] is True and entry["cause"] != _STORAGE
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        is_ours = isinstance(shard_id, int) and 0 <= shard_id < plan.num_shards
+        if is_ours and fingerprint == plan.shard_fingerprint(shard_id):
+            last[shard_id] = is_given_up
+    return frozenset(shard_id for shard_id, is_given_up in last.items() if is_given_up)
+
+
+def _read_or_nothing(storage: Storage, name: str) -> bytes:
+    try:
+        return storage.read(name)
+    except FileNotFoundError:
+        return b""
+
+
+def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bool]) -> None:
+    """Make shards one after another in this process, without Ray.
+
+    Raises `InputError` or `JobStopped` if the model cannot be loaded.
+    """
+    try:
+        worker = Worker(spec)
+    except InputError:
+        raise
+    except OSError as error:
+        raise JobStopped(f"no worker can start: {one_line(error)}: {advice(error)}") from error
+    except Exception as error:
+        raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
+    run.worker_ready(worker.info)
+    try:
+        while not should_stop() and (assignment := run.queue.take()) is not None:
+            _run_one(worker, assignment, run, should_stop)
+    finally:
+        worker.close()
+
+
+def _run_one(
+    worker: Worker, assignment: Assignment, run: ShardRun, should_stop: Callable[[], bool]
+) -> None:
+    shard_id, attempt = assignment.shard_id, assignment.attempt
+    try:
+        for event in worker.run_shard(shard_id, attempt, should_stop=should_stop):
+            run.heard(event)
+    except ShardStopped:
+        run.lost(assignment, "")
+    except Exception as error:
+        run.failed(
+            assignment,
+            one_line(error),
+            traceback.format_exc(),
+            worker.info.name,
+            storage_error=error if isinstance(error, OSError) else None,
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Return `ValueError: what happened`: the first line of an error with its type."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

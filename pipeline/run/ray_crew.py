@@ -1,0 +1,267 @@
+"""The workers as Ray actors: hired, given shards, listened to, replaced.
+
+Ray retries nothing: failures are counted here, each is followed by a fresh actor, and the loss of a
+node (free) is told from a failure (charged).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import exceptions as ray_errors
+
+from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, is_placed
+from pipeline.run.console import say
+from pipeline.run.ledger import JobStopped, ShardRun
+from pipeline.run.schedule import Assignment, WorkerShape, num_slots
+from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec
+from pipeline.run.worker_failures import cause_of, plain, reason_of, storage_error_of
+
+_WAIT_S = 0.5  # longest wait for a worker's word: how fast a signal is noticed
+_NODE_POLL_S = 1.0
+_NODE_GRACE_S = 60.0  # Ray may take this long to find out that a worker died with its node
+_PATIENCE_S = 4.0  # without any worker, before the user is told what the job waits for
+_LOADING_S = 30.0  # the same where a worker is there and loads its model
+_REMIND_S = 60.0
+_STOP_GRACE_S = 8.0  # a worker leaves its shard between two micro-batches
+_CLOSE_GRACE_S = 2.0
+_MAX_LOAD_FAILURES = 2
+
+
+class RayWorker(Worker):
+    """The worker as a Ray actor: it knows its node, and stops when its task is cancelled."""
+
+    def introduce(self) -> tuple[WorkerInfo, str]:
+        """Return who this is and the id of its node; answered once the model is loaded."""
+        return self.info, ray.get_runtime_context().get_node_id()
+
+    def make(self, shard_id: int, attempt: int) -> Iterator[Progress | ShardDone]:
+        """Stream one shard's progress."""
+        context = ray.get_runtime_context()
+        yield from self.run_shard(shard_id, attempt, should_stop=context.is_canceled)
+
+
+@dataclass
+class _Hired:
+    """One live actor: loading until it has introduced itself, then idle or making a shard."""
+
+    actor: Any
+    introduction: Any
+    info: WorkerInfo | None = None
+    node_id: str = ""
+    stream: Any = None
+    assignment: Assignment | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Ready for a shard."""
+        return self.info is not None and self.stream is None
+
+    @property
+    def name(self) -> str:
+        """`host:pid` once it is known."""
+        return "a worker that was loading" if self.info is None else self.info.name
+
+
+@dataclass(frozen=True)
+class _Charge:
+    """A charge for a worker's death, refunded if its node turns out to have died."""
+
+    shard_id: int
+    node_id: str
+    until_s: float
+
+
+@dataclass
+class RayCrew:
+    """Keeps `target()` workers of one shape at work on a run's queue until nothing is open.
+
+    Workers that wait for resources do not hold up the others. `target` is asked again as nodes
+    come and go. `is_shared`: other jobs may take what this one waits for, and nodes may join.
+    """
+
+    spec: WorkerSpec
+    shape: WorkerShape
+    target: Callable[[], int]
+    should_stop: Callable[[], bool]
+    is_shared: bool = False
+    _hired: list[_Hired] = field(default_factory=list)
+    _charges: list[_Charge] = field(default_factory=list)
+    _draining: frozenset[str] = frozenset()
+    _wanted: int = 0
+    _load_failures: int = 0
+    _next_poll_s: float = 0.0
+
+    def make(self, run: ShardRun) -> None:
+        """Work until the queue is finished or the job is asked to stop.
+
+        Raises `JobStopped` if the model cannot be loaded.
+        """
+        patience_s, waiting_since_s = _PATIENCE_S, time.monotonic()
+        try:
+            while not run.queue.finished and not self.should_stop():
+                self._look_at_nodes(run)
+                self._staff(run)
+                self._listen(run, _WAIT_S)
+                waited_s = time.monotonic() - waiting_since_s
+                if any(worker.info for worker in self._hired):
+                    patience_s, waiting_since_s = _PATIENCE_S, time.monotonic()
+                elif waited_s > patience_s and (reason := self._reason_to_wait(waited_s)):
+                    say(reason)
+                    patience_s = waited_s + _REMIND_S
+        finally:
+            self._dismiss_all(run)
+
+    def _reason_to_wait(self, waited_s: float) -> str | None:
+        """Why there is no worker yet; None if that takes no longer than it may."""
+        machines = cluster_machines()
+        if self.is_shared and not num_slots(machines, self.shape):
+            return f"waiting for a node with {self.shape.each} to join: no node has it now"
+        if self.is_shared and not any(is_placed(worker.actor) for worker in self._hired):
+            noun, total = self.shape.noun, sum(self.shape.of(machine) for machine in machines)
+            free = ray.available_resources().get(noun, 0)  # type: ignore[no-untyped-call]
+            return (
+                f"waiting for a worker to start: it takes {self.shape.each}, {free:g} of {total:g}"
+                f" {noun}s in the cluster are free now"
+            )
+        return "waiting for a worker to load the model" if waited_s > _LOADING_S else None
+
+    def _look_at_nodes(self, run: ShardRun) -> None:
+        """Refresh the number of workers wanted, the draining nodes, and refunds."""
+        now_s = time.monotonic()
+        if now_s < self._next_poll_s:
+            return
+        self._next_poll_s = now_s + _NODE_POLL_S
+        self._wanted = self.target()
+        self._draining = draining_nodes()
+        if self._charges:
+            alive = alive_nodes()
+            for charge in self._charges:
+                if charge.node_id not in alive:
+                    run.refund(charge.shard_id, "its worker had died with its node")
+            self._charges = [c for c in self._charges if c.node_id in alive and c.until_s > now_s]
+
+    def _staff(self, run: ShardRun) -> None:
+        """Dismiss idle workers of draining nodes, hire up to the wanted number, hand out shards."""
+        for worker in [w for w in self._hired if w.is_idle and w.node_id in self._draining]:
+            self._dismiss(worker)
+        for _ in range(min(self._wanted, run.queue.num_open) - len(self._hired)):
+            self._hired.append(self._hire())
+        for worker in [w for w in self._hired if w.is_idle]:
+            assignment = run.queue.take()
+            if assignment is None:
+                break
+            worker.assignment = assignment
+            worker.stream = worker.actor.make.remote(assignment.shard_id, assignment.attempt)
+
+    def _hire(self) -> _Hired:
+        options = {"num_cpus": self.shape.num_cpus, "num_gpus": self.shape.num_gpus}
+        actor_class: Any = ray.remote(RayWorker)
+        retries = {"max_restarts": 0, "max_task_retries": 0}
+        actor = actor_class.options(**options, **retries).remote(self.spec)
+        return _Hired(actor, actor.introduce.remote())
+
+    def _listen(self, run: ShardRun, timeout_s: float) -> None:
+        """Take in whatever workers say within the time."""
+        sources = {w.stream or w.introduction: w for w in self._hired if w.stream or not w.info}
+        if not sources:
+            return
+        ready, _ = ray.wait(list(sources), num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(list(sources), num_returns=len(sources), timeout=0)
+        for source in ready:
+            self._hear(sources[source], run)
+
+    def _hear(self, worker: _Hired, run: ShardRun) -> None:
+        """Take in one thing a worker says: its introduction, progress, a result, or its end."""
+        try:
+            if worker.stream is None:
+                worker.info, worker.node_id = ray.get(worker.introduction)
+                self._welcome(worker.info, run)
+                return
+            event = ray.get(next(worker.stream))
+        except StopIteration:
+            raise AssertionError("a worker ended its stream without a result") from None
+        except ray_errors.RayError as error:
+            self._dismiss(worker)
+            if worker.assignment is None:
+                self._failed_to_load(worker, error)
+            else:
+                self._lost_or_failed(worker, worker.assignment, error, run)
+            return
+        run.heard(event)
+        if isinstance(event, ShardDone):
+            worker.stream = worker.assignment = None
+
+    def _welcome(self, info: WorkerInfo, run: ShardRun) -> None:
+        self._load_failures = 0
+        run.worker_ready(info)
+        if self.shape.num_gpus and info.device == "cpu":
+            say(f"warning: {info.name} holds a GPU that torch cannot use: it runs on its CPU")
+
+    def _failed_to_load(self, worker: _Hired, error: ray_errors.RayError) -> None:
+        if cause_of(error) == "node":
+            return
+        self._load_failures += 1
+        if self._load_failures >= _MAX_LOAD_FAILURES:
+            raise JobStopped(
+                f"the model could not be loaded by {self._load_failures} workers in a row:"
+                f" {reason_of(error)}"
+            ) from error
+
+    def _lost_or_failed(
+        self, worker: _Hired, assignment: Assignment, error: ray_errors.RayError, run: ShardRun
+    ) -> None:
+        cause = cause_of(error)
+        if cause == "node" or (cause == "worker" and worker.node_id not in alive_nodes()):
+            run.lost(assignment, f"{worker.name} is gone with its node")
+            return
+        is_charged = run.failed(
+            assignment,
+            reason_of(error),
+            plain(error),
+            worker.name,
+            storage_error=storage_error_of(error),
+        )
+        if is_charged and cause == "worker":
+            until_s = time.monotonic() + _NODE_GRACE_S
+            self._charges.append(_Charge(assignment.shard_id, worker.node_id, until_s))
+
+    def _dismiss(self, worker: _Hired) -> None:
+        """Let go of an actor for good; a failed process is never used again."""
+        self._hired.remove(worker)
+        with contextlib.suppress(ray_errors.RayError):
+            ray.kill(worker.actor, no_restart=True)
+
+    def _dismiss_all(self, run: ShardRun) -> None:
+        """End all workers: first ask those at work to leave their shard, then insist."""
+        deadline_s = time.monotonic() + _STOP_GRACE_S
+        for worker in self._hired:
+            if worker.stream is not None:
+                ray.cancel(worker.stream)
+        while time.monotonic() < deadline_s and any(w.stream for w in self._hired):
+            self._await_end(run)
+        closing = [w.actor.close.remote() for w in self._hired if w.is_idle]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_GRACE_S)
+        for worker in list(self._hired):
+            self._dismiss(worker)
+
+    def _await_end(self, run: ShardRun) -> None:
+        """Hear cancelled workers out: a shard that was being published may still be committed."""
+        streams: dict[Any, _Hired] = {w.stream: w for w in self._hired if w.stream}
+        ready, _ = ray.wait(list(streams), num_returns=1, timeout=_WAIT_S)
+        for worker in [streams[stream] for stream in ready]:
+            try:
+                event = ray.get(next(worker.stream))
+            except (StopIteration, ray_errors.RayError):
+                worker.stream = None
+                continue
+            run.heard(event)
+            if isinstance(event, ShardDone):
+                worker.stream = worker.assignment = None

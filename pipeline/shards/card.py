@@ -1,0 +1,156 @@
+"""The dataset card: what the dataset is, for people and for the Hugging Face hub."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from string import Template
+
+from depthvar.policy import PRESETS, make_policy
+from pipeline.request.plan import JobPlan
+from pipeline.shards.schema import markdown_table
+
+_MAX_CLASS_ROWS = 20
+_MAX_CLASSES_NAMED = 1000
+# Literal patterns: the hub and `datasets` read the front matter, so nothing is filled in there.
+_CARD = Template("""\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train/*.tar
+task_categories:
+- image-classification
+tags:
+- synthetic
+- webdataset
+---
+# $title
+
+$num_samples labelled images, sampled by a visual autoregressive model. No photograph is in it.
+
+| | |
+|---|---|
+$facts
+
+## Loading
+
+```python
+import webdataset as wds
+
+shards = "train/{00000..$last_shard}.tar"
+dataset = wds.WebDataset(shards, shardshuffle=False).decode("pil")
+for image, label, metadata in dataset.to_tuple("$format", "cls", "json"):
+    ...
+```
+
+One row per sample, with labels, pixel hashes and the compute it took:
+`pandas.read_parquet("meta")`, and so with polars, DuckDB and pyarrow.
+
+## Columns
+
+A sample has three members: `.$format`, `.cls` (the class id in ASCII) and `.json` (the columns
+marked so). Samples and rows join on the key.
+
+$columns
+
+## Classes
+
+$classes
+""")
+
+
+def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: int) -> str:
+    """The README.md of a dataset with `num_shards` shards done: Markdown with YAML front matter."""
+    settings = plan.settings
+    return _CARD.substitute(
+        title=f"{_cell(settings.model)}: {settings.policy['preset']}",
+        num_samples=f"{num_samples:,}",
+        facts="\n".join(
+            f"| {name} | {_cell(value)} |"
+            for name, value in _facts(plan, num_shards, num_samples, tar_bytes)
+        ),
+        last_shard=f"{max(num_shards - 1, 0):05d}",
+        format=settings.image_format,
+        columns=markdown_table(),
+        classes=_classes(plan),
+    )
+
+
+def _facts(
+    plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: int
+) -> list[tuple[str, str]]:
+    settings, compute = plan.settings, plan.settings.compute
+    flops = compute.transformer_flops + compute.decoder_flops
+    mode = "grey" if settings.image_channels == 1 else "RGB"
+    sampling = (
+        f"guidance {settings.cfg}, top-k {settings.top_k}, top-p {settings.top_p}, "
+        f"{settings.precision}, seed {settings.seed}"
+    )
+    is_partial = num_samples < plan.num_samples
+    return [
+        ("model", f"{settings.model}, weights SHA-256 {settings.weights_sha256}"),
+        (
+            "samples",
+            f"{num_samples:,}" + (f" of {plan.num_samples:,} planned" if is_partial else ""),
+        ),
+        ("classes", f"{len(plan.total_counts.class_ids):,}"),
+        ("shards", f"{num_shards:,} ({tar_bytes / 1e6:,.1f} MB)"),
+        (
+            "images",
+            f"{settings.image_side} x {settings.image_side} {mode} {settings.image_format}",
+        ),
+        ("depth policy", _policy(settings.policy)),
+        (
+            "mean depth of the scales",
+            f"{', '.join(f'{depth:.3g}' for depth in compute.depth_per_scale)} blocks",
+        ),
+        (
+            "token-layers",
+            f"{compute.token_layers:,}: {compute.token_layers_ratio:.3f} of full depth",
+        ),
+        ("compute per image", f"{flops / 1e9:,.3f} GFLOP: {compute.flops_ratio:.3f} of full depth"),
+        ("sampling", sampling),
+        ("plan fingerprint", plan.fingerprint),
+    ]
+
+
+def _policy(policy: Mapping[str, object]) -> str:
+    """The preset, its reference scale, and the fields that are not as the preset has them."""
+    preset, last_full = str(policy["preset"]), policy["reference_scale"]
+    usual = asdict(make_policy(preset)) if preset in PRESETS else {}
+    words = [preset]
+    if last_full is not None:
+        words.append(f"reference scale {last_full} (the last at full depth, counted from 0)")
+    words += [
+        f"{name} {value}"
+        for name, value in policy.items()
+        if name not in ("preset", "reference_scale") and usual.get(name) != value
+    ]
+    return ", ".join(words)
+
+
+def _classes(plan: JobPlan) -> str:
+    """A table of few classes; of many a folded list, and only the first of very many."""
+    names, counts = plan.settings.class_names, plan.total_counts.as_mapping()
+    if len(counts) <= _MAX_CLASS_ROWS:
+        rows = [f"| {i} | {_cell(names[i])} | {count:,} |" for i, count in counts.items()]
+        return "\n".join(["| label | name | planned samples |", "|---|---|---|", *rows])
+    fewest, most = min(counts.values()), max(counts.values())
+    each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    shown = [f"{i} {_cell(names[i])}" for i in list(counts)[:_MAX_CLASSES_NAMED]]
+    if len(counts) > len(shown):
+        shown.append(f"{len(counts) - len(shown):,} more in `plan.json`")
+    return (
+        f"<details>\n<summary>{len(counts):,} classes, {each} planned samples each: label and name"
+        f"</summary>\n\n{' · '.join(shown)}\n\n</details>"
+    )
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside its table cell and means nothing to Markdown or HTML."""
+    flat = " ".join(html.escape(text, quote=False).split())
+    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", flat)

@@ -1,0 +1,134 @@
+"""Costs by arithmetic against published figures and against operations counted as they run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from depthvar.config import ModelConfig, model_config
+from depthvar.cost import Cost, decoder_flops, image_cost, transformer_flops
+from depthvar.plan import DepthPlan
+from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.sampling import Sampler
+from tests.tiny_models import (
+    GUIDED,
+    SHAPES,
+    UNGUIDED,
+    covering_policies,
+    label_of,
+    tiny_model,
+)
+
+POLICIES = covering_policies()
+
+
+def full_cost(config: ModelConfig) -> Cost:
+    return image_cost(config, DepthPlan.build(config.sides, config.num_blocks, DepthPolicy()))
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "decoder", "share"),
+    [
+        ("var-d16", 597, 394, 40),
+        ("var-d20", 1143, 394, 26),
+        ("var-d24", 1950, 394, 17),
+        ("var-d30", 3763, 394, 9),
+        ("var-d36-512", 22802, 1583, 6),
+    ],
+)
+def test_full_depth_costs_what_was_worked_out_by_hand(name, transformer, decoder, share):
+    """GFLOP per image with guidance, and the decoder's share of them in percent."""
+    cost = full_cost(model_config(name))
+    assert cost.transformer_flops / 1e9 == pytest.approx(transformer, rel=0.001)
+    assert cost.decoder_flops / 1e9 == pytest.approx(decoder, abs=0.5)
+    assert cost.total_flops == cost.transformer_flops + cost.decoder_flops
+    assert round(100 * cost.decoder_flops / cost.total_flops) == share
+
+
+@pytest.mark.parametrize(
+    ("name", "reference_scale", "bound"),
+    [
+        ("var-d16", 5, 1.65),
+        ("var-d20", 5, 1.95),
+        ("var-d24", 5, 2.19),
+        ("var-d30", 5, 2.45),
+        ("var-d36-512", 6, 2.45),
+    ],
+)
+def test_the_whole_image_gains_what_the_decoder_leaves(name, reference_scale, bound):
+    config = model_config(name)
+    policy = DepthPolicy(reference_scale=reference_scale)
+    plan = DepthPlan.build(config.sides, config.num_blocks, policy)
+    spent = sum(scale.scores.sum() for scale in plan.scales) / config.transformer.num_tokens
+    full = full_cost(config)
+    gain = full.total_flops / (full.transformer_flops * spent + full.decoder_flops)
+    assert gain == pytest.approx(bound, abs=0.006)
+
+
+def counted_while_sampling(shape: int, policy: DepthPolicy, *, guided: bool) -> tuple[int, Cost]:
+    """Operations of one image's tokens, less the convolutions of the feature map, and the cost."""
+    model = tiny_model(shape)
+    sampler = Sampler(model, policy, GUIDED if guided else UNGUIDED)
+    tokenizer = model.config.tokenizer
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sampler.tokens([1], seed=0, indices=[0])
+    phi = 2 * tokenizer.code_channels**2 * 9 * tokenizer.latent_side**2
+    return counter.get_total_flops() - len(sampler.plan.scales) * phi, sampler.cost
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_full_depth_runs_exactly_the_operations_of_the_cost(shape, guided):
+    counted, cost = counted_while_sampling(shape, make_policy("full"), guided=guided)
+    assert counted == cost.transformer_flops
+
+
+@pytest.mark.parametrize("number", range(len(POLICIES)), ids=[label_of(p) for p in POLICIES])
+def test_adaptive_depth_runs_exactly_the_operations_of_the_cost(number):
+    counted, cost = counted_while_sampling(number % len(SHAPES), POLICIES[number], guided=True)
+    assert counted == cost.transformer_flops
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_exactly_the_operations_of_its_cost(preset):
+    policy = make_policy(preset)
+    if policy.reference_scale is not None:
+        policy = replace(policy, reference_scale=1)
+    counted, cost = counted_while_sampling(1, policy, guided=True)
+    assert counted == cost.transformer_flops
+    if preset != "full":
+        assert counted < counted_while_sampling(1, make_policy("full"), guided=True)[0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decoding_runs_exactly_the_operations_of_the_cost(channels):
+    model = tiny_model(0, image_channels=channels)
+    sampler = Sampler(model, make_policy("full"), GUIDED)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sampler.decode(torch.zeros(1, 6, 5, 5, dtype=torch.float64))
+    assert counter.get_total_flops() == sampler.cost.decoder_flops
+
+
+def test_the_published_decoder_runs_exactly_the_operations_of_its_cost():
+    from depthvar.var.tokenizer import Tokenizer
+
+    config = model_config("var-d16").tokenizer
+    with torch.device("meta"):
+        model = Tokenizer(config)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.decode(torch.zeros(1, 32, 16, 16))
+    assert counter.get_total_flops() == decoder_flops(config)
+
+
+def test_one_stream_costs_half_of_two_but_for_the_expected_codes():
+    config = tiny_model(0).config
+    plan = DepthPlan.build(
+        config.sides, 5, make_policy("uniform", reference_scale=1, blending="mean")
+    )
+    one, two = (transformer_flops(config, plan, streams) for streams in (1, 2))
+    expected_codes = 2 * (9 + 25) * 29 * 6
+    assert 2 * one - two == expected_codes

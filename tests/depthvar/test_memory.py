@@ -1,0 +1,138 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthvar.config import (
+    MODELS,
+    ModelConfig,
+    SamplingSettings,
+    TokenizerConfig,
+    TransformerConfig,
+    model_config,
+)
+from depthvar.memory import (
+    LIBRARY_BYTES,
+    decoder_parameters,
+    largest_batch,
+    memory_need,
+    transformer_parameters,
+)
+from depthvar.plan import DepthPlan
+from depthvar.policy import DepthPolicy, make_policy
+from depthvar.sampling import Sampler
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer, initialise
+from depthvar.weights.checkpoint import WeightsIdentity, assemble
+from tests.live_memory import LiveBytes
+
+SIDES = (1, 2, 4, 8, 12, 16)
+POLICIES = (
+    make_policy("full"),
+    make_policy("uniform", reference_scale=3),
+    make_policy("depthvar", reference_scale=3, proxy="raw"),
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counted_parameters_are_those_of_the_modules(name: str):
+    config = MODELS[name]
+    with torch.device("meta"):
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    assert transformer_parameters(config) == sum(p.numel() for p in transformer.parameters())
+    decoding = (tokenizer.decoder, tokenizer.post_quant_conv)
+    wanted = sum(p.numel() for module in decoding for p in module.parameters())
+    assert decoder_parameters(config.tokenizer) == wanted
+
+
+def _sampler(
+    policy: DepthPolicy, width: int, codes: int, base_width: int, precision: str = "float32"
+) -> Sampler:
+    config = ModelConfig(
+        name="memory",
+        transformer=TransformerConfig(
+            num_classes=2,
+            sides=SIDES,
+            num_blocks=5,
+            width=width,
+            num_heads=4,
+            codebook_size=codes,
+            code_channels=8,
+        ),
+        tokenizer=TokenizerConfig(
+            sides=SIDES,
+            phi_of_scale=(0,) * len(SIDES),
+            codebook_size=codes,
+            code_channels=8,
+            base_width=base_width,
+            multipliers=(1, 2),
+            num_res_blocks=1,
+            norm_groups=4,
+        ),
+        class_names=("a", "b"),
+    )
+    transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    initialise(transformer, torch.Generator().manual_seed(0))
+    dtype = getattr(torch, precision)
+    identity = WeightsIdentity(config, Path("a"), Path("b"), None, (), "")
+    model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=dtype)
+    return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
+@pytest.mark.parametrize(("width", "codes"), [(256, 256), (64, 2048)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes, precision):
+    sampler = _sampler(policy, width, codes, base_width=16, precision=precision)
+    with LiveBytes() as sampling:
+        sampled = sampler.tokens([0, 1, 1, 0], seed=0, indices=range(4))
+    with LiveBytes() as decoding:
+        sampler.decode(sampled.feature_map_BZHW)
+    need = memory_need(sampler.config, sampler.plan, batch_size=4, streams=2, precision=precision)
+    assert need.cache + need.sampling == pytest.approx(sampling.peak, rel=0.1)
+    assert need.decoding == pytest.approx(decoding.peak, rel=0.1)
+
+
+def test_half_precision_halves_weights_and_cache():
+    config = MODELS["var-d16"]
+    plan = _sampler(POLICIES[0], 64, 64, 16).plan
+    wide, half = (
+        memory_need(config, plan, batch_size=1, streams=2, precision=name)
+        for name in ("float32", "float16")
+    )
+    assert half.cache * 2 == wide.cache
+    assert half.weights == pytest.approx(wide.weights / 2, rel=0.001)
+
+
+def test_the_largest_batch_is_the_last_one_whose_need_fits():
+    config = model_config("digits")
+    plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
+    how = {"streams": 2, "precision": "float32"}
+    room = memory_need(config, plan, batch_size=37, **how).peak
+    assert largest_batch(config, plan, room, at_most=50, **how) == 37
+    assert largest_batch(config, plan, room - 1, at_most=50, **how) == 36
+    assert largest_batch(config, plan, room, at_most=10, **how) == 10
+    assert largest_batch(config, plan, 1000, at_most=50, **how) == 0
+
+
+@pytest.mark.parametrize("batch_size", [10, 100])
+def test_a_job_s_process_peaks_within_15_percent_of_the_plan(tmp_path: Path, batch_size: int):
+    """Besides the mapped files, whose resident part is the kernel's choice and has a bound."""
+    program = (
+        "import sys; from jobs.generate import main; assert main(sys.argv[1:]) == 0;"
+        "print(open('/proc/self/status').read())"
+    )
+    command = [sys.executable, "-c", program, f"--per-class={batch_size // 10}", "--workers=0"]
+    command += [f"--batch-size={batch_size}", "--policy=full", "--contact-sheet=0"]
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, files = (
+        int(done.stdout.split(f"{name}:")[1].split()[0]) * 1024 for name in ("VmHWM", "RssFile")
+    )
+    config = model_config("digits")
+    plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
+    need = memory_need(config, plan, batch_size=batch_size, streams=2, precision="float32")
+    assert need.process_peak - LIBRARY_BYTES == pytest.approx(peak - files, rel=0.15)
+    assert files <= 1.1 * LIBRARY_BYTES

@@ -1,0 +1,76 @@
+"""Signals to jobs that have nothing to put in order."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOB = """
+import multiprocessing, sys, time
+from pathlib import Path
+from jobs._entry import run_job
+
+def main():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    try:
+        print(child.pid, flush=True)
+        time.sleep(float(sys.argv[1]))
+        child.terminate()
+    finally:
+        print("put away", flush=True)
+    return 0
+
+run_job(main)
+"""
+
+
+def start(shell: str = "", seconds: int = 600) -> subprocess.Popen[str]:
+    """The job above once it sleeps, started by a shell after some commands."""
+    return subprocess.Popen(
+        ["sh", "-c", f'{shell} exec "$0" -c "$1" {seconds}', sys.executable, JOB],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for init to take note of its end."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_job_and_its_processes_in_order_with_the_code_of_the_signal(
+    number: signal.Signals,
+):
+    job = start()
+    assert job.stdout is not None
+    child = int(job.stdout.readline())
+    job.send_signal(number)
+    shown, said = job.communicate(timeout=30)
+    assert job.returncode == 128 + number
+    assert shown == "put away\n"
+    assert said == "stopped\n"
+    deadline_s = time.monotonic() + 10
+    while not has_ended(child):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_under_nohup_a_lost_terminal_ends_nothing():
+    job = start('trap "" HUP;', seconds=1)
+    assert job.stdout is not None
+    job.stdout.readline()
+    job.send_signal(signal.SIGHUP)
+    _, said = job.communicate(timeout=30)
+    assert job.returncode == 0
+    assert said == ""

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.dataset.contact_sheet import (
+    CONTACT_SHEET_NAME,
+    draw_sheet,
+    first_images,
+    shown_classes,
+    write_contact_sheet,
+)
+from pipeline.dataset.loader import iterate_samples, open_dataset
+from pipeline.storage import Storage
+from tests.fake_shards import make_plan, write_dataset
+
+
+def grey(value: int, side: int, channels: int = 1) -> np.ndarray:
+    return np.full((side, side, channels), value, dtype=np.uint8)
+
+
+def ink_box(sheet: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom white margins, in pixels."""
+    dark = np.asarray(sheet.convert("L")) < 250
+    rows, columns = np.flatnonzero(dark.any(axis=1)), np.flatnonzero(dark.any(axis=0))
+    height, width = dark.shape
+    return columns[0], rows[0], width - 1 - columns[-1], height - 1 - rows[-1]
+
+
+def test_the_margins_are_even_whatever_the_names():
+    for names in (("one", "seventy-seven"), ("a", "b"), ("tench", "English springer spaniel")):
+        rows = [(name, [grey(0, 32)] * 5) for name in names]
+        left, top, right, bottom = ink_box(draw_sheet(rows, 5))
+        assert top == right == bottom
+        assert abs(left - right) <= 3, "text has a bearing of its own"
+
+
+def test_small_images_grow_pixel_by_pixel_and_large_ones_shrink():
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
+    sheet = np.asarray(draw_sheet([("x", [noise])], 1).convert("L"))
+    grown = noise[:, :, 0].repeat(3, axis=0).repeat(3, axis=1)
+    assert (sheet[32:-32, -32 - 84 : -32] == grown).all()
+    large = draw_sheet([("x", [grey(9, 512, 3)])], 1)
+    assert large.height == 32 + 128 + 32
+
+
+def test_a_class_with_few_images_leaves_the_rest_of_its_row_white():
+    sheet = np.asarray(draw_sheet([("a", [grey(0, 64)] * 3), ("b", [grey(0, 64)])], 3))
+    assert (sheet[32 + 64 + 6 : -32, -32 - 64 :] == 255).all()
+
+
+def test_at_most_forty_classes_are_shown_evenly_chosen():
+    assert shown_classes(range(10)) == tuple(range(10))
+    chosen = shown_classes(range(1000))
+    assert len(set(chosen)) == 40
+    assert (chosen[0], chosen[-1]) == (0, 999)
+
+
+def test_the_sheet_shows_the_first_images_of_each_class_read_back(tmp_path: Path):
+    storage = Storage.open(tmp_path / "data")
+    write_dataset(storage, make_plan(), tmp_path / "scratch")
+    dataset = open_dataset(str(tmp_path / "data"))
+    class_ids = dataset.plan.total_counts.class_ids
+    found = first_images(dataset, class_ids, 2)
+    for class_id in class_ids:
+        wanted = [s.image for s in iterate_samples(dataset) if s.label == class_id][:2]
+        assert len(found[class_id]) == len(wanted) > 0
+        assert all((a == b).all() for a, b in zip(found[class_id], wanted, strict=True))
+    write_contact_sheet(dataset, 2)
+    first = storage.read(CONTACT_SHEET_NAME)
+    assert Image.open(io.BytesIO(first)).mode == "RGB"
+    write_contact_sheet(dataset, 2)
+    assert storage.read(CONTACT_SHEET_NAME) == first

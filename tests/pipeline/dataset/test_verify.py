@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset.verify import Report, verify
+from pipeline.request.plan import JobPlan, open_plan
+from pipeline.shards.manifest import (
+    committed_shards,
+    parquet_name,
+    record_name,
+    tar_name,
+    write_indexes,
+)
+from pipeline.storage import Storage
+from tests.fake_shards import (
+    committed_anew,
+    make_plan,
+    object_store,
+    publish_one,
+    rewrite_rows,
+    rewrite_tar,
+    write_dataset,
+)
+
+
+@pytest.fixture
+def out(tmp_path) -> tuple[Storage, JobPlan]:
+    storage = Storage.open(str(tmp_path / "out"))
+    return storage, write_dataset(storage, make_plan(), tmp_path / "scratch")
+
+
+def found(report: Report) -> list[tuple[int | None, str]]:
+    return sorted({(p.shard, p.kind) for p in report.problems}, key=str)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
+def test_a_good_dataset_has_no_problem(tmp_path, deep, image_format):
+    storage = Storage.open(str(tmp_path / "out"))
+    plan = make_plan(image_format=image_format, image_channels=3)
+    write_dataset(storage, plan, tmp_path / "scratch")
+    ticks: list[int] = []
+    report = verify(storage, plan, deep, ticks.append, threads=2)
+    assert report.is_sound
+    assert (report.num_shards, report.num_sound, report.num_samples) == (3, 3, 22)
+    assert report.shards_to_make == ()
+    assert sum(ticks) == 3
+
+
+def test_a_store_is_verified_as_a_folder_is(tmp_path):
+    storage = object_store()
+    plan = write_dataset(storage, make_plan(), tmp_path)
+    assert verify(storage, plan, deep=True).is_sound
+    data = bytearray(storage.read(tar_name(1)))
+    data[700] ^= 4
+    storage.publish_bytes(bytes(data), tar_name(1))
+    assert verify(storage, plan, deep=True).shards_to_make == (1,)
+
+
+def test_an_unfinished_dataset_names_the_shards_to_make(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    plan = open_plan(storage, make_plan())
+    publish_one(storage, plan, 1, tmp_path / "scratch")
+    report = verify(storage, plan)
+    assert report.shards_to_make == report.not_made == (0, 2)
+    assert found(report) == []
+    assert not report.is_sound
+    assert report.num_samples == 9
+
+
+def test_verifying_changes_nothing(out):
+    storage, plan = out
+
+    def state() -> dict[str, tuple[int, int]]:
+        paths = Path(storage.root).rglob("*")
+        return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in paths}
+
+    before = state()
+    verify(storage, plan, deep=True)
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", [tar_name(1), parquet_name(1)])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_is_found_by_reading_everything(out, name, part):
+    storage, plan = out
+    data = bytearray(storage.read(name))
+    data[int(part * (len(data) - 1))] ^= 0x10
+    storage.publish_bytes(bytes(data), name)
+    assert verify(storage, plan).is_sound
+    report = verify(storage, plan, deep=True)
+    assert report.shards_to_make == (1,)
+    assert (1, "hash") in found(report)
+
+
+@pytest.mark.parametrize("name", [tar_name(0), parquet_name(0)])
+def test_a_truncated_file_is_found_by_its_size(out, name):
+    storage, plan = out
+    storage.publish_bytes(storage.read(name)[:-1024], name)
+    report = verify(storage, plan)
+    assert found(report) == [(0, "size")]
+    assert name in report.problems[0].message
+
+
+@pytest.mark.parametrize("name", [tar_name(2), parquet_name(2), record_name(2)])
+def test_a_missing_file_is_found(out, name):
+    storage, plan = out
+    Path(storage.root, name).unlink()
+    report = verify(storage, plan)
+    assert found(report) == [(2, "missing")]
+    assert name in report.problems[0].message
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff" * 99])
+def test_a_record_that_is_none_is_found(out, data):
+    storage, plan = out
+    storage.publish_bytes(data, record_name(0))
+    assert found(verify(storage, plan)) == [(0, "record")]
+
+
+def test_a_record_of_another_plan_is_found(out, tmp_path):
+    storage, plan = out
+    publish_one(storage, make_plan(seed=77), 1, tmp_path / "scratch")
+    report = verify(storage, plan)
+    assert report.shards_to_make == (1,)
+    assert "another plan" in report.problems[0].message
+
+
+def test_swapped_labels_in_the_tar_are_found_even_under_a_fitting_record(out):
+    storage, plan = out
+
+    def swap(members: list[tuple[str, bytes]]) -> None:
+        members[0], members[3] = (members[0][0], members[3][1]), (members[3][0], members[0][1])
+
+    rewrite_tar(storage, 0, swap)
+    committed_anew(storage, 0)
+    report = verify(storage, plan, deep=True)
+    assert report.shards_to_make == (0,)
+    assert {(0, "labels"), (0, "content")} <= set(found(report))
+
+
+def test_labels_wrong_in_tar_rows_and_record_break_the_histogram(out):
+    storage, plan = out
+    wrong = (int(plan.shard(0).labels[0]) + 1) % 3
+
+    def relabel(members: list[tuple[str, bytes]]) -> None:
+        members[0] = (members[0][0], b"%d" % wrong)
+
+    rewrite_tar(storage, 0, relabel)
+    rewrite_rows(storage, 0, lambda rows: rows[0].update(label=wrong))
+    committed_anew(storage, 0)
+    report = verify(storage, plan, deep=True)
+    assert {(None, "histogram"), (0, "labels")} <= set(found(report))
+    assert report.shards_to_make == (0,)
+
+
+def test_swapped_images_are_found_even_under_a_fitting_record(out):
+    storage, plan = out
+
+    def swap(members: list[tuple[str, bytes]]) -> None:
+        members[2], members[5] = (members[2][0], members[5][1]), (members[5][0], members[2][1])
+
+    rewrite_tar(storage, 2, swap)
+    committed_anew(storage, 2)
+    report = verify(storage, plan, deep=True)
+    assert (2, "content") in found(report)
+    assert report.shards_to_make == (2,)
+
+
+def test_an_image_with_other_pixels_than_hashed_is_found_even_if_its_row_fits_the_file(out):
+    storage, plan = out
+    images: list[bytes] = []
+
+    def repeat_first(members: list[tuple[str, bytes]]) -> None:
+        images.append(members[2][1])
+        members[5] = (members[5][0], images[0])
+
+    def fit(rows: list[dict]) -> None:
+        digest = hashlib.sha256(images[0]).hexdigest()
+        rows[1].update(image_sha256=digest, image_bytes=len(images[0]))
+
+    rewrite_tar(storage, 0, repeat_first)
+    rewrite_rows(storage, 0, fit)
+    committed_anew(storage, 0)
+    problems = [p for p in verify(storage, plan, deep=True).problems if p.shard == 0]
+    assert len(problems) == 1
+    assert "the pixels are others" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop(),
+        lambda m: m.__delitem__(slice(0, 3)),
+        lambda m: m.append(("extra.txt", b"x")),
+        lambda m: m.append(m[0]),
+        lambda m: m.reverse(),
+        lambda m: m.__setitem__(1, (m[1][0], b"{}")),
+        lambda m: m.__setitem__(1, (m[1][0], b"not json")),
+        lambda m: m.__setitem__(0, (m[0][0], b"\xd9\xa1")),
+        lambda m: m.__setitem__(2, (m[2][0], b"no image")),
+    ],
+    ids=["member", "sample", "extra", "twice", "order", "json", "no-json", "label", "image"],
+)
+def test_a_tar_that_disagrees_with_its_rows_is_found(out, change):
+    storage, plan = out
+    rewrite_tar(storage, 1, change)
+    committed_anew(storage, 1)
+    assert verify(storage, plan, deep=True).shards_to_make == (1,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.pop(),
+        lambda rows: rows.reverse(),
+        lambda rows: rows[0].update(key="000000000001"),
+        lambda rows: rows[0].update(class_name="other"),
+        lambda rows: rows[3].update(pixel_sha256="0" * 64),
+        lambda rows: rows[3].update(image_sha256="0" * 64),
+        lambda rows: rows[3].update(width=8),
+    ],
+)
+def test_rows_that_disagree_with_plan_or_tar_are_found(out, change):
+    storage, plan = out
+    rewrite_rows(storage, 0, change)
+    committed_anew(storage, 0)
+    assert verify(storage, plan, deep=True).shards_to_make == (0,)
+
+
+def test_a_parquet_that_is_none_is_found(out):
+    storage, plan = out
+    storage.publish_bytes(b"x" * 400, parquet_name(0))
+    committed_anew(storage, 0)
+    assert (0, "unreadable") in found(verify(storage, plan, deep=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train/notes.txt", "train/00099.tar", "train/a/b.tar", "meta/0.json", "meta/sizes.json"),
+        *("commits/0.json", "commits/00000.parquet", "commits/failures.json"),
+    ],
+)
+def test_files_that_do_not_belong_are_named_and_make_nothing_again(out, name):
+    storage, plan = out
+    storage.publish_bytes(b"x", name)
+    report = verify(storage, plan)
+    assert found(report) == [(None, "stray")]
+    assert report.shards_to_make == ()
+
+
+def test_what_the_job_itself_leaves_is_no_stray(out):
+    storage, plan = out
+    for name in (
+        *("commits/failures.jsonl", "meta/failures.jsonl", "contact_sheet.png"),
+        *("train/.tmp-0-00000.tar", "train/sizes.json"),
+    ):
+        storage.publish_bytes(b"x", name)
+    assert verify(storage, plan, deep=True).is_sound
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._00000.tar", "Thumbs.db", "desktop.ini", "@eaDir/00000.tar"]
+)
+def test_what_systems_leave_in_a_dataset_is_no_finding(out, name):
+    storage, plan = out
+    for folder in ("train", "meta"):
+        storage.publish_bytes(b"x", f"{folder}/{name}")
+    assert verify(storage, plan, deep=True).is_sound
+
+
+def test_an_index_that_is_not_up_to_date_is_found(out):
+    storage, plan = out
+    storage.publish_bytes(b"{}", "sizes.json")
+    report = verify(storage, plan)
+    assert found(report) == [(None, "index")]
+    write_indexes(storage, plan, committed_shards(storage, plan))
+    assert verify(storage, plan).is_sound
+
+
+def test_many_findings_in_one_shard_are_told_in_short(out):
+    storage, plan = out
+
+    def blank(members: list[tuple[str, bytes]]) -> None:
+        members[:] = [(n, json.dumps({}).encode() if n.endswith("json") else d) for n, d in members]
+
+    rewrite_tar(storage, 0, blank)
+    committed_anew(storage, 0)
+    problems = [p for p in verify(storage, plan, deep=True).problems if p.shard == 0]
+    assert len(problems) == 4
+    assert problems[-1].message.endswith("and 6 more findings")

@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import ray
+
+from depthvar.errors import InputError
+from pipeline.request.config import GenerateConfig
+from pipeline.run import cluster, driver, ray_crew
+from pipeline.run.cluster import starts_nodes
+from pipeline.run.driver import generate
+from pipeline.run.ray_crew import RayCrew
+from pipeline.run.schedule import Machine, WorkerShape
+from pipeline.run.worker_failures import cause_of, reason_of
+from pipeline.shards.manifest import CommitRecord
+from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_servers import SERVERS, serving
+from tests.fakes import FAULTS_VARIABLE, set_faults
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One small Ray for the module; the file that holds the faults of its workers."""
+    faults = tmp_path_factory.mktemp("faults") / "faults.json"
+    set_faults(faults)
+    os.environ[FAULTS_VARIABLE] = str(faults)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+    )
+    yield faults
+    ray.shutdown()
+    del os.environ[FAULTS_VARIABLE]
+
+
+@pytest.fixture
+def faults(ray_here: Path) -> Iterator[Callable[..., None]]:
+    yield lambda **kwargs: set_faults(ray_here, **kwargs)
+    set_faults(ray_here)
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr(cluster, "available_cores", lambda: 2)
+
+
+def config(out: Path, **changes: Any) -> GenerateConfig:
+    """42 images of 10 classes in 5 shards of at most 9, batches of 4."""
+    settings: dict[str, Any] = {
+        "labels_file": _labels(out.parent),
+        "samples_per_shard": 9,
+        "batch_size": 4,
+        "device": "cpu",
+        "scratch": out.parent / "scratch",
+    }
+    return GenerateConfig(out=str(out), **{**settings, **changes})
+
+
+def _labels(folder: Path) -> Path:
+    file = folder / "labels.csv"
+    file.write_text("".join(f"{label},{4 + (label < 2)}\n" for label in range(10)))
+    return file
+
+
+def run(out: Path, **changes: Any) -> int:
+    return generate(config(out, **changes), sampler_factory=FAKE_SAMPLER)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What must not depend on the run: tars and Parquet."""
+    files = [*out.glob("train/*"), *out.glob("meta/*.parquet")]
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def ledger(out: Path) -> list[dict[str, Any]]:
+    file = out / "commits" / "failures.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def attempts(out: Path) -> dict[int, int]:
+    records = [CommitRecord.from_json(f.read_bytes()) for f in out.glob("commits/0*.json")]
+    return {record.shard_id: record.attempt for record in records if record is not None}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The dataset as one process without Ray makes it."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.request.job.identify_weights", fake_weights)
+        assert run(out, workers=0) == 0
+    return contents(out)
+
+
+def test_two_workers_make_the_bytes_of_one_process(ray_here, reference, faults, tmp_path, capsys):
+    loads = tmp_path / "loads"
+    faults(loads=str(loads))
+    assert run(tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == reference
+    assert set(attempts(tmp_path / "out").values()) == {1}
+    assert len(loads.read_text().split()) == 2, "each worker loads the model once"
+    assert not list((tmp_path / "scratch").iterdir())
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+    said = capsys.readouterr().out
+    assert "42 images in" in said
+    assert "2 x cpu" in said
+    assert "5 of 5 shards" in said
+
+
+def test_a_finished_job_returns_at_once_and_touches_nothing(reference, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(out, workers=0) == 0
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    monkeypatch.setattr(driver, "_crew", None)
+    assert run(out) == 0
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*")} == before
+
+
+def test_a_poison_shard_is_set_aside_after_three_attempts_and_the_others_are_made(
+    ray_here, reference, faults, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    faults(poison=20)
+    assert run(out) == 1
+    assert [(e["shard_id"], e["attempt"], e["set_aside"]) for e in ledger(out)] == [
+        (2, 1, False),
+        (2, 2, False),
+        (2, 3, True),
+    ]
+    assert all(e["error"] == "ValueError: poison at 20" for e in ledger(out))
+    assert all("_act_out" in e["traceback"] for e in ledger(out))
+    assert sorted(attempts(out)) == [0, 1, 3, 4]
+    assert "missing: 1 shard: 2" in capsys.readouterr().err
+    assert not (out / "index.json").exists()
+
+    faults()
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob("*/0000[0134].*")}
+    assert len(before) == 12
+    assert run(out) == 1, "what was set aside is not tried again unasked"
+    assert "--retry-failed" in capsys.readouterr().err
+    assert run(out, retry_failed=True) == 0
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in before} == before
+    assert contents(out) == reference
+
+
+def test_a_worker_that_dies_once_is_replaced_and_its_shard_charged_once(
+    ray_here, reference, faults, tmp_path
+):
+    out, loads, once = tmp_path / "out", tmp_path / "loads", tmp_path / "once"
+    once.touch()
+    faults(crash_once=str(once), loads=str(loads))
+    assert run(out) == 0
+    assert contents(out) == reference
+    assert len(ledger(out)) == 1
+    assert "its process died" in ledger(out)[0]["error"]
+    assert sorted(attempts(out).values()) == [1, 1, 1, 1, 2]
+    assert len(loads.read_text().split()) in (2, 3), "the other worker may end the job alone"
+
+
+def test_a_shard_that_always_kills_its_worker_is_set_aside(ray_here, faults, tmp_path):
+    out = tmp_path / "out"
+    faults(crash=0)
+    assert run(out, max_attempts=2) == 1
+    assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(0, False), (0, True)]
+    assert sorted(attempts(out)) == [1, 2, 3, 4]
+
+
+def test_a_shard_that_always_crashes_its_worker_is_named_with_what_happened(
+    ray_here, faults, tmp_path
+):
+    out = tmp_path / "out"
+    faults(segfault=40)
+    assert run(out, max_attempts=2) == 1
+    assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(4, False), (4, True)]
+    assert all("its process died" in e["error"] and e["traceback"] for e in ledger(out))
+    assert sorted(attempts(out)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_model_that_cannot_load_stops_the_job_with_its_real_error(
+    ray_here, faults, tmp_path, capsys, workers
+):
+    loads = tmp_path / "loads"
+    faults(load_error="no such layer: blocks.9", loads=str(loads))
+    assert run(tmp_path / "out", workers=workers) == 1
+    assert "RuntimeError: no such layer: blocks.9" in capsys.readouterr().err
+    assert len(loads.read_text().split()) <= max(1, workers, 2)
+    assert attempts(tmp_path / "out") == {}
+    assert ledger(tmp_path / "out") == []
+
+
+def test_no_more_workers_are_started_than_shards_are_missing(ray_here, faults, tmp_path):
+    loads = tmp_path / "loads"
+    faults(loads=str(loads))
+    assert run(tmp_path / "out", samples_per_shard=42) == 0
+    assert len(loads.read_text().split()) == 1
+
+
+def test_in_one_process_failures_are_charged_alike(ray_here, faults, tmp_path):
+    out = tmp_path / "out"
+    faults(poison=20)
+    assert run(out, workers=0) == 1
+    assert [(e["shard_id"], e["attempt"], e["set_aside"]) for e in ledger(out)] == [
+        (2, 1, False),
+        (2, 2, False),
+        (2, 3, True),
+    ]
+    assert ledger(out)[0]["error"] == "ValueError: poison at 20"
+    assert sorted(attempts(out)) == [0, 1, 3, 4]
+
+
+def test_more_workers_than_cores_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="--workers is 3"):
+        run(tmp_path / "out", workers=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_address_where_nothing_answers_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="nothing answers"):
+        run(tmp_path / "out", address="127.0.0.1:1")
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(out: Path, address: str) -> str:
+    """Why a job with this address is refused: within seconds, before anything is written."""
+    begun_s = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        run(out, address=address)
+    assert time.monotonic() - begun_s < 10
+    assert not out.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_server_that_is_no_cluster_is_refused_by_what_it_is(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_PROBE_S", 0.5)
+    monkeypatch.setattr("pipeline.run.address._LISTEN_S", 0.3)
+    talk, who = SERVERS[kind]
+    with serving(talk) as where:
+        said = refusal(tmp_path / "out", where.text)
+    assert said.startswith(f"{where}, where ")
+    assert who in said
+    assert "no Ray cluster: give its GCS, on port 6379" in said
+
+
+def test_a_signal_ends_the_question_whether_a_cluster_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_PROBE_S", 60.0)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    with serving(SERVERS["silent"][0]) as where:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        begun_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", address=where.text)
+    signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun_s < 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grpc_server_that_is_no_cluster_is_refused_as_such(tmp_path):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    said = refusal(tmp_path / "out", f"127.0.0.1:{port}")
+    assert "where a gRPC server answers, as Ray Client's is on 10001, and no Ray cluster" in said
+    server.stop(None)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", ""])
+def test_what_is_no_address_is_refused_before_anything_is_written(address, tmp_path):
+    assert "--address" in refusal(tmp_path / "out", address)
+
+
+@pytest.mark.parametrize(
+    ("types", "starts"),
+    [
+        (None, False),
+        ({"node_" + 56 * "a": 1}, False),
+        ({"node_" + 56 * "a": 1, "gpu_worker": 2}, True),
+        ({"ray.head.default": 1}, True),
+    ],
+)
+def test_an_autoscaler_is_told_by_the_node_types_of_the_monitors_report(types, starts):
+    report = {"autoscaler_report": {"active_nodes": types, "pending_launches": {}}}
+    assert starts_nodes(json.dumps(report if types else {}).encode()) == starts
+    assert not starts_nodes(None)
+
+
+def test_a_job_says_which_node_it_waits_for_where_an_autoscaler_may_start_it(monkeypatch):
+    monkeypatch.setattr(ray_crew, "cluster_machines", lambda: [Machine(4, 0)])
+    crew = RayCrew(None, WorkerShape(0, 1), lambda: 1, lambda: False, is_shared=True)
+    assert crew._reason_to_wait(5.0) == "waiting for a node with 1 GPU to join: no node has it now"
+    local = RayCrew(None, WorkerShape(1, 0), lambda: 1, lambda: False)
+    assert local._reason_to_wait(5.0) is None
+    assert local._reason_to_wait(31.0) == "waiting for a worker to load the model"
+
+
+def test_another_seed_over_the_same_output_is_refused(reference, tmp_path):
+    assert run(tmp_path / "out", workers=0) == 0
+    with pytest.raises(InputError, match="seed"):
+        run(tmp_path / "out", workers=0, seed=1)
+
+
+def test_the_reason_of_a_failure_is_its_last_line_without_colours():
+    trace = "\x1b[36mf()\x1b[39m\n  x\nValueError: no"
+    error = ray.exceptions.RayTaskError("f", trace, None, ip="")
+    assert reason_of(error) == "ValueError: no"
+
+
+def test_the_error_of_the_memory_monitor_is_told_and_charged():
+    error = ray.exceptions.OutOfMemoryError("Task was killed: the node runs low on memory.\nMore")
+    assert cause_of(error) == "memory"
+    assert reason_of(error) == "OutOfMemoryError: Task was killed: the node runs low on memory."

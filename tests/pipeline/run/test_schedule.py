@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from depthvar.errors import InputError
+from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
+from pipeline.run.schedule import (
+    Assignment,
+    Machine,
+    ShardQueue,
+    WorkerShape,
+    available_cores,
+    available_memory,
+    num_slots,
+    require_fit,
+    require_slots,
+    worker_room,
+    worker_shape,
+)
+
+
+def test_shards_come_once_each_in_order():
+    queue = ShardQueue([4, 7, 9], max_attempts=3)
+    assert [queue.take(), queue.take(), queue.take(), queue.take()] == [
+        Assignment(4, 1),
+        Assignment(7, 1),
+        Assignment(9, 1),
+        None,
+    ]
+    assert not queue.finished
+    for shard_id in (9, 4, 7):
+        queue.done(shard_id)
+    assert queue.finished
+    assert queue.set_aside == ()
+
+
+def test_a_failing_shard_is_set_aside_after_exactly_max_attempts_and_the_others_go_first():
+    queue = ShardQueue([0, 1, 2], max_attempts=3)
+    started = []
+    while (assignment := queue.take()) is not None:
+        started.append((assignment.shard_id, assignment.attempt))
+        if assignment.shard_id == 0:
+            queue.failed(0)
+        else:
+            queue.done(assignment.shard_id)
+    assert started == [(0, 1), (1, 1), (2, 1), (0, 2), (0, 3)]
+    assert queue.finished
+    assert queue.set_aside == (0,)
+
+
+def test_a_lost_worker_costs_no_attempt_and_its_shard_is_next():
+    queue = ShardQueue([0, 1], max_attempts=1)
+    for attempt in range(1, 50):
+        assert queue.take() == Assignment(0, attempt)
+        queue.lost(0)
+    assert queue.failures(0) == 0
+    assert queue.set_aside == ()
+
+
+def test_a_refund_brings_a_shard_back_that_was_set_aside():
+    queue = ShardQueue([3], max_attempts=1)
+    queue.take()
+    assert queue.failed(3)
+    assert queue.finished
+    queue.refund(3)
+    assert queue.set_aside == ()
+    assert queue.take() == Assignment(3, 2)
+
+
+def test_no_shard_is_ever_lost_or_doubled_whatever_happens():
+    for seed in range(200):
+        rng = random.Random(seed)
+        shards = list(range(rng.randrange(1, 12)))
+        queue = ShardQueue(shards, max_attempts=rng.randrange(1, 4))
+        running: list[int] = []
+        done: list[int] = []
+        while not queue.finished:
+            if rng.random() < 0.5 and (assignment := queue.take()) is not None:
+                assert assignment.shard_id not in running + done
+                running.append(assignment.shard_id)
+            elif running:
+                shard_id = running.pop(rng.randrange(len(running)))
+                outcome = rng.choice(["done", "failed", "lost"])
+                getattr(queue, outcome)(shard_id)
+                if outcome == "done":
+                    done.append(shard_id)
+        assert sorted([*done, *queue.set_aside]) == shards
+
+
+def test_a_gpu_worker_takes_one_gpu_and_a_cpu_worker_its_threads():
+    gpu_node, cpu_node = Machine(8, 2), Machine(6, 0)
+    assert worker_shape([gpu_node], device="auto", threads_per_worker=3) == WorkerShape(0, 1)
+    assert worker_shape([cpu_node], device="auto", threads_per_worker=3) == WorkerShape(3, 0)
+    assert worker_shape([gpu_node], device="cpu", threads_per_worker=3) == WorkerShape(3, 0)
+    assert worker_shape([cpu_node], device="cuda", threads_per_worker=3) == WorkerShape(0, 1)
+
+
+def test_slots_do_not_span_machines():
+    assert num_slots([Machine(5, 0), Machine(5, 0)], WorkerShape(3, 0)) == 2
+    assert num_slots([Machine(1, 4), Machine(64, 0)], WorkerShape(0, 1)) == 4
+
+
+def test_more_workers_than_the_machine_has_room_for_are_refused():
+    require_slots(2, 2, WorkerShape(1, 0))
+    require_slots(None, 2, WorkerShape(1, 0))
+    with pytest.raises(InputError, match=r"--workers is 3 .* at most 2"):
+        require_slots(3, 2, WorkerShape(1, 0))
+    with pytest.raises(InputError, match="no GPU worker fits"):
+        require_slots(None, 0, WorkerShape(0, 1))
+
+
+def test_a_worker_that_fits_on_no_node_of_a_cluster_nor_on_one_it_may_start_is_refused():
+    head, gpus = Machine(0, 0), Machine(1, 2)
+    require_fit([head, Machine(3, 0)], [], WorkerShape(3, 0))
+    require_fit([head], [gpus], WorkerShape(0, 1))
+    with pytest.raises(InputError, match=r"takes 4 CPUs.*largest of its 2 nodes has 3.*no autosc"):
+        require_fit([head, Machine(3, 0)], [], WorkerShape(4, 0))
+    with pytest.raises(InputError, match=r"takes 1 GPU.* its 1 nodes has 0 and no node type"):
+        require_fit([head], [Machine(64, 0)], WorkerShape(0, 1))
+    with pytest.raises(InputError, match="largest of its 0 nodes has 0"):
+        require_fit([], [], WorkerShape(1, 0))
+
+
+def test_available_cores_is_at_least_one():
+    assert available_cores() >= 1
+
+
+def test_a_worker_has_its_share_of_the_tightest_machine():
+    small, large, unknown = Machine(4, 0, 8 * 10**9), Machine(64, 0, 10**12), Machine(8, 0)
+    shape = WorkerShape(2, 0)
+    shared = 8 * 10**9 - LIBRARY_BYTES
+    assert worker_room([small, large, unknown], shape, None) == shared // 2 - PROCESS_BYTES
+    assert worker_room([small], shape, 1) == shared - PROCESS_BYTES
+    assert worker_room([small], shape, 99) == shared // 2 - PROCESS_BYTES
+    assert worker_room([Machine(4, 0, 1000)], shape, None) == 0
+    assert worker_room([unknown, Machine(1, 0, 1000)], shape, None) is None
+
+
+def test_a_gpu_worker_has_its_gpu_whatever_the_machine_holds():
+    node = Machine(1, 2, memory=1000, gpu_memory=24 * 10**9)
+    assert worker_room([node, Machine(1, 1)], WorkerShape(0, 1), 7) == 24 * 10**9 - CUDA_BYTES
+
+
+def test_the_memory_of_this_process_is_the_least_that_a_control_group_leaves(tmp_path: Path):
+    membership, groups = tmp_path / "cgroup", tmp_path / "groups"
+    (groups / "slice" / "job").mkdir(parents=True)
+    membership.write_text("0::/slice/job\n")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert available_memory(groups, membership) == physical
+    (groups / "slice" / "job" / "memory.max").write_text("max\n")
+    (groups / "slice" / "memory.max").write_text("5000\n")
+    assert available_memory(groups, membership) == 5000
+    (groups / "memory").mkdir()
+    (groups / "memory" / "memory.limit_in_bytes").write_text("4000\n")
+    assert available_memory(groups, membership) == 4000
+    assert available_memory(groups, tmp_path / "none") == 4000

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.request.config import GenerateConfig
+from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.plan import JobPlan
+from pipeline.run.worker import Progress, Scratch, ShardDone, ShardStopped, Worker, WorkerSpec
+from pipeline.shards.manifest import committed_shards
+from pipeline.storage import Storage
+from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fakes import FAULTS_VARIABLE, set_faults
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobPlan:
+    """20 images in 3 shards of at most 8, batches of 3."""
+    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    config = GenerateConfig(
+        out=str(tmp_path / "out"), per_class=2, samples_per_shard=8, batch_size=3, device="cpu"
+    )
+    return job_plan(config, resolve_job(config))
+
+
+@pytest.fixture
+def spec(plan: JobPlan, tmp_path: Path) -> WorkerSpec:
+    return WorkerSpec(
+        plan_json=plan.to_json(),
+        out=str(tmp_path / "out"),
+        scratch=str(tmp_path / "scratch"),
+        device="cpu",
+        threads=3,
+        sampler_factory=FAKE_SAMPLER,
+    )
+
+
+def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, spec: WorkerSpec):
+    worker = Worker(spec)
+    *batches, done = list(worker.run_shard(2, attempt=4))
+    assert batches == [Progress(2, 3), Progress(2, 1)]
+    assert isinstance(done, ShardDone)
+    record = committed_shards(Storage.open(spec.out), plan)[2]
+    assert done.num_bytes == record.files.tar.size + record.files.parquet.size
+    assert (record.attempt, record.threads, record.device) == (4, 3, "cpu")
+    assert record.worker == worker.info.name
+    assert {"python", "torch", "numpy", "pillow", "machine"} <= record.environment.keys()
+
+
+def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, spec: WorkerSpec):
+    storage, stream = Storage.open(spec.out), Worker(spec).run_shard(0, attempt=1)
+    for _ in range(3):
+        assert isinstance(next(stream), Progress)
+        assert committed_shards(storage, plan) == {}
+    assert isinstance(next(stream), ShardDone)
+    assert list(committed_shards(storage, plan)) == [0]
+
+
+@pytest.mark.parametrize("end", ["stop", "close", "raise"])
+def test_a_shard_that_is_left_leaves_nothing_behind(
+    plan: JobPlan, spec: WorkerSpec, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
+    set_faults(tmp_path / "faults.json", **({"poison": 4} if end == "raise" else {}))
+    worker, asked = Worker(spec), []
+    stream = worker.run_shard(0, attempt=1, should_stop=lambda: bool(asked))
+    next(stream)
+    if end == "close":
+        stream.close()  # type: ignore[attr-defined]
+    else:
+        asked.extend(["stop"] if end == "stop" else [])
+        with pytest.raises(ShardStopped if end == "stop" else ValueError):
+            next(stream)
+    (folder,) = Path(spec.scratch or "").iterdir()
+    assert [f.name for f in folder.iterdir()] == ["lock"]
+    assert not (tmp_path / "out").exists()
+    worker.close()
+    assert not folder.exists()
+
+
+def test_the_plan_holds_what_decides_a_byte_and_nothing_else(plan: JobPlan, tmp_path: Path):
+    def other(**changes: object) -> JobPlan:
+        config = GenerateConfig(
+            **{
+                "out": str(tmp_path / "out"),
+                "per_class": 2,
+                "samples_per_shard": 8,
+                "batch_size": 3,
+                **changes,
+            }
+        )
+        return job_plan(config, resolve_job(config))
+
+    for changes in ({"workers": 7}, {"scratch": tmp_path}, {"out": "x"}, {"device": "cuda"}):
+        assert other(**changes) == plan, changes
+    for changes in (
+        {"seed": 1},
+        {"cfg": 3.0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"policy": "full"},
+        {"reference_scale": 2},
+        {"policy_options": {"min_depth": 2}},
+        {"precision": "bfloat16"},
+        {"batch_size": 4},
+        {"samples_per_shard": 9},
+        {"image_format": "webp"},
+        {"classes": "0-8"},
+        {"per_class": 3},
+    ):
+        assert other(**changes).fingerprint != plan.fingerprint, changes
+
+
+def test_scratch_of_a_killed_process_is_swept_and_that_of_a_live_one_is_not(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from pipeline.run.worker import Scratch;"
+        "s = Scratch.claim(sys.argv[1], 'a' * 64); (s.folder / 'big').write_bytes(b'1');"
+        "print(s.folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    dead = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    assert (Path(dead) / "big").exists()
+    live = Scratch.claim(str(tmp_path), "a" * 64)
+    assert not Path(dead).exists()
+    second = Scratch.claim(str(tmp_path), "a" * 64)
+    assert live.folder.exists()
+    assert live.folder != second.folder
+    stranger = tmp_path / "depthvar-aaaaaaaaaaaa-notes"
+    stranger.mkdir()
+    Scratch.claim(str(tmp_path), "a" * 64).remove()
+    assert stranger.exists(), "a folder without a lock is not ours to delete"
+
+
+def test_another_plan_than_the_sampler_has_is_not_run(spec: WorkerSpec):
+    plan = JobPlan.from_json(spec.plan_json)
+    wrong = replace(plan.settings.compute, token_layers=1)
+    changed = replace(plan, settings=replace(plan.settings, compute=wrong))
+    with pytest.raises(AssertionError):
+        Worker(replace(spec, plan_json=changed.to_json()))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import yaml
+
+from depthvar.policy import make_policy
+from pipeline.request.plan import JobPlan
+from pipeline.shards.card import dataset_card
+from tests.fake_shards import make_plan
+
+
+def card(plan: JobPlan) -> str:
+    return dataset_card(plan, plan.num_shards, plan.num_samples, 1000)
+
+
+def fact(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return line.removeprefix(f"| {name} | ").removesuffix(" |")
+
+
+def many_classes(number: int, counts: dict[int, int]) -> JobPlan:
+    return make_plan(counts, class_names=tuple(f"name {i}" for i in range(number)))
+
+
+def test_few_classes_are_a_table():
+    text = card(make_plan())
+    assert text.endswith(
+        "| label | name | planned samples |\n|---|---|---|\n"
+        "| 0 | zero | 8 |\n| 1 | one, or uno | 6 |\n| 2 | ../tw\\|o | 8 |\n"
+    )
+
+
+def test_a_thousand_classes_are_one_folded_line():
+    text = card(many_classes(1000, dict.fromkeys(range(1000), 50)))
+    section = text.partition("## Classes\n\n")[2].splitlines()
+    assert section[1] == (
+        "<summary>1,000 classes, 50 planned samples each: label and name</summary>"
+    )
+    assert section[3].startswith("0 name 0 · 1 name 1 · 2 name 2 · ")
+    assert section[3].endswith(" · 999 name 999")
+    assert len(section) == 6, "folded away, after an empty line as Markdown in HTML wants it"
+
+
+def test_very_many_classes_name_the_first_thousand_and_say_where_the_others_are():
+    text = card(many_classes(1200, {i: 1 + i % 2 for i in range(1200)}))
+    assert "1,200 classes, 1 to 2 planned samples each" in text
+    assert "999 name 999 · 200 more in `plan.json`\n" in text
+    assert "name 1000" not in text
+
+
+def test_names_mean_nothing_to_markdown_or_html():
+    names = ("<b>*x*</b>", *(f"n{i}" for i in range(1, 40)))
+    text = card(make_plan(dict.fromkeys(range(40), 1), class_names=names))
+    assert "\n0 &lt;b&gt;\\*x\\*&lt;/b&gt; · 1 n1 · " in text
+
+
+def test_the_policy_is_told_in_words():
+    def told(preset: str, **changes: object) -> str:
+        policy = vars(make_policy(preset, **changes))
+        return fact(card(make_plan(policy=policy)), "depth policy")
+
+    assert told("full") == "full"
+    assert told("depthvar", reference_scale=5) == (
+        "depthvar, reference scale 5 (the last at full depth, counted from 0)"
+    )
+    assert told("shallow-pruning", reference_scale=3, kept_depth=0.5) == (
+        "shallow-pruning, reference scale 3 (the last at full depth, counted from 0), "
+        "kept\\_depth 0.5"
+    )
+    assert fact(card(make_plan()), "mean depth of the scales") == "4, 2, 1.25 blocks"
+
+
+def test_the_front_matter_names_the_tars():
+    _, front, _ = card(make_plan()).split("---\n", 2)
+    assert yaml.safe_load(front)["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "train/*.tar"}]}
+    ]

@@ -171,6 +171,8 @@ def _cas_samples(request: EvaluationRequest, count: int) -> int:
     from pipeline.research.quality.features import ClassifierRecipe
 
     least = ClassifierRecipe().batch
+    if request.cas_runs == 0 and request.cas_samples is not None:
+        raise InputError("got --cas-samples without trainings for CAS, wanted both: add --cas-runs")
     if request.cas_runs == 0:
         return 0
     if request.cas_samples is None:

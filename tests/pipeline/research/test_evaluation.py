@@ -143,9 +143,13 @@ def test_unbalanced_classes_are_noted(tmp_path: Path):
     [
         (EvaluationRequest(samples=131), "got --samples 131, wanted at most 130"),
         (EvaluationRequest(samples=9), "got 9 images, wanted at least 10"),
-        (EvaluationRequest(cas_samples=131), "got --cas-samples 131, wanted 100 to 130"),
-        (EvaluationRequest(cas_samples=99), "got --cas-samples 99, wanted 100 to 130"),
-        (EvaluationRequest(samples=110, cas_samples=120), "wanted 100 to 110"),
+        (
+            EvaluationRequest(cas_samples=131, cas_runs=1),
+            "got --cas-samples 131, wanted 100 to 130",
+        ),
+        (EvaluationRequest(cas_samples=99, cas_runs=1), "got --cas-samples 99, wanted 100 to 130"),
+        (EvaluationRequest(samples=110, cas_samples=120, cas_runs=1), "wanted 100 to 110"),
+        (EvaluationRequest(cas_samples=110), "got --cas-samples without.*add --cas-runs"),
     ],
 )
 def test_too_few_images_are_said_before_the_work(

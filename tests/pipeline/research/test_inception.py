@@ -82,5 +82,5 @@ def test_a_missing_file_library_or_gpu_is_said(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(InputError, match="finds no GPU"):
         InceptionNetwork(path, device="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'depthvar\[eval\]'"):
+    with pytest.raises(InputError, match=r"pip install 'torch-fidelity<0\.5'"):
         InceptionNetwork(path)

@@ -654,7 +654,7 @@ def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
         )
     try:
         deadline_s = time.monotonic() + 90
-        while not list(tmp_path.glob("scratch/*/shard-*/*.tar")):
+        while not list(tmp_path.glob("scratch/depthvar-*/shard-*/*.tar")):
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         time.sleep(0.5)  # into the slow batch

@@ -397,8 +397,16 @@ def _groups(parts: Parts) -> list[Parts]:
 def _in_processes(
     study: Study, task: Task, arguments: Sequence[Any], what: str, unit: str, total: int
 ) -> None:
-    """Run a task on every argument in the study's processes, under one progress bar."""
+    """Run a task on every argument in the study's processes, under one progress bar.
+
+    One process is this one: nothing is started for it.
+    """
     if not arguments:
+        return
+    if study.config.processes == 1:
+        with tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
+            for argument in arguments:
+                _run_task(task, study, argument, bar.update)
         return
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -19,6 +20,7 @@ EXIT_DONE = 0
 EXIT_INCOMPLETE = 1
 EXIT_BAD_INPUT = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GRACE_S = 3.0
 
 
 def run_job(main: Callable[[], int]) -> NoReturn:
@@ -83,6 +85,24 @@ def _stopped_by_signals() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+    except _Stopped:
+        _end_children()
+        raise
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
+
+
+def _end_children() -> None:
+    """End the processes of this one: asked again, for a fork loses a signal that comes too early.
+
+    Python would wait at its exit without end for one that did not hear it.
+    """
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    deadline_s = time.monotonic() + _GRACE_S
+    for child in children:
+        child.join(max(0.0, deadline_s - time.monotonic()))
+        if child.is_alive():
+            child.kill()

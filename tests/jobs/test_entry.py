@@ -12,13 +12,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 JOB = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from pathlib import Path
 from jobs._entry import run_job
 
+def sleep(lost):
+    def lose(number, frame):
+        signal.signal(number, signal.SIG_IGN if lost > 1 else signal.SIG_DFL)
+
+    if lost:
+        signal.signal(signal.SIGTERM, lose)
+    ready.set()
+    time.sleep(600)
+
 def main():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child = multiprocessing.get_context("fork").Process(target=sleep, args=(int(sys.argv[2]),))
     child.start()
+    ready.wait()
     try:
         print(child.pid, flush=True)
         time.sleep(float(sys.argv[1]))
@@ -27,14 +37,15 @@ def main():
         print("put away", flush=True)
     return 0
 
+ready = multiprocessing.get_context("fork").Event()
 run_job(main)
 """
 
 
-def start(shell: str = "", seconds: int = 600) -> subprocess.Popen[str]:
-    """The job above once it sleeps, started by a shell after some commands."""
+def start(shell: str = "", seconds: int = 600, lost: int = 0) -> subprocess.Popen[str]:
+    """The job above, whose process loses some signals, started by a shell after some commands."""
     return subprocess.Popen(
-        ["sh", "-c", f'{shell} exec "$0" -c "$1" {seconds}', sys.executable, JOB],
+        ["sh", "-c", f'{shell} exec "$0" -c "$1" {seconds} {lost}', sys.executable, JOB],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -48,11 +59,15 @@ def has_ended(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 2)],
+    ids=["hears the first", "hears the second", "hears none"],
+)
 def test_a_signal_ends_a_job_and_its_processes_in_order_with_the_code_of_the_signal(
-    number: signal.Signals,
+    number: signal.Signals, lost: int
 ):
-    job = start()
+    job = start(lost=lost)
     assert job.stdout is not None
     child = int(job.stdout.readline())
     job.send_signal(number)

@@ -31,7 +31,9 @@ from depthvar.paths import check_output_file, checked_model, checked_path, check
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
 from depthvar.timing import Lap, time_policies
-from depthvar.weights.checkpoint import BUNDLED, LoadedModel, find_model, load_model, random_model
+from depthvar.weights.checkpoint import LoadedModel, load_model, random_model
+from depthvar.weights.files import BUNDLED
+from depthvar.weights.find import find_model
 from jobs._entry import EXIT_DONE, run_job
 
 FULL = "full"
@@ -121,9 +123,10 @@ def heading(model: LoadedModel, device: torch.device) -> list[str]:
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     precision = str(model.dtype).removeprefix("torch.")
     threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
+    weights = model.found.sha256[:12] if model.found.transformer.is_file() else "random"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return [
-        f"model     {model.config.name}, {precision}, weights {model.identity.sha256[:12]}",
+        f"model     {model.config.name}, {precision}, weights {weights}",
         f"machine   {hardware}{threads}",
         f"software  {versions}, commit {_commit()}",
     ]
@@ -234,7 +237,7 @@ def _model(flags: argparse.Namespace, device: torch.device) -> LoadedModel:
     dtype = getattr(torch, flags.precision)
     if _is_random(flags):
         return random_model(flags.model, device=device, dtype=dtype)
-    return load_model(flags.model, flags.weights, device=device, dtype=dtype)
+    return load_model(find_model(flags.model, flags.weights), device=device, dtype=dtype)
 
 
 def _cpu_name() -> str:

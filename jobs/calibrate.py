@@ -13,7 +13,7 @@ from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.request.config import JobConfig, load_config
 from pipeline.request.paths import LocalPath, ModelName, Weights
-from pipeline.request.weights import local_weights
+from pipeline.request.weights import fetch_model
 
 
 class CalibrateConfig(JobConfig):
@@ -46,28 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         convert_weights,
         load_model,
         save_proxy_fit,
-        weights_identity,
         why_not_finite,
     )
 
-    weights = local_weights(job.model, job.weights)
-    identity = weights_identity(job.model, weights)
+    found = fetch_model(job.model, job.weights)
     if job.out is None:
-        _check_own_folder(job, identity.transformer.parent)
+        _check_own_folder(job, found.transformer.parent)
     else:
         check_new_folder(job.out)
-    for note in identity.notes:
+    for note in found.notes:
         print(f"note: {note}")
-    model = load_model(job.model, weights, device=job.device, identity=identity)
+    model = load_model(found, device=job.device)
     fit, explained_SL = calibrate(
         model, model.config.sampling, num_samples=job.samples, batch_size=job.batch_size
     )
     if not fit.slope_SLC.isfinite().all() or not fit.offset_SLC.isfinite().all():
         raise InputError(f"the samples are not finite: {why_not_finite(model)}")
     if job.out is not None:
-        _, identity = convert_weights(job.model, weights, job.out, dtype=None)
-    target = identity.transformer.parent / CALIBRATION_FILE
-    save_proxy_fit(target, fit, identity)
+        found = convert_weights(found, job.out, dtype=None)
+    target = found.transformer.parent / CALIBRATION_FILE
+    save_proxy_fit(target, fit, found)
     for scale, share in enumerate(explained_SL.mean(1).tolist()):
         side = model.config.sides[scale]
         print(f"scale {scale} ({side}x{side}): {share:.0%} of the change's energy explained")

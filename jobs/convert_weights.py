@@ -12,7 +12,7 @@ from depthvar.paths import check_output_folder
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.request.config import JobConfig, load_config
 from pipeline.request.paths import LocalPath, ModelName, Weights
-from pipeline.request.weights import local_weights
+from pipeline.request.weights import fetch_model
 
 
 class ConvertConfig(JobConfig):
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from depthvar.weights.checkpoint import convert_weights
 
-    source, written = convert_weights(
-        job.model,
-        local_weights(job.model, job.weights),
+    source = fetch_model(job.model, job.weights)
+    written = convert_weights(
+        source,
         job.out,
         dtype=getattr(torch, job.precision),
         with_encoder=job.keep_encoder,

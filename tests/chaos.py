@@ -253,7 +253,7 @@ def main() -> int:
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=place))
     with (
-        mock.patch("pipeline.request.job.identify_weights", fake_weights),
+        mock.patch("pipeline.request.job.fetch_model", fake_weights),
         tqdm(total=options.kills, unit="kill", file=sys.stderr) as bar,
     ):
         chaos = Chaos(folder, random.Random(options.seed), bar)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from depthvar.config import model_config
 from jobs._entry import run_job
 from pipeline.request.config import GenerateConfig, load_config
 from pipeline.run.driver import generate
@@ -15,12 +16,18 @@ FAKE_SAMPLER = "tests.fakes:fake_sampler"
 
 
 def fake_weights(model: str, weights: str | None) -> SimpleNamespace:
-    return SimpleNamespace(sha256="ab" * 32, calibration=Path("none"))
+    """A known model found, with a calibration, and nothing of it read."""
+    return SimpleNamespace(
+        config=model_config(model, weights),
+        sha256="ab" * 32,
+        calibration=Path("none"),
+        notes=(),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(GenerateConfig, argv, prog="fake_job", description="")
-    with mock.patch("pipeline.request.job.identify_weights", fake_weights):
+    with mock.patch("pipeline.request.job.fetch_model", fake_weights):
         return generate(config, sampler_factory=FAKE_SAMPLER)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from depthvar.weights.checkpoint import convert_weights, load_model, weights_identity
+from depthvar.weights.checkpoint import convert_weights, load_model
+from depthvar.weights.find import find_model
 from tests.published_weights import write_published
 
 WAYS = (
@@ -52,9 +53,10 @@ def load(model: str, weights: str, precision: str) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     laps = [(time.perf_counter(), time.process_time())]
-    identity = weights_identity(model, weights)
+    found = find_model(model, weights)
+    assert found.sha256
     laps.append((time.perf_counter(), time.process_time()))
-    loaded = load_model(model, weights, dtype=getattr(torch, precision), identity=identity)
+    loaded = load_model(found, dtype=getattr(torch, precision))
     parts = (loaded.transformer, loaded.tokenizer)
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.sum()
@@ -71,7 +73,7 @@ def main(model: str = "var-d16", folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         published, half = Path(scratch) / "pth", Path(scratch) / "half"
         write_published(published, model, full_size=True)
-        convert_weights(model, str(published), half, dtype=torch.float16)
+        convert_weights(find_model(model, str(published)), half, dtype=torch.float16)
         for place in (published, half):
             total = sum(path.stat().st_size for path in place.iterdir())
             print(f"{place.name}: {total / 1e6:,.0f} MB on disk")

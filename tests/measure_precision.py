@@ -23,7 +23,9 @@ from torch import Tensor
 
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import BUNDLED, load_model
+from depthvar.weights.checkpoint import load_model
+from depthvar.weights.files import BUNDLED
+from depthvar.weights.find import find_model
 from tests.published_weights import write_published
 
 HALVES = ("bfloat16", "float16")
@@ -93,7 +95,7 @@ def measure(model: str, weights: str | None, num_images: int) -> dict[str, Agree
     """The agreement of every half precision."""
 
     def sampler(precision: str) -> Sampler:
-        loaded = load_model(model, weights, dtype=getattr(torch, precision))
+        loaded = load_model(find_model(model, weights), dtype=getattr(torch, precision))
         return Sampler(loaded, make_policy("full"), loaded.config.sampling)
 
     wide = draw(sampler("float32"), num_images)

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     set_faults(tmp_path / "faults.json")
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
 
@@ -191,7 +191,7 @@ def test_an_output_that_turns_full_stops_the_job_with_its_real_error(
     assert "5 shards in a row could not be stored" in said
     assert "No space left on device" in said
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     assert run(tmp_path / "out") == 0
 
 

@@ -55,7 +55,7 @@ def remount(place: Path, options: str) -> None:
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     set_faults(tmp_path / "faults.json")
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
 

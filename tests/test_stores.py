@@ -128,7 +128,7 @@ def environment(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
 
 

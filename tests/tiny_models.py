@@ -21,7 +21,8 @@ from depthvar.errors import InputError
 from depthvar.policy import DepthPolicy
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
-from depthvar.weights.checkpoint import LoadedModel, WeightsIdentity
+from depthvar.weights.checkpoint import LoadedModel
+from depthvar.weights.find import FoundModel
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Largest absolute difference from the reference, for values of the order of one."""
@@ -122,11 +123,10 @@ def tiny_model(
         fill_with_noise(module, generator)
         module.to(dtype).eval().requires_grad_(False)
     return LoadedModel(
-        config=config,
+        found=FoundModel(config, Path("tiny"), Path("tiny"), None, ()),
         transformer=transformer,
         tokenizer=tokenizer,
         proxy_fit=random_fit(config, dtype),
-        identity=WeightsIdentity(config, Path("tiny"), Path("tiny"), None, (), "tiny"),
     )
 
 

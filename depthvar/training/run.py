@@ -30,7 +30,9 @@ from depthvar.training.tokenizer import train_tokenizer
 from depthvar.training.transformer import train_transformer
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise
-from depthvar.weights.checkpoint import CALIBRATION_FILE, load_model, save_model, save_proxy_fit
+from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
+from depthvar.weights.files import CALIBRATION_FILE
+from depthvar.weights.find import find_model
 
 RECIPE_FILE = "recipe.json"
 _TRAINED = "trained.pt"
@@ -66,11 +68,11 @@ def train_model(
     model_folder = folder / "model"
     save_model(model_folder, config, transformer, tokenizer)
     (model_folder / CALIBRATION_FILE).unlink(missing_ok=True)
-    model = load_model(str(model_folder))
+    model = load_model(find_model(str(model_folder)))
     fit, explained_SL = calibrate(
         model, config.sampling, num_samples=recipe.calibration_samples, batch_size=50
     )
-    save_proxy_fit(model_folder / CALIBRATION_FILE, fit, model.identity)
+    save_proxy_fit(model_folder / CALIBRATION_FILE, fit, model.found)
     facts = {
         "training_images": len(train_set),
         "proxy_energy_explained_per_scale": [round(v, 3) for v in explained_SL.mean(1).tolist()],
@@ -243,7 +245,7 @@ def _new_tokenizer(config: ModelConfig, recipe: Recipe) -> Tokenizer:
             0, 0.2, generator=torch.Generator().manual_seed(recipe.seed)
         )
         return tokenizer
-    start = load_model(recipe.tokenizer_from, with_encoder=True)
+    start = load_model(find_model(recipe.tokenizer_from), with_encoder=True)
     tokenizer.load_state_dict(start.tokenizer.state_dict())
     return tokenizer
 

@@ -21,114 +21,56 @@ precision.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from depthvar.config import (
     CONFIG_FILE,
-    MODELS,
     ModelConfig,
     config_json,
-    folder_of,
     model_config,
-    model_name,
-    stored_config,
 )
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError, naming
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import (
-    BUNDLED,
     CALIBRATION_FILE,
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
-    WeightsFiles,
-    calibration_in,
-    files_in,
-    find_place,
-    sha256_of,
 )
-from depthvar.weights.own_model import read_own_model
+from depthvar.weights.find import FoundModel, find_model
 from depthvar.weights.tensor_files import (
     Part,
-    check_fit,
-    find_part,
     holds_encoder,
     parameter_names,
-    part_of,
-    read_contents,
     read_part,
-    read_tensors,
-    what_was_taken,
 )
 
-__all__ = [
-    "BUNDLED",
-    "CALIBRATION_FILE",
-    "CONFIG_FILE",
-    "TOKENIZER_FILE",
-    "TRANSFORMER_FILE",
-    "FoundModel",
-    "LoadedModel",
-    "WeightsIdentity",
-    "assemble",
-    "check_new_folder",
-    "convert_weights",
-    "find_model",
-    "load_model",
-    "random_model",
-    "save_model",
-    "save_proxy_fit",
-    "weights_identity",
-    "why_not_finite",
-]
-
 _WIDE = (torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """What a model is and where its files are; `notes` say what was chosen or assumed of them."""
-
-    config: ModelConfig
-    transformer: Path
-    tokenizer: Path
-    calibration: Path | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class WeightsIdentity(FoundModel):
-    """The files of a model and one SHA-256 over all of them."""
-
-    sha256: str
-
-    @property
-    def model_sha256(self) -> str:
-        """SHA-256 over the transformer and the tokenizer: what a calibration belongs to."""
-        return _combined(self.transformer, self.tokenizer)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """Weights on a device, in a precision; see the module for what stays float32."""
 
-    config: ModelConfig
+    found: FoundModel
     transformer: Transformer
     tokenizer: Tokenizer
     proxy_fit: ProxyFit | None
-    identity: WeightsIdentity
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.found.config
 
     @property
     def device(self) -> torch.device:
@@ -146,94 +88,30 @@ class LoadedModel:
         return stream_precision(self.dtype)
 
 
-def find_model(name: str, weights: str | None = None) -> FoundModel:
-    """Find a model's files and compare their names and shapes with the model.
-
-    `name` is a known model, the folder or file of one, or what to call a user's own VAR, whose
-    configuration is read off `weights`. No tensor is loaded. Raises `InputError` for missing,
-    truncated and unfitting files.
-    """
-    place = find_place(name, weights)
-    is_described = place is None or stored_config(folder_of(place)) is not None
-    assumed: tuple[str, ...] = ()
-    if place is None or is_described or model_name(name) in MODELS:
-        config = model_config(name, place)
-        files = _trainer_file(place) or files_in(config, place)
-    else:
-        own = read_own_model(name, place)
-        config, files, assumed = own.config, own.files, own.notes
-    parts: dict[Path, list[Part]] = {files.transformer: ["transformer"]}
-    parts.setdefault(files.tokenizer, []).append("tokenizer")
-    taken = [_check_file(path, config, held) for path, held in parts.items()]
-    notes = (*(note for note in taken if note), *assumed)
-    return FoundModel(config, files.transformer, files.tokenizer, files.calibration, notes)
-
-
-def _trainer_file(place: str | None) -> WeightsFiles | None:
-    """A file that holds the tokenizer with the transformer, as a trainer writes them."""
-    if place is None or not Path(place).is_file() or Path(place).name == CONFIG_FILE:
-        return None
-    path = Path(place)
-    contents = read_contents(path)
-    if not (find_part(contents, "transformer", path) and find_part(contents, "tokenizer", path)):
-        return None
-    return WeightsFiles(path, path, calibration_in(path.parent))
-
-
-def _check_file(path: Path, config: ModelConfig, parts: Iterable[Part]) -> str | None:
-    """`InputError` unless a file fits the model; says what of it was taken if that is not all."""
-    contents = read_contents(path)
-    for part in parts:
-        check_fit(path, config, part, part_of(contents, part, path))
-    found = [find_part(contents, part, path) for part in parts]
-    return what_was_taken(path, contents, [part for part in found if part])
-
-
-def weights_identity(name: str, weights: str | None = None) -> WeightsIdentity:
-    """Find and check a model's files as `find_model` does, and hash them, once per process.
-
-    Raises `InputError` as that does, and for a calibration of other weights.
-    """
-    found = find_model(name, weights)
-    paths = [found.transformer, found.tokenizer]
-    if found.calibration is not None:
-        _check_proxy_fit(found.calibration, found.config, _combined(*paths))
-        paths.append(found.calibration)
-    return WeightsIdentity(**vars(found), sha256=_combined(*paths))
-
-
-def _combined(*paths: Path) -> str:
-    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
-
-
 def load_model(
-    name: str,
-    weights: str | None = None,
+    found: FoundModel,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    identity: WeightsIdentity | None = None,
     with_encoder: bool = False,
 ) -> LoadedModel:
     """Load a model for sampling.
 
     Every tensor goes from the file straight to its device and precision; those that are as they
-    should be stay mapped from the file. `identity` is what `weights_identity` gave for the same
-    arguments, which spares finding, checking and hashing the files again. Without `with_encoder`
-    the tokenizer has none. Raises `InputError` as `weights_identity` does, and for a file without
-    the encoder that is asked for.
+    should be stay mapped from the file. Without `with_encoder` the tokenizer has none. Raises
+    `InputError` for a calibration of other weights, and for a file without the encoder that is
+    asked for.
     """
-    identity = identity or weights_identity(name, weights)
-    config = identity.config
+    config = found.config
     with torch.device("meta"):
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
     else:
-        _require_encoder(identity.tokenizer)
-    _fill(transformer, "transformer", identity.transformer, device, dtype)
-    _fill(tokenizer, "tokenizer", identity.tokenizer, device, dtype, with_encoder=with_encoder)
-    return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+        _require_encoder(found.tokenizer)
+    _fill(transformer, "transformer", found.transformer, device, dtype)
+    _fill(tokenizer, "tokenizer", found.tokenizer, device, dtype, with_encoder=with_encoder)
+    return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
 def _require_encoder(path: Path) -> None:
@@ -264,8 +142,8 @@ def random_model(
                 nn.init.normal_(parameter, std=0.02)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
-    identity = WeightsIdentity(config, Path("random"), Path("random"), None, (), "random")
-    return assemble(config, transformer, tokenizer, identity, device=device, dtype=dtype)
+    found = FoundModel(config, Path("random"), Path("random"), None, ())
+    return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
 def _fill(
@@ -299,10 +177,9 @@ def stream_precision(dtype: torch.dtype) -> torch.dtype:
 
 
 def assemble(
-    config: ModelConfig,
+    found: FoundModel,
     transformer: Transformer,
     tokenizer: Tokenizer,
-    identity: WeightsIdentity,
     *,
     device: str | torch.device,
     dtype: torch.dtype,
@@ -317,18 +194,18 @@ def assemble(
         module.eval().requires_grad_(False)
     tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit = None
-    if identity.calibration is not None:
-        tensors = read_tensors(identity.calibration)
+    if found.calibration is not None:
+        tensors = found.read_calibration()
         wide = stream_precision(dtype)
         slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
         fit = ProxyFit(slope, offset)
-    return LoadedModel(config, transformer, tokenizer, fit, identity)
+    return LoadedModel(found, transformer, tokenizer, fit)
 
 
 def why_not_finite(model: LoadedModel) -> str:
     """Why a model can make numbers that are not finite, and what to do: looks at every weight."""
     for part in ("transformer", "tokenizer"):
-        path = getattr(model.identity, part)
+        path = getattr(model.found, part)
         parameters = dict(getattr(model, part).named_parameters())
         bad = [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]
         has_nan = any(parameters[name].isnan().any() for name in bad)
@@ -338,7 +215,7 @@ def why_not_finite(model: LoadedModel) -> str:
             return _damage(path, bad, "NaN" if has_nan else "infinity")
     if model.dtype in _WIDE:
         return (
-            f"the weights of {model.identity.transformer} are finite, but too large to compute "
+            f"the weights of {model.found.transformer} are finite, but too large to compute "
             "with; take another checkpoint, or a smaller --cfg if that is far from its default"
         )
     wider = "float32" if model.dtype == torch.bfloat16 else "bfloat16 or float32"
@@ -368,27 +245,10 @@ def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_proxy_fit(path: Path, config: ModelConfig, model_sha256: str) -> None:
-    """`InputError` unless a calibration has the model's shape and names its weights."""
-    header = read_tensors(path)
-    shape = (len(config.sides), config.num_blocks, config.transformer.width)
-    fits = {name: tuple(tensor.shape) for name, tensor in header.items()} == {
-        "slope": shape,
-        "offset": shape,
-    }
-    with safe_open(path, framework="pt") as file:
-        made_from = (file.metadata() or {}).get("weights_sha256")
-    if made_from != model_sha256 or not fits:
-        raise InputError(
-            f"{path} was made from other weights than those beside it: run "
-            "depthvar calibrate --overwrite"
-        )
-
-
-def save_proxy_fit(path: Path, fit: ProxyFit, identity: WeightsIdentity) -> None:
+def save_proxy_fit(path: Path, fit: ProxyFit, found: FoundModel) -> None:
     """Write a calibration that names the weights it belongs to."""
     tensors = {"slope": fit.slope_SLC.half(), "offset": fit.offset_SLC.half()}
-    _save(path, tensors, {"weights_sha256": identity.model_sha256})
+    _save(path, tensors, {"weights_sha256": found.model_sha256})
 
 
 def save_model(
@@ -450,25 +310,24 @@ def check_new_folder(folder: Path) -> None:
 
 
 def convert_weights(
-    name: str,
-    weights: str | None,
+    source: FoundModel,
     folder: Path,
     *,
     dtype: torch.dtype | None,
     with_encoder: bool = False,
-) -> tuple[WeightsIdentity, WeightsIdentity]:
-    """Write a model's weights as a model folder of safetensors; returns both identities.
+) -> FoundModel:
+    """Write a model's weights as a model folder of safetensors; returns what it holds.
 
     `dtype` is half precision, or None for the precision that every tensor has. Without
     `with_encoder` the tokenizer's encoder is left out, which sampling does not use. A calibration
-    goes along, under the name of the new files. Raises `InputError` for weights that do not fit,
-    values that `dtype` cannot hold, an encoder that is asked for and not there, and a folder that
-    is not empty.
+    goes along, under the name of the new files. Raises `InputError` for values that `dtype` cannot
+    hold, an encoder that is asked for and not there, a calibration of other weights, and a folder
+    that is not empty.
     """
     check_new_folder(folder)
-    source = weights_identity(name, weights)
     if with_encoder:
         _require_encoder(source.tokenizer)
+    fit = None if source.calibration is None else source.read_calibration()
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
@@ -482,9 +341,8 @@ def convert_weights(
             with_encoder=with_encoder,
         )
         _write_config(unfinished, source.config)
-        if source.calibration is not None:
-            fit = read_tensors(source.calibration)
-            written = weights_identity(source.config.name, str(unfinished))
+        if fit is not None:
+            written = find_model(source.config.name, str(unfinished))
             target = unfinished / CALIBRATION_FILE
             save_proxy_fit(target, ProxyFit(fit["slope"], fit["offset"]), written)
         if folder.exists():
@@ -492,7 +350,7 @@ def convert_weights(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return source, weights_identity(source.config.name, str(folder))
+    return find_model(source.config.name, str(folder))
 
 
 def _convert(

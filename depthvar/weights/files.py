@@ -112,7 +112,7 @@ def _of_an_own_model(names: Collection[str], transformer: str | None) -> tuple[s
     return (*others, *tokenizers) if len(others) == 1 and others[0] in names else ()
 
 
-def local_weights(model: str, weights: str | None) -> str | None:
+def fetched_weights(model: str, weights: str | None) -> str | None:
     """A local folder or file for `--weights`; fetches a Hugging Face repository into its cache.
 
     None stands for the weights that come with the model, and for the public repository of a
@@ -170,8 +170,8 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
 
 
 def find_place(name: str, weights: str | None) -> str | None:
-    """The local folder or file of a model, None for the package. Raises as `local_weights` does."""
-    place = local_weights(name, weights)
+    """The local folder or file of a model, None for the package. Raises as that does."""
+    place = fetched_weights(name, weights)
     if place is None and is_model_path(name):
         place = name
     if place is not None and stored_config(folder_of(place)) is None:

@@ -20,10 +20,10 @@ from pipeline.request.config import GenerateConfig, Scalar
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.plan import JobPlan, Segment
 from pipeline.request.settings import ImageCompute, JobSettings
-from pipeline.request.weights import local_weights
+from pipeline.request.weights import fetch_model
 
 if TYPE_CHECKING:
-    from depthvar.weights.checkpoint import WeightsIdentity
+    from depthvar.weights.find import FoundModel
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ResolvedJob:
     depth: DepthPlan
     cost: Cost
     full_cost: Cost
-    weights: WeightsIdentity
+    weights: FoundModel
     counts: LabelCounts
     notes: tuple[str, ...]
 
@@ -49,11 +49,8 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
 
     Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
     """
-    from depthvar.weights.checkpoint import find_model  # brings torch: flags need not wait for it
-
     _check_scratch(config)
-    local = local_weights(config.model, config.weights)
-    found = find_model(config.model, local)
+    found = fetch_model(config.model, config.weights)
     model = found.config
     options = checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
@@ -62,8 +59,7 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
     full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
     notes = list(found.notes)
     counts = _label_counts(config, model, notes.append)
-    weights = identify_weights(config.model, local)
-    if policy.proxy == "calibrated" and weights.calibration is None:
+    if policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
             f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
             " no calibration: run depthvar calibrate, or choose another policy"
@@ -75,17 +71,10 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
         depth=depth,
         cost=image_cost(model, depth, streams=sampling.streams),
         full_cost=image_cost(model, full, streams=sampling.streams),
-        weights=weights,
+        weights=found,
         counts=counts,
         notes=tuple(notes),
     )
-
-
-def identify_weights(model: str, weights: str | None) -> WeightsIdentity:
-    """Find, check and hash a model's files, as `depthvar.weights.checkpoint` does."""
-    from depthvar.weights.checkpoint import weights_identity
-
-    return weights_identity(model, weights)
 
 
 def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -16,14 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from depthvar.errors import InputError, advice
 from depthvar.paths import checked_path, checked_weights, is_uri
 from depthvar.weights.files import WEIGHTS_SUFFIXES, choose_files, sha256_of
-from depthvar.weights.files import local_weights as depthvar_weights
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from depthvar.weights.find import FoundModel
 
 CACHE_VARIABLE = "DEPTHVAR_CACHE"
 _HASHES = "sha256.json"
@@ -41,15 +44,22 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthvar"
 
 
-def local_weights(model: str, weights: str | None, *, cache: Path | None = None) -> str | None:
-    """A local folder or file for `--weights` as `depthvar` takes it; fetches what is elsewhere.
+def fetch_model(model: str, weights: str | None, *, cache: Path | None = None) -> FoundModel:
+    """Find a model as `depthvar.weights.find` does, whose weights may be at a URI too.
 
-    Local paths and None come back as they are. `cache` defaults to `default_cache()`.
-    Errors: `InputError` for files that are missing or cannot be fetched.
+    They are fetched into `cache`, by default `default_cache()`.
+    Errors: `InputError` for files that are missing, do not fit or cannot be fetched.
     """
+    from depthvar.weights.find import find_model  # brings torch: flags need not wait for it
+
+    return find_model(model, local_weights(model, weights, cache=cache))
+
+
+def local_weights(model: str, weights: str | None, *, cache: Path | None = None) -> str | None:
+    """A copy on this machine of weights at a URI; everything else comes back as it is."""
     checked = None if weights is None else checked_weights(weights)
     if checked is None or not is_uri(checked) or checked.startswith("hf://"):
-        return depthvar_weights(model, checked)
+        return checked
     storage = Storage.open(checked)
     file = None
     if storage.root.endswith(WEIGHTS_SUFFIXES):  # what else the model needs lies beside it

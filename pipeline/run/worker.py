@@ -30,7 +30,7 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from pipeline.faults import reach
 from pipeline.request.plan import JobPlan, ShardPlan
-from pipeline.request.weights import local_weights
+from pipeline.request.weights import fetch_model
 from pipeline.shards.manifest import CommitRecord, publish_shard
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
@@ -121,19 +121,18 @@ def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
     import torch
 
     from depthvar.sampling import Sampler
-    from depthvar.weights.checkpoint import load_model, weights_identity
+    from depthvar.weights.checkpoint import load_model
 
     torch.set_num_threads(spec.threads)
     settings = plan.settings
-    weights = local_weights(settings.model, spec.weights)
-    identity = weights_identity(settings.model, weights)
-    if identity.sha256 != settings.weights_sha256:
+    found = fetch_model(settings.model, spec.weights)
+    if found.sha256 != settings.weights_sha256:
         raise InputError(
-            f"the weights on {socket.gethostname()} have SHA-256 {identity.sha256}, the plan has"
+            f"the weights on {socket.gethostname()} have SHA-256 {found.sha256}, the plan has"
             f" {settings.weights_sha256}: give every machine the same file"
         )
     dtype = getattr(torch, settings.precision)
-    model = load_model(settings.model, weights, device=device, dtype=dtype, identity=identity)
+    model = load_model(found, device=device, dtype=dtype)
     policy = DepthPolicy(**cast("dict[str, Any]", settings.policy))
     sampling = SamplingSettings(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
     return cast(SamplerLike, Sampler(model, policy, sampling))

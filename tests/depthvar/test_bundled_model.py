@@ -10,7 +10,9 @@ import torch
 
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import BUNDLED, load_model
+from depthvar.weights.checkpoint import load_model
+from depthvar.weights.files import BUNDLED
+from depthvar.weights.find import find_model
 from pipeline.research.quality.features import digit_features
 
 GOLDEN = Path(__file__).parents[1] / "golden_tokens.json"
@@ -23,7 +25,7 @@ def test_the_weights_take_at_most_8_megabytes():
 
 def token_hashes(policy: str) -> list[str]:
     """SHA-256 of the tokens of four samples, in float64, where rounding moves no token."""
-    model = load_model("digits", dtype=torch.float64)
+    model = load_model(find_model("digits"), dtype=torch.float64)
     sampler = Sampler(model, make_policy(policy), model.config.sampling)
     tokens = torch.cat(sampler.tokens([0, 3, 6, 9], seed=7, indices=[0, 5, 50, 10**9]).tokens, 1)
     return [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in tokens]
@@ -36,7 +38,7 @@ def test_tokens_change_only_in_a_commit_that_says_why(policy: str):
 
 @pytest.mark.parametrize(("policy", "least"), [("full", 0.97), ("depthvar", 0.95)])
 def test_its_images_are_read_as_their_labels(policy: str, least: float):
-    model = load_model("digits")
+    model = load_model(find_model("digits"))
     sampler = Sampler(model, make_policy(policy), model.config.sampling)
     labels = [i % 10 for i in range(200)]
     batches = [

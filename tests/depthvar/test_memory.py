@@ -25,7 +25,8 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise
-from depthvar.weights.checkpoint import WeightsIdentity, assemble
+from depthvar.weights.checkpoint import assemble
+from depthvar.weights.find import FoundModel
 from tests.live_memory import LiveBytes
 
 SIDES = (1, 2, 4, 8, 12, 16)
@@ -76,8 +77,8 @@ def _sampler(
     transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     initialise(transformer, torch.Generator().manual_seed(0))
     dtype = getattr(torch, precision)
-    identity = WeightsIdentity(config, Path("a"), Path("b"), None, (), "")
-    model = assemble(config, transformer, tokenizer, identity, device="cpu", dtype=dtype)
+    found = FoundModel(config, Path("a"), Path("b"), None, ())
+    model = assemble(found, transformer, tokenizer, device="cpu", dtype=dtype)
     return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
 
 

@@ -11,13 +11,9 @@ import torch
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import (
-    BUNDLED,
-    CALIBRATION_FILE,
-    load_model,
-    save_model,
-    weights_identity,
-)
+from depthvar.weights.checkpoint import load_model, save_model
+from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
+from depthvar.weights.find import find_model
 from jobs.calibrate import main
 from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.tiny_models import tiny_model
@@ -35,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def can_use_its_calibration(model: str) -> bool:
-    loaded = load_model(model)
+    loaded = load_model(find_model(model))
     sampler = Sampler(loaded, make_policy("depthvar", reference_scale=1, proxy="calibrated"),
                       loaded.config.sampling)  # fmt: skip
     return bool((sampler([1], seed=0, indices=[0]).images_BHWC >= 0).all())
@@ -71,11 +67,11 @@ def test_out_becomes_a_model_folder_with_the_calibration(folder: Path, tmp_path:
     assert can_use_its_calibration(str(out))
     assert_as_the_umask_has_it(out, 0o002)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    source, copy = load_model(str(folder)), load_model(str(out))
+    source, copy = load_model(find_model(str(folder))), load_model(find_model(str(out)))
     for name, tensor in source.transformer.state_dict().items():
         assert torch.equal(copy.transformer.state_dict()[name], tensor), name
     assert copy.config == source.config
-    assert weights_identity(str(out)).calibration == out / CALIBRATION_FILE
+    assert find_model(str(out)).calibration == out / CALIBRATION_FILE
 
 
 def test_an_output_that_is_not_empty_is_refused_before_any_work(folder: Path, tmp_path: Path):

@@ -14,15 +14,9 @@ from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import (
-    CALIBRATION_FILE,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-    load_model,
-    save_model,
-    save_proxy_fit,
-    weights_identity,
-)
+from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
+from depthvar.weights.files import CALIBRATION_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from depthvar.weights.find import find_model
 from jobs.convert_weights import main
 from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.published_weights import BUFFERS, random_tensors, small_transformer_shapes
@@ -33,11 +27,11 @@ from tests.random_weights import write_random_weights
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 model folder with a calibration."""
     folder = write_random_weights(tmp_path_factory.mktemp("wide"))
-    model = load_model("digits", str(folder), with_encoder=True)
+    model = load_model(find_model("digits", str(folder)), with_encoder=True)
     save_model(folder, model.config, model.transformer, model.tokenizer, dtype=torch.float32)
     shape = (len(model.config.sides), model.config.num_blocks, model.config.transformer.width)
     fit = ProxyFit(torch.full(shape, 0.25), torch.full(shape, -1.0))
-    save_proxy_fit(folder / CALIBRATION_FILE, fit, weights_identity("digits", str(folder)))
+    save_proxy_fit(folder / CALIBRATION_FILE, fit, find_model("digits", str(folder)))
     return folder
 
 
@@ -66,7 +60,7 @@ def test_a_converted_model_samples_what_rounded_weights_sample(wide: Path, tmp_p
     assert "transformer: " in capsys.readouterr().out
     tokens = []
     for folder in (wide, tmp_path / "out"):
-        model = load_model("digits", str(folder), dtype=torch.float16)
+        model = load_model(find_model("digits", str(folder)), dtype=torch.float16)
         sampler = Sampler(model, make_policy("full"), SamplingSettings(1.0, 0, 0.9))
         tokens.append(torch.cat(sampler.tokens([3, 4], seed=0, indices=[0, 1]).tokens, dim=1))
     assert torch.equal(*tokens)
@@ -74,8 +68,8 @@ def test_a_converted_model_samples_what_rounded_weights_sample(wide: Path, tmp_p
 
 def test_a_calibration_goes_along_and_belongs_to_the_new_files(wide: Path, tmp_path: Path):
     convert("digits", wide, tmp_path / "out")
-    before, after = (load_model("digits", str(f)) for f in (wide, tmp_path / "out"))
-    assert after.identity.sha256 != before.identity.sha256
+    before, after = (load_model(find_model("digits", str(f))) for f in (wide, tmp_path / "out"))
+    assert after.found.sha256 != before.found.sha256
     assert before.proxy_fit is not None
     assert after.proxy_fit is not None
     assert torch.equal(after.proxy_fit.slope_SLC, before.proxy_fit.slope_SLC)
@@ -88,15 +82,15 @@ def test_the_encoder_is_left_out_unless_asked_for(wide: Path, tmp_path: Path):
     with safe_open(half / TOKENIZER_FILE, framework="pt") as file:
         assert not any(name.startswith(("encoder.", "quant_conv.")) for name in file.keys())  # noqa: SIM118
     images = [
-        Sampler(load_model("digits", str(f)), make_policy("full"), SamplingSettings())(
+        Sampler(load_model(find_model("digits", str(f))), make_policy("full"), SamplingSettings())(
             [1], seed=0, indices=[0]
         ).images_BHWC
         for f in (whole, half)
     ]
     assert (images[0] == images[1]).all()
-    load_model("digits", str(whole), with_encoder=True)
+    load_model(find_model("digits", str(whole)), with_encoder=True)
     with pytest.raises(InputError, match="holds no encoder, wanted one"):
-        load_model("digits", str(half), with_encoder=True)
+        load_model(find_model("digits", str(half)), with_encoder=True)
     with pytest.raises(InputError, match="holds no encoder, wanted one"):
         convert("digits", half, tmp_path / "again", "--keep-encoder")
     assert not (tmp_path / "again").exists()
@@ -114,9 +108,9 @@ def test_published_names_become_a_model_folder(wide: Path, tmp_path, monkeypatch
     assert names == ["config.json", TOKENIZER_FILE, TRANSFORMER_FILE]
     converted = load_file(tmp_path / "half" / TRANSFORMER_FILE)
     assert converted.keys() == {name for name in tensors if not name.endswith(BUFFERS)}
-    weights_identity("digits", "half")
+    find_model("digits", "half")
     with pytest.raises(InputError, match="holds the model 'digits', wanted 'var-d20'"):
-        weights_identity("var-d20", "half")
+        find_model("var-d20", "half")
 
 
 def test_a_folder_that_is_not_empty_is_refused(wide: Path, tmp_path: Path):
@@ -132,7 +126,7 @@ def test_a_folder_that_is_not_empty_is_refused(wide: Path, tmp_path: Path):
 
 
 def test_values_that_do_not_fit_are_refused_and_leave_nothing(wide: Path, tmp_path: Path):
-    model = load_model("digits", str(wide), with_encoder=True)
+    model = load_model(find_model("digits", str(wide)), with_encoder=True)
     model.transformer.head.bias[3] = 1e6
     large = tmp_path / "large"
     save_model(large, model.config, model.transformer, model.tokenizer, dtype=torch.float32)
@@ -148,9 +142,9 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(wide: Path, tmp_pa
 
 def test_a_model_of_the_users_own_keeps_its_name(tmp_path: Path):
     source = write_random_weights(tmp_path / "run" / "model")
-    model = load_model(str(source), with_encoder=True)
+    model = load_model(find_model(str(source)), with_encoder=True)
     config = dataclasses.replace(model.config, name="shoes")
     save_model(source, config, model.transformer, model.tokenizer)
     assert main(["--model", str(source), "--out", str(tmp_path / "out")]) == 0
     assert model_config(str(tmp_path / "out")).name == "shoes"
-    assert load_model("shoes", str(tmp_path / "out")).config == config
+    assert load_model(find_model("shoes", str(tmp_path / "out"))).config == config

@@ -43,13 +43,14 @@ from depthvar.host.processes import end_with_parent
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from pipeline.request.config import FileOnly, JobConfig, PolicyOptions
-from pipeline.request.job import checked_options, identify_weights
+from pipeline.request.job import checked_options
 from pipeline.request.paths import LocalPath, ModelName, Weights
-from pipeline.request.weights import local_weights
+from pipeline.request.weights import fetch_model
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from depthvar.weights.checkpoint import LoadedModel
+    from depthvar.weights.find import FoundModel
     from pipeline.research.quality.held_out import HeldOutImages
     from pipeline.research.study.measure import Judge, PolicySamples
 
@@ -161,8 +162,7 @@ class Study:
     config: StudyConfig
     model: ModelConfig
     real_set: str
-    weights: str | None
-    weights_sha256: str
+    weights: FoundModel
     cells: tuple[Cell, ...]
     storage: Storage
 
@@ -197,7 +197,7 @@ class Study:
 
     def _digest(self, **inputs: Any) -> str:
         """Names what the weights and some inputs give."""
-        return _digest({"format": FORMAT, "weights": self.weights_sha256, **inputs})
+        return _digest({"format": FORMAT, "weights": self.weights.sha256, **inputs})
 
     def losses_file(self, cell: Cell) -> str:
         """Name of the file of what real held-out images cost under a cell's policy."""
@@ -261,9 +261,8 @@ def resolve_study(config: StudyConfig) -> Study:
     """
     if config.model in MODELS:
         _real_set(MODELS[config.model])  # it need not be fetched to be told
-    local = local_weights(config.model, config.weights)
-    weights = identify_weights(config.model, local)
-    model = weights.config
+    found = fetch_model(config.model, config.weights)
+    model = found.config
     real_set = _real_set(model)
     sections: tuple[tuple[Section, dict[str, StudyMethod]], ...] = (
         ("methods", config.methods),
@@ -280,14 +279,14 @@ def resolve_study(config: StudyConfig) -> Study:
         raise InputError(
             f"headroom_after is {after}, wanted a scale before the last one, {last}: lower it"
         )
-    if weights.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
+    if found.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
         raise InputError(
             f"a policy uses calibrated proxies and {model.name} has no calibration: run "
             "depthvar calibrate, or leave it out"
         )
     storage = Storage.open(config.out)
     storage.check_writable()
-    return Study(config, model, real_set, local, weights.sha256, tuple(cells), storage)
+    return Study(config, model, real_set, found, tuple(cells), storage)
 
 
 def _real_set(model: ModelConfig) -> str:
@@ -451,7 +450,7 @@ def _run_task(task: Task, study: Study, argument: object, advance: Callable[[int
 def _model(study: Study) -> LoadedModel:
     from depthvar.weights.checkpoint import load_model
 
-    return load_model(study.config.model, study.weights)
+    return load_model(study.weights)
 
 
 def _sample_group(study: Study, parts: Parts, advance: Callable[[int], object]) -> None:
@@ -514,7 +513,7 @@ def _held_out(study: Study) -> HeldOutImages:
     from depthvar.weights.checkpoint import load_model
     from pipeline.research.quality.held_out import HeldOutImages
 
-    model = load_model(study.config.model, study.weights, with_encoder=True)
+    model = load_model(study.weights, with_encoder=True)
     return HeldOutImages.of_set(model, study.real_set)
 
 

@@ -4,6 +4,7 @@ import torch
 from depthvar.config import SamplingSettings
 from depthvar.training.calibration import ProxyRegression, calibrate
 from depthvar.weights.checkpoint import load_model
+from depthvar.weights.find import find_model
 from tests.random_weights import write_random_weights
 
 
@@ -39,7 +40,7 @@ def test_a_scale_never_seen_predicts_no_change():
 
 
 def test_calibration_explains_more_than_nothing_and_repeats_exactly(tmp_path):
-    model = load_model("digits", str(write_random_weights(tmp_path)))
+    model = load_model(find_model("digits", str(write_random_weights(tmp_path))))
     runs = [
         calibrate(model, SamplingSettings(1.0, 0, 1.0), num_samples=6, batch_size=3)
         for _ in range(2)

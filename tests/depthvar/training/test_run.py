@@ -15,6 +15,7 @@ from depthvar.training.loop import Process, train
 from depthvar.training.recipe import Recipe, Schedule, TokenizerRecipe, TransformerRecipe
 from depthvar.training.run import _claim, train_model
 from depthvar.weights.checkpoint import load_model
+from depthvar.weights.find import find_model
 from tests.file_modes import assert_as_the_umask_has_it, current_umask
 from tests.killed_jobs import assert_no_process_outlives
 
@@ -101,7 +102,7 @@ def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
     config, data = model_config("digits"), _small_set()
     folder = train_model(config, data, data, _recipe(), tmp_path, processes=2, threads=1)
     assert_as_the_umask_has_it(tmp_path, current_umask())
-    model = load_model(str(folder))
+    model = load_model(find_model(str(folder)))
     batch = Sampler(model, make_policy("depthvar"), SamplingSettings(1.0, 0, 1.0))(
         [3, 4], seed=0, indices=[0, 1]
     )
@@ -168,7 +169,10 @@ def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):
     )
     config = scenes_model_config()
     folder = train_model(config, few, None, recipe, tmp_path, processes=1, threads=1)
-    ours, theirs = (load_model(n, with_encoder=True).tokenizer for n in (str(folder), "digits"))
+    ours, theirs = (
+        load_model(find_model(name), with_encoder=True).tokenizer
+        for name in (str(folder), "digits")
+    )
     assert ours.config.sides == (1, 2, 3, 4, 6, 8, 12)
     for part in ("encoder", "decoder"):
         state = getattr(theirs, part).state_dict()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import SamplingSettings, model_config
+from depthvar.config import CONFIG_FILE, SamplingSettings, model_config
 from depthvar.engine import ProxyFit, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
@@ -18,15 +19,13 @@ from depthvar.sampling import Sampler
 from depthvar.var.transformer import Attention
 from depthvar.weights import files as weights_files
 from depthvar.weights.checkpoint import (
-    CALIBRATION_FILE,
-    CONFIG_FILE,
-    TRANSFORMER_FILE,
     LoadedModel,
     load_model,
     save_model,
     save_proxy_fit,
-    weights_identity,
 )
+from depthvar.weights.files import CALIBRATION_FILE, TRANSFORMER_FILE
+from depthvar.weights.find import find_model
 from depthvar.weights.tensor_files import read_tensors
 from tests.published_weights import (
     BUFFERS,
@@ -48,6 +47,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_weights(tmp_path_factory.mktemp("digits"))
 
 
+def load(folder: Path, **how: Any) -> LoadedModel:
+    return load_model(find_model("digits", str(folder)), **how)
+
+
 def states(model: LoadedModel) -> dict[str, Tensor]:
     return {**model.transformer.state_dict(), **model.tokenizer.state_dict()}
 
@@ -57,12 +60,12 @@ def with_calibration(folder: Path, target: Path) -> Path:
     config = model_config("digits")
     shape = (len(config.sides), config.num_blocks, config.transformer.width)
     fit = ProxyFit(torch.full(shape, 0.5), torch.zeros(shape))
-    save_proxy_fit(target / CALIBRATION_FILE, fit, weights_identity("digits", str(target)))
+    save_proxy_fit(target / CALIBRATION_FILE, fit, find_model("digits", str(target)))
     return target
 
 
 def test_a_model_folder_is_loaded_whole(digits: Path):
-    model = load_model("digits", str(digits), with_encoder=True)
+    model = load(digits, with_encoder=True)
     stored = {
         **read_tensors(digits / "transformer.safetensors"),
         **read_tensors(digits / "tokenizer.safetensors"),
@@ -77,10 +80,10 @@ def test_a_model_folder_is_loaded_whole(digits: Path):
 
 
 def test_a_folder_is_a_model_of_its_own(digits: Path):
-    by_folder, by_name = load_model(str(digits)), load_model("digits", str(digits))
+    by_folder, by_name = load_model(find_model(str(digits))), load(digits)
     assert by_folder.config == by_name.config
     assert by_folder.config.name == "digits"
-    assert by_folder.identity == by_name.identity
+    assert by_folder.found == by_name.found
 
 
 def test_published_names_with_their_buffers_load_at_small_size(digits: Path, tmp_path: Path):
@@ -90,7 +93,7 @@ def test_published_names_with_their_buffers_load_at_small_size(digits: Path, tmp
     tokenizer = read_tensors(digits / "tokenizer.safetensors")
     tokenizer["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 512)
     save_file(tokenizer, tmp_path / "tokenizer.safetensors")
-    model = load_model("digits", str(tmp_path / "mine.pth"), dtype=torch.float64)
+    model = load(tmp_path / "mine.pth", dtype=torch.float64)
     loaded = model.transformer.state_dict()
     assert loaded.keys() == {name for name in tensors if not name.endswith(BUFFERS)}
     for name, tensor in loaded.items():
@@ -99,7 +102,7 @@ def test_published_names_with_their_buffers_load_at_small_size(digits: Path, tmp
 
 def test_d16_loads_from_its_published_files_and_samples(tmp_path: Path):
     folder = write_published(tmp_path, "var-d16", torch.bfloat16)
-    model = load_model("var-d16", str(folder), dtype=torch.bfloat16)
+    model = load_model(find_model("var-d16", str(folder)), dtype=torch.bfloat16)
     tensors = random_tensors(transformer_shapes("var-d16"), torch.bfloat16)
     loaded = model.transformer.state_dict()
     assert loaded.keys() == {name for name in tensors if not name.endswith(BUFFERS)}
@@ -109,13 +112,13 @@ def test_d16_loads_from_its_published_files_and_samples(tmp_path: Path):
     tokens = sampler.tokens([3], seed=0, indices=[0]).tokens
     assert [t.shape for t in tokens] == [(1, 1), (1, 4)]
     with pytest.raises(InputError, match=r"var_d16.pth holds the transformer of var-d16, wanted"):
-        weights_identity("var-d20", str(folder / "var_d16.pth"))
+        find_model("var-d20", str(folder / "var_d16.pth"))
     with pytest.raises(InputError, match="holds a tokenizer, wanted the transformer of var-d16"):
-        weights_identity("var-d16", str(folder / TOKENIZER_FILE))
+        find_model("var-d16", str(folder / TOKENIZER_FILE))
     with pytest.raises(
         InputError, match=r"wanted the tokenizer of digits as .*: use --model var-d16$"
     ):
-        load_model("digits", str(folder / "var_d16.pth"))
+        load(folder / "var_d16.pth")
 
 
 def test_a_damaged_file_is_told_before_anything_is_loaded(digits: Path, tmp_path: Path):
@@ -123,57 +126,60 @@ def test_a_damaged_file_is_told_before_anything_is_loaded(digits: Path, tmp_path
     shutil.copytree(digits, folder)
     path = folder / TRANSFORMER_FILE
     path.write_bytes(path.read_bytes()[:-1])
-    for call in (weights_identity, load_model):
-        with pytest.raises(InputError, match=f"{path}.*is truncated"):
-            call("digits", str(folder))
+    with pytest.raises(InputError, match=f"{path}.*is truncated"):
+        find_model("digits", str(folder))
 
 
 def test_the_identity_covers_every_file(digits: Path, tmp_path: Path):
-    bare = weights_identity("digits", str(digits))
-    whole = weights_identity("digits", str(with_calibration(digits, tmp_path / "a")))
+    bare = find_model("digits", str(digits))
+    whole = find_model("digits", str(with_calibration(digits, tmp_path / "a")))
     assert bare.sha256 == bare.model_sha256 == whole.model_sha256
     assert whole.sha256 != bare.sha256
-    assert weights_identity("digits", str(with_calibration(digits, tmp_path / "b"))) != whole
-    assert weights_identity("digits", str(tmp_path / "b")).sha256 == whole.sha256
+    assert find_model("digits", str(with_calibration(digits, tmp_path / "b"))) != whole
+    assert find_model("digits", str(tmp_path / "b")).sha256 == whole.sha256
     path = tmp_path / "a" / "tokenizer.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     (tmp_path / "a" / CALIBRATION_FILE).unlink()
-    assert weights_identity("digits", str(tmp_path / "a")).sha256 != bare.sha256
+    assert find_model("digits", str(tmp_path / "a")).sha256 != bare.sha256
 
 
-def test_a_known_identity_spares_the_hashes(digits: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_files_are_hashed_once_and_only_when_it_is_asked_for(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+):
     weights_files._hashed.cache_clear()
-    identity = weights_identity("digits", str(digits))
-    weights_identity("digits", str(digits))
+    found = find_model("digits", str(digits))
+    assert load_model(found).found is found
+    assert weights_files._hashed.cache_info().misses == 0
+    assert found.sha256 == find_model("digits", str(digits)).sha256
     assert weights_files._hashed.cache_info().misses == 2
     monkeypatch.delattr(weights_files, "_hashed")
-    model = load_model("digits", str(digits), identity=identity)
-    assert model.identity is identity
+    assert len(found.sha256) == 64
 
 
 def test_a_calibration_of_other_weights_is_told(digits: Path, tmp_path: Path):
     folder = with_calibration(digits, tmp_path / "model")
-    assert load_model("digits", str(folder)).proxy_fit is not None
+    assert load(folder).proxy_fit is not None
     path = folder / TRANSFORMER_FILE
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{CALIBRATION_FILE} was made from other weights"):
-        weights_identity("digits", str(folder))
+    for use in (lambda found: found.sha256, load_model):
+        with pytest.raises(InputError, match=f"{CALIBRATION_FILE} was made from other weights"):
+            use(find_model("digits", str(folder)))
 
 
 def test_replacing_the_files_leaves_a_loaded_model_alone(tmp_path: Path):
     folder = write_random_weights(tmp_path / "model")
-    model = load_model("digits", str(folder), dtype=torch.float16)
+    model = load(folder, dtype=torch.float16)
     before = {name: tensor.clone() for name, tensor in states(model).items()}
     shutil.copytree(folder, tmp_path / "other")
-    other = load_model("digits", str(tmp_path / "other"), with_encoder=True)
+    other = load(tmp_path / "other", with_encoder=True)
     for parameter in other.transformer.parameters():
         parameter.data.zero_()
     save_model(folder, other.config, other.transformer, other.tokenizer)
-    assert not load_model("digits", str(folder)).transformer.head.weight.any()
+    assert not load(folder).transformer.head.weight.any()
     for name, tensor in states(model).items():
         assert torch.equal(tensor, before[name]), name
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -188,7 +194,7 @@ def test_the_stored_configuration_is_that_of_the_model(digits: Path):
 
 
 def test_without_asking_there_is_no_encoder(digits: Path):
-    names = states(load_model("digits", str(digits))).keys()
+    names = states(load(digits)).keys()
     assert not any(name.startswith(("encoder.", "quant_conv.")) for name in names)
 
 
@@ -197,16 +203,14 @@ def test_without_asking_there_is_no_encoder(digits: Path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_full_precision_every_weight_has_it(digits: Path, dtype: torch.dtype):
-    assert {t.dtype for t in states(load_model("digits", str(digits), dtype=dtype)).values()} == {
-        dtype
-    }
+    assert {t.dtype for t in states(load(digits, dtype=dtype)).values()} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_half_precision_codebook_phis_and_temperatures_stay_float32(digits: Path, dtype):
     wide = {
         name
-        for name, tensor in states(load_model("digits", str(digits), dtype=dtype)).items()
+        for name, tensor in states(load(digits, dtype=dtype)).items()
         if tensor.dtype == torch.float32
     }
     assert wide == {
@@ -218,7 +222,7 @@ def test_in_half_precision_codebook_phis_and_temperatures_stay_float32(digits: P
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_half_precision_stream_map_and_logits_are_float32_and_not_rounded(digits: Path, dtype):
-    model = load_model("digits", str(digits), dtype=dtype)
+    model = load(digits, dtype=dtype)
     seen: list[Tensor] = []
     hidden: list[Tensor] = []
 
@@ -237,7 +241,7 @@ def test_in_half_precision_stream_map_and_logits_are_float32_and_not_rounded(dig
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_half_precision_logits_differ_from_float32_by_their_inputs_alone(digits: Path, dtype):
-    half = load_model("digits", str(digits), dtype=dtype).transformer
+    half = load(digits, dtype=dtype).transformer
     condition = half.condition(torch.tensor([1, 2]))
     generator = torch.Generator().manual_seed(0)
     x_GTC = torch.randn(2, 9, half.config.width, generator=generator).to(dtype)
@@ -248,7 +252,7 @@ def test_in_half_precision_logits_differ_from_float32_by_their_inputs_alone(digi
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype):
-    attention = load_model("digits", str(digits), dtype=dtype).transformer.typed_blocks()[0].attn
+    attention = load(digits, dtype=dtype).transformer.typed_blocks()[0].attn
     generator = torch.Generator().manual_seed(0)
     x_GKC = torch.randn(2, 50, 96, generator=generator).to(dtype)
     given: list[Tensor] = []
@@ -299,8 +303,6 @@ def test_in_half_precision_norms_have_float32_statistics(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_makes_finite_images(digits: Path, dtype: torch.dtype):
-    sampler = Sampler(
-        load_model("digits", str(digits), dtype=dtype), make_policy("full"), SamplingSettings()
-    )
+    sampler = Sampler(load(digits, dtype=dtype), make_policy("full"), SamplingSettings())
     images = sampler([0, 1, 2], seed=1, indices=[4, 5, 6]).images_BHWC
     assert images.shape == (3, 32, 32, 1)

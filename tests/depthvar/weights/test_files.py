@@ -13,8 +13,8 @@ from depthvar.errors import InputError
 from depthvar.weights import files as weights_files
 from depthvar.weights.files import (
     choose_files,
+    fetched_weights,
     find_weights,
-    local_weights,
     sha256_of,
     tokenizer_names,
     transformer_names,
@@ -81,9 +81,9 @@ def test_a_path_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for path in (str(tmp_path / "none"), "models/typo", "./a/b", "nothing", "a/b/c"):
         with pytest.raises(InputError, match="does not exist, wanted a folder or a file"):
-            local_weights("var-d16", path)
+            fetched_weights("var-d16", path)
     with pytest.raises(InputError, match="fetch the files first"):
-        local_weights("var-d16", "s3://user:secret@bucket/weights")
+        fetched_weights("var-d16", "s3://user:secret@bucket/weights")
 
 
 def test_a_copy_of_a_model_needs_its_own_files_alone():
@@ -149,7 +149,7 @@ def test_a_repository_is_fetched_when_it_is_named(hub, tmp_path: Path):
 
 
 def test_a_repository_of_a_user_s_own_model_is_fetched_with_files_of_any_name(hub):
-    local_weights("shoes", "me/shoes")
+    fetched_weights("shoes", "me/shoes")
     assert {"*.pth", "*.safetensors", "classes.txt", "config.json"} <= set(hub[0]["allow_patterns"])
 
 
@@ -157,7 +157,7 @@ def test_nothing_is_fetched_for_a_local_path_or_for_a_bundled_model(hub, tmp_pat
     fill(tmp_path / "here" / "FoundationVision" / "var", *PTH)
     assert found_names("var-d16", "FoundationVision/var") == (*PTH, False)
     with pytest.raises(InputError, match="FoundationVision/other does not exist"):
-        local_weights("var-d16", "FoundationVision/other")
+        fetched_weights("var-d16", "FoundationVision/other")
     find_weights("digits", None)
     assert hub == []
 
@@ -165,15 +165,15 @@ def test_nothing_is_fetched_for_a_local_path_or_for_a_bundled_model(hub, tmp_pat
 def test_a_repository_that_cannot_be_fetched_is_told(hub):
     for weights in ("no/connection", "hf://no/connection"):
         with pytest.raises(InputError, match=r"cannot be fetched.*offline mode is enabled\)"):
-            local_weights("var-d16", weights)
+            fetched_weights("var-d16", weights)
     with pytest.raises(InputError, match="wanted hf://owner/repository"):
-        local_weights("var-d16", "hf://var")
+        fetched_weights("var-d16", "hf://var")
 
 
 def test_a_repository_without_the_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub,"):
-        local_weights("var-d16", "FoundationVision/var")
+        fetched_weights("var-d16", "FoundationVision/var")
 
 
 def test_a_damaged_file_of_the_hub_cache_is_told(tmp_path: Path):

@@ -21,7 +21,8 @@ from depthvar.config import ModelConfig, TokenizerConfig, TransformerConfig, mod
 from depthvar.errors import InputError
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
-from depthvar.weights.checkpoint import find_model, load_model, save_model, weights_identity
+from depthvar.weights.checkpoint import load_model, save_model
+from depthvar.weights.find import find_model
 from depthvar.weights.own_model import phi_of_scale
 from tests.published_weights import BUFFERS, small_transformer_shapes, write_published
 from tests.tiny_models import fill_with_noise
@@ -110,7 +111,7 @@ def trainer_state(transformer: Tensors, tokenizer: Tensors, **args: object) -> d
 
 
 def loaded(model: str, weights: Path | None = None) -> Tensors:
-    made = load_model(model, None if weights is None else str(weights))
+    made = load_model(find_model(model, None if weights is None else str(weights)))
     return {**made.transformer.state_dict(), **made.tokenizer.state_dict()}
 
 
@@ -383,12 +384,12 @@ def test_a_thousand_classes_are_assumed_to_be_imagenet_s_and_said_to_be(tmp_path
 
 def test_a_folder_a_file_and_a_name_with_weights_give_one_identity(folder: Path):
     torch.save(TRANSFORMER, folder / "a.pth")
-    by_folder = weights_identity(str(folder))
-    by_file = weights_identity(str(folder / "a.pth"))
-    by_name = weights_identity("var", str(folder))
+    by_folder = find_model(str(folder))
+    by_file = find_model(str(folder / "a.pth"))
+    by_name = find_model("var", str(folder))
     assert [i.config.name for i in (by_folder, by_file, by_name)] == [folder.name, "a", "var"]
     assert by_folder.sha256 == by_file.sha256 == by_name.sha256
-    again = weights_identity(by_file.config.name, str(folder / "a.pth"))
+    again = find_model(by_file.config.name, str(folder / "a.pth"))
     assert again == by_file  # a worker knows the name from the plan
 
 

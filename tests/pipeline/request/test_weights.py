@@ -12,7 +12,7 @@ from pyarrow import fs
 
 import pipeline.request.weights
 from depthvar.errors import InputError
-from pipeline.request.weights import default_cache, local_weights
+from pipeline.request.weights import default_cache, fetch_model, local_weights
 from pipeline.storage import Storage
 
 URI = "s3://bucket/weights"
@@ -121,7 +121,7 @@ def test_local_paths_and_no_path_come_back_as_they_are(tmp_path: Path):
     assert local_weights("digits", str(tmp_path)) == str(tmp_path)
     assert local_weights("digits", tmp_path.as_uri()) == str(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
-        local_weights("digits", str(tmp_path / "none"))
+        fetch_model("digits", str(tmp_path / "none"))
 
 
 def test_secrets_in_a_uri_are_not_told(store: Store):

@@ -18,13 +18,9 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
-from depthvar.weights.checkpoint import (
-    CALIBRATION_FILE,
-    load_model,
-    save_model,
-    save_proxy_fit,
-    weights_identity,
-)
+from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
+from depthvar.weights.files import CALIBRATION_FILE
+from depthvar.weights.find import find_model
 from jobs.study import main
 from pipeline.request.config import load_config
 from pipeline.research.quality.features import digit_features, real_arrays, to_safetensors
@@ -160,7 +156,7 @@ def write_scenes_model(folder: Path) -> Path:
     model = scenes_model_config()
     save_model(folder, model, Transformer(model.transformer), Tokenizer(model.tokenizer))
     fit = random_fit(model, torch.float32)
-    save_proxy_fit(folder / CALIBRATION_FILE, fit, weights_identity(str(folder)))
+    save_proxy_fit(folder / CALIBRATION_FILE, fit, find_model(str(folder)))
     return folder
 
 
@@ -266,7 +262,7 @@ def test_cas_of_filtered_samples_is_the_mean_of_as_many_classifiers_as_the_cell_
 
 def write_shallow_model(folder: Path) -> Path:
     """The bundled model with its first four blocks alone."""
-    whole = load_model("digits", with_encoder=True)
+    whole = load_model(find_model("digits"), with_encoder=True)
     config = replace(
         whole.config, name="shallow", transformer=replace(whole.config.transformer, num_blocks=4)
     )

@@ -54,7 +54,7 @@ def faults(ray_here: Path) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     monkeypatch.setattr(cluster, "available_cores", lambda: 2)
 
 
@@ -101,7 +101,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The dataset as one process without Ray makes it."""
     out = tmp_path_factory.mktemp("reference") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.request.job.identify_weights", fake_weights)
+        patch.setattr("pipeline.request.job.fetch_model", fake_weights)
         assert run(out, workers=0) == 0
     return contents(out)
 

@@ -50,7 +50,7 @@ def start(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Callable[[], int]]:
     """Run a job of 10 shards in a thread; the function that waits for its exit code."""
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def start(**changes: Any) -> Callable[[], int]:
@@ -98,7 +98,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     cluster.add_node(num_cpus=2)
     out = tmp_path / "out"
 
@@ -119,7 +119,7 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
     assert "a cluster of Ray 2." in refusal()
     assert "and this process has Ray 2.0.0: install the cluster's version" in refusal()
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"ab" * 28})
     assert "a cluster that this machine is no node of" in refusal()
 

@@ -20,7 +20,7 @@ from tests.fakes import FAULTS_VARIABLE, set_faults
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobPlan:
     """20 images in 3 shards of at most 8, batches of 3."""
-    monkeypatch.setattr("pipeline.request.job.identify_weights", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
     config = GenerateConfig(
         out=str(tmp_path / "out"), per_class=2, samples_per_shard=8, batch_size=3, device="cpu"
     )

@@ -403,8 +403,11 @@ def test_a_dataset_of_an_earlier_release_is_sound_and_complete(
     assert "3 of 3 shards sound (20 images), 0 problems" in capsys.readouterr().out
 
 
-def test_a_dataset_of_an_earlier_release_is_finished_and_extended_in_the_new_layout(out: Path):
+def test_a_dataset_of_an_earlier_release_is_finished_and_extended_in_the_new_layout(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
     before = old_dataset(out)
+    card = (out / "README.md").read_bytes()
     for file in (out / "train" / "00001.tar", out / "meta" / "00001.parquet"):
         file.unlink()
     (out / "meta" / "00001.json").unlink()
@@ -417,6 +420,8 @@ def test_a_dataset_of_an_earlier_release_is_finished_and_extended_in_the_new_lay
     assert run(out, per_class=3, extend=True) == 0
     names = sorted(f.name for f in (out / "commits").iterdir())
     assert names == ["00001.json", "00003.json", "00004.json"]
+    assert (out / "README.md").read_bytes() == card
+    assert "kept README.md, which was edited: delete it to have" in capsys.readouterr().err
     assert verify_job.main([str(out), "--deep"]) == 0
     assert open_dataset(str(out)).num_samples == 30
 

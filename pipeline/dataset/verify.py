@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from depthvar.host.leftovers import is_leftover
 from pipeline.dataset.shard_check import Finding, check_shard
 from pipeline.request.plan import JobPlan
+from pipeline.shards.card import is_edited
 from pipeline.shards.claims import doubtful_shards
 from pipeline.shards.manifest import (
     CARD_NAME,
@@ -195,7 +196,7 @@ def _index_findings(
 ) -> tuple[list[Problem], list[str]]:
     """Problems and notes. Indexes and card are made from the records: `generate` writes them again.
 
-    A card may be of an earlier release or edited by hand, and earlier releases wrote no INFO_NAME.
+    A card may be edited by hand, which keeps it, and earlier releases wrote no INFO_NAME.
     """
     problems, notes = [], []
     for name, wanted in index_files(plan, records).items():
@@ -204,8 +205,9 @@ def _index_findings(
             stored = storage.read(name)
         if name == INFO_NAME and stored is None:
             notes.append(f"{name} is missing, as earlier releases left it: generate writes it")
-        elif name == CARD_NAME and stored not in (None, wanted):
-            notes.append(f"{name} is not the card of this release: generate writes it again")
+        elif name == CARD_NAME and stored is not None and stored != wanted:
+            todo = "was edited: generate keeps it" if is_edited(stored) else "is not up to date"
+            notes.append(f"{name} {todo}")
         elif stored != wanted:
             problems.append(Problem(None, "index", f"{name} is missing or not up to date"))
     return problems, notes

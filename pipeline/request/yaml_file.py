@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +35,7 @@ _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*|0b_*[01][01_]*|0x_*[0-9a-fA-F][0-9a-f
 _FRACTION = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 _MAX_DIGITS = 100
+_MAX_VALUES = 100_000  # of a few lines aliases make any number
 
 
 class Unquoted(str):
@@ -63,7 +64,8 @@ def read_yaml(path: Path, what: str) -> object:
 
     Mappings have text for keys; scalars are text, `Unquoted` where they stand without quotes.
     Errors: `InputError` for what cannot be read or is no YAML, several documents, repeated keys,
-    keys that are no text, tags and aliases that hold themselves: with file and line.
+    keys that are no text, tags, aliases that hold themselves, and more values than any job has,
+    aliases written out: with file and line.
     """
     return parse_yaml(read_text(path, what), str(path))
 
@@ -72,7 +74,7 @@ def parse_yaml(text: str, name: str) -> object:
     """As `read_yaml`, of text that errors call by a name."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return None if node is None else _value(node, name, ())
+        return None if node is None else _value(node, name, (), iter(range(_MAX_VALUES)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -99,8 +101,15 @@ class _Loader(yaml.BaseLoader):
         return f"{_TAG}map" if kind is yaml.MappingNode else f"{_TAG}seq"
 
 
-def _value(node: yaml.Node, name: str, within: tuple[yaml.Node, ...]) -> Any:
-    """What a node holds; `within` are the nodes around it."""
+def _value(
+    node: yaml.Node, name: str, within: tuple[yaml.Node, ...], allowance: Iterator[int]
+) -> Any:
+    """What a node holds; `within` are the nodes around it, `allowance` gives one for each value."""
+    if next(allowance, None) is None:
+        raise InputError(
+            f"{_place(node, name)}: the file holds more than {_MAX_VALUES:,} values, those of "
+            "aliases counted wherever they stand: write it without them"
+        )
     if any(node is outer for outer in within):
         raise InputError(f"{_place(node, name)}: an alias stands within what it is an alias of")
     within = (*within, node)
@@ -109,19 +118,21 @@ def _value(node: yaml.Node, name: str, within: tuple[yaml.Node, ...]) -> Any:
     if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}str":
         return str(node.value)
     if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
-        return [_value(item, name, within) for item in node.value]
+        return [_value(item, name, within, allowance) for item in node.value]
     if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
-        return _mapping(node, name, within)
+        return _mapping(node, name, within, allowance)
     raise InputError(f"{_place(node, name)}: got the tag {node.tag!r}, wanted none: leave it out")
 
 
-def _mapping(node: yaml.MappingNode, name: str, within: tuple[yaml.Node, ...]) -> dict[str, Any]:
+def _mapping(
+    node: yaml.MappingNode, name: str, within: tuple[yaml.Node, ...], allowance: Iterator[int]
+) -> dict[str, Any]:
     """Keys and values; those that `<<` merges come first and are overridden."""
     merged: dict[str, Any] = {}
     own: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
-        key = _value(key_node, name, within)
+        key = _value(key_node, name, within, allowance)
         if not isinstance(key, str) or key == "":
             raise InputError(f"{_place(key_node, name)}: a key is no text, wanted `key: value`")
         line = key_node.start_mark.line + 1
@@ -131,7 +142,7 @@ def _mapping(node: yaml.MappingNode, name: str, within: tuple[yaml.Node, ...]) -
                 "keep one of them"
             )
         lines[key] = line
-        value = _value(value_node, name, within)
+        value = _value(value_node, name, within, allowance)
         if key == "<<" and isinstance(key, Unquoted):
             merged = _merged(value, _place(key_node, name))
         else:

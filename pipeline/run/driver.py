@@ -49,7 +49,13 @@ from pipeline.run.schedule import (
 )
 from pipeline.run.worker import WorkerSpec, require_device
 from pipeline.shards.claims import sweep_claims
-from pipeline.shards.manifest import LEDGER_NAME, CommitRecord, committed_shards, write_indexes
+from pipeline.shards.manifest import (
+    CARD_NAME,
+    LEDGER_NAME,
+    CommitRecord,
+    committed_shards,
+    write_indexes,
+)
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 
@@ -158,7 +164,8 @@ def _conclude(
     print(dataset_summary(plan, done, str(storage)))
     if is_complete:
         reach("indexes-wanted")
-        write_indexes(storage, plan, done)
+        if write_indexes(storage, plan, done):
+            say(f"kept {CARD_NAME}, which was edited: delete it to have it written anew")
         reach("indexes-written")
         sweep_claims(storage, done)
         is_new = run is not None or storage.size(CONTACT_SHEET_NAME) is None

@@ -1,7 +1,11 @@
-"""The dataset card: what the dataset is, for people and for the Hugging Face hub."""
+"""The dataset card: what the dataset is, for people and for the Hugging Face hub.
+
+It ends in a comment with a hash of itself: a card that a user edited, or wrote, is told by it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 from collections.abc import Mapping
@@ -14,6 +18,7 @@ from pipeline.shards.schema import markdown_table
 
 _MAX_CLASS_ROWS = 20
 _MAX_CLASSES_NAMED = 1000
+_SEAL = re.compile(rb"\n<!-- depthvar keeps this card once it is edited: ([0-9a-f]{64}) -->\n\Z")
 # Literal patterns: the hub and `datasets` read the front matter, so nothing is filled in there.
 _CARD = Template("""\
 ---
@@ -78,6 +83,19 @@ def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: in
         columns=markdown_table(),
         classes=_classes(plan),
     )
+
+
+def sealed(card: str) -> bytes:
+    """The file of a card: its text and a comment by which `is_edited` tells it."""
+    text = card.encode()
+    digest = hashlib.sha256(text).hexdigest()
+    return text + f"\n<!-- depthvar keeps this card once it is edited: {digest} -->\n".encode()
+
+
+def is_edited(file: bytes) -> bool:
+    """Whether a card is other than `sealed` made it; one of an earlier release may be."""
+    seal = _SEAL.search(file)
+    return seal is None or hashlib.sha256(file[: seal.start()]).hexdigest() != seal[1].decode()
 
 
 def _facts(

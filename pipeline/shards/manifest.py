@@ -27,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pipeline.faults import reach
 from pipeline.request.plan import JobPlan
 from pipeline.request.settings import STRICT, PositiveInt, Sha256
-from pipeline.shards.card import dataset_card
+from pipeline.shards.card import dataset_card, is_edited, sealed
 from pipeline.shards.claims import doubtful_shards, make_claim, others_claim
 from pipeline.storage import Storage
 
@@ -408,23 +408,27 @@ def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str,
         INDEX_NAME: (json.dumps(index, indent=1) + "\n").encode(),
         SIZES_NAME: (json.dumps(sizes, indent=1) + "\n").encode(),
         INFO_NAME: (json.dumps({"splits": {TRAIN_FOLDER: split}}, indent=1) + "\n").encode(),
-        CARD_NAME: dataset_card(plan, len(done), num_samples, tar_bytes).encode(),
+        CARD_NAME: sealed(dataset_card(plan, len(done), num_samples, tar_bytes)),
     }
 
 
-def write_indexes(storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]) -> None:
+def write_indexes(storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]) -> bool:
     """Write the indexes and the dataset card of the shards that are done.
 
-    A file that is right already keeps its bytes and its time. A copy of the sizes beside the tars
-    is kept up to date where there is one. Errors: `OSError`.
+    A file that is right already keeps its bytes and its time, and so does a card that was edited:
+    returns whether one was kept for that. A copy of the sizes beside the tars is kept up to date
+    where there is one. Errors: `OSError`.
     """
+    is_card_kept = False
     files = index_files(plan, records)
     if storage.size(SIZES_COPY_NAME) is not None:
         files[SIZES_COPY_NAME] = files[SIZES_NAME]
     for name, data in files.items():
-        try:
-            is_current = storage.read(name) == data
-        except FileNotFoundError:
-            is_current = False
-        if not is_current:
+        stored = None
+        with suppress(FileNotFoundError):
+            stored = storage.read(name)
+        if name == CARD_NAME and stored is not None and stored != data and is_edited(stored):
+            is_card_kept = True
+        elif stored != data:
             storage.publish_bytes(data, name)
+    return is_card_kept

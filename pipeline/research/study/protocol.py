@@ -61,6 +61,7 @@ HEADROOM_IMAGES = 500
 AT_RANDOM = "at random"
 _BATCHES_OF_PART = 10
 _FILTER_SHARES = (0.05, 0.10)
+_SAMPLES_FILE = re.compile(r".+-[0-9]+-[0-9a-f]{10}-[0-9]+\.npz")
 _FILTER_SIGNALS = ("surprise", "change")
 
 Section = Literal["methods", "ablations"]
@@ -286,7 +287,18 @@ def resolve_study(config: StudyConfig) -> Study:
         )
     storage = Storage.open(config.out)
     storage.check_writable()
+    if not storage.is_empty() and not _holds_study(storage):
+        raise InputError(
+            f"got {storage}, which holds files and no study, wanted an empty folder or an earlier "
+            "output of a study: choose another output"
+        )
     return Study(config, model, real_set, found, tuple(cells), storage)
+
+
+def _holds_study(storage: Storage) -> bool:
+    """Whether the folder has the samples that a study makes before all else, and no others."""
+    samples = storage.list("samples")
+    return "samples" in storage.list_folders("") and all(map(_SAMPLES_FILE.fullmatch, samples))
 
 
 def _real_set(model: ModelConfig) -> str:

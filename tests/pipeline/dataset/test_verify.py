@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.dataset.verify import Report, verify
 from pipeline.request.plan import JobPlan, open_plan
+from pipeline.shards.card import sealed
 from pipeline.shards.manifest import (
     committed_shards,
     parquet_name,
@@ -281,6 +282,17 @@ def test_an_index_that_is_not_up_to_date_is_found(out):
     assert found(report) == [(None, "index")]
     write_indexes(storage, plan, committed_shards(storage, plan))
     assert verify(storage, plan).is_sound
+
+
+def test_a_card_that_is_not_the_plans_is_a_note_that_says_what_generate_does(out):
+    storage, plan = out
+    card = storage.read("README.md")
+    storage.publish_bytes(card.replace(b"synthetic", b"mine"), "README.md")
+    report = verify(storage, plan)
+    assert (report.problems, report.notes) == ((), ("README.md was edited: generate keeps it",))
+    storage.publish_bytes(sealed("# of fewer shards\n"), "README.md")
+    report = verify(storage, plan)
+    assert (report.problems, report.notes) == ((), ("README.md is not up to date",))
 
 
 def test_many_findings_in_one_shard_are_told_in_short(out):

@@ -99,6 +99,18 @@ def test_what_may_not_be_meant_is_refused_in_one_line_with_its_place(text: str, 
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("items", ["[*{0}, *{0}]", "{{x: *{0}, y: *{0}}}", "{{<<: *{0}, y: *{0}}}"])
+def test_aliases_that_multiply_are_refused_at_once(items: str):
+    lines = ["a0: &a0 {z: 1}", *(f"a{i}: &a{i} {items.format(f'a{i - 1}')}" for i in range(1, 61))]
+    with pytest.raises(InputError, match=r"^job\.yaml, line \d+: the file holds more than 100,000"):
+        parse_yaml("\n".join(lines), "job.yaml")
+
+
+def test_a_long_file_without_aliases_is_read():
+    content = parse_yaml("\n".join(f"- {i}" for i in range(5000)), "job.yaml")
+    assert as_field(content, list[int]) == list(range(5000))
+
+
 @pytest.mark.parametrize("data", [b"", b"# nothing\n", b"\xef\xbb\xbf\r\n", b"---\n...\n"])
 def test_an_empty_file_holds_nothing(tmp_path: Path, data: bytes):
     (tmp_path / "f").write_bytes(data)

@@ -106,6 +106,22 @@ def config(**changes: object) -> StudyConfig:
     return StudyConfig.model_validate({"out": "unused", "methods": {"full": FULL}, **changes})
 
 
+def test_a_folder_of_something_else_is_refused_and_a_studys_own_is_not(tmp_path: Path):
+    config = StudyConfig(out=tmp_path, methods={"full": FULL})
+    assert resolve_study(config).cells
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds files and no study.*choose another output"):
+        resolve_study(config)
+    (tmp_path / "samples").mkdir()
+    study = resolve_study(config)
+    (cell,) = study.cells
+    (tmp_path / study.samples_file(cell, 1, study.parts(cell)[0])).touch()
+    assert resolve_study(config).cells
+    (tmp_path / "samples" / "song.wav").touch()
+    with pytest.raises(InputError, match="holds files and no study"):
+        resolve_study(config)
+
+
 def test_a_study_without_full_depth_is_refused():
     with pytest.raises(ValidationError, match="methods lacks 'full'"):
         config(methods={"uniform": {"policy": "uniform", "budgets": {"2x": 3}}})

@@ -337,6 +337,24 @@ def test_indexes_that_are_right_are_not_written_again(finished):
     assert {n: os.stat(Path(finished.root, n)).st_mtime_ns for n in finished.list("")} == before
 
 
+def test_a_card_that_was_edited_is_kept_and_told_and_any_other_is_written_again(tmp_path):
+    plan, storage = make_plan(), Storage.open(tmp_path / "out")
+    assert not write_indexes(storage, plan, {})
+    first = storage.read("README.md")
+    records = {0: publish_one(storage, plan, 0, tmp_path / "scratch")}
+    assert not write_indexes(storage, plan, records)
+    written = storage.read("README.md")
+    assert written != first
+    assert b"| samples | 9 of 22 planned |" in written
+    for edited in (written.replace(b"# fake", b"# My digits"), b"my own\n", b"", first + b"more\n"):
+        storage.publish_bytes(edited, "README.md")
+        assert write_indexes(storage, plan, records)
+        assert storage.read("README.md") == edited
+    Path(storage.root, "README.md").unlink()
+    assert not write_indexes(storage, plan, records)
+    assert storage.read("README.md") == written
+
+
 def test_publishing_a_shard_twice_gives_the_same_files(tmp_path):
     storage = Storage.open(str(tmp_path / "out"))
     plan = open_plan(storage, make_plan())

@@ -1,5 +1,7 @@
 """Measure a dataset's quality: `depthvar evaluate DIR [--json FILE]`. Reads, changes nothing.
 
+Every number is printed once it is known, which takes seconds for those of digits but for CAS.
+
 Digits: label accuracy, Frechet distance, precision and recall against real digits, and with
 --cas-runs the accuracy of classifiers trained on the images (CAS). Other images: FID, Inception
 Score, precision and recall, with --inception-weights and --reference.
@@ -8,7 +10,7 @@ Score, precision and recall, with --inception-weights and --reference.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -59,7 +61,7 @@ class EvaluateConfig(ReportConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table and write the JSON file; exit code 0."""
+    """Print the numbers as they come and write the JSON file; exit code 0."""
     config = load_config(EvaluateConfig, argv, prog="depthvar evaluate", description=__doc__ or "")
     check_report(config)
     if config.reference is not None:
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.inception_weights is not None:
         check_input_file(config.inception_weights, "--inception-weights")
     from pipeline.dataset.loader import open_dataset
-    from pipeline.research.quality.evaluation import EvaluationRequest, evaluate
+    from pipeline.research.quality.evaluation import EvaluationRequest, Listener, evaluate
+    from pipeline.run.console import say
     from pipeline.shards.samples import ShardError
 
     dataset = open_dataset(config.out)
@@ -80,26 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=config.device,
     )
     try:
-        evaluation = evaluate(dataset, request, _bar)
+        evaluation = evaluate(dataset, request, Listener(_bar, _print_scores, say))
     except ShardError as error:
         raise InputError(str(error)) from error
     write_report(config, evaluation.to_json())
-    print(evaluation_text(evaluation, str(dataset.storage)))
+    print(origin_text(evaluation, str(dataset.storage)))
     return EXIT_DONE
 
 
-def evaluation_text(evaluation: Evaluation, where: str) -> str:
-    """A line per number, then what it was computed from."""
-    scores = evaluation.scores
+def _print_scores(scores: Mapping[str, float]) -> None:
+    for name, meaning in _SHOWN.items():
+        if name in scores:
+            spread = f" +- {scores[name + '_std']:.4f}" if name + "_std" in scores else ""
+            print(f"  {name:<17} {scores[name]:9.4f}{spread:<10}  {meaning}", flush=True)
+
+
+def origin_text(evaluation: Evaluation, where: str) -> str:
+    """What the numbers were computed from."""
     lines = [
         f"{where}: {evaluation.num_samples:,} of {evaluation.num_planned:,} planned images",
         f"features: {evaluation.features}; reference: {evaluation.reference}",
     ]
-    for name, meaning in _SHOWN.items():
-        if name in scores:
-            spread = f" +- {scores[name + '_std']:.4f}" if name + "_std" in scores else ""
-            lines.append(f"  {name:<17} {scores[name]:9.4f}{spread:<10}  {meaning}")
-    if "cas" in scores:
+    if "cas" in evaluation.scores:
         settings = evaluation.settings
         lines.append(f"cas: {settings['cas_runs']} runs on {settings['cas_samples']:,} images")
     return "\n".join(lines + [f"note: {note}" for note in evaluation.notes])

@@ -8,9 +8,10 @@ Shape legend: N images of a set, F features, K classes, B images of a batch, H W
 
 from __future__ import annotations
 
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,6 +39,7 @@ MAX_CAS_SAMPLES = 5_000
 SCORE_SPLIT = 5_000
 """Images of one split of the Inception Score, as in OpenAI's evaluator."""
 _BATCH_DIGITS, _BATCH_INCEPTION = 250, 50
+_TIMED_STEPS = 20  # of CAS, from which the time of all is told
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -98,10 +100,31 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], object]]:
     yield lambda count: None
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what while it happens: progress, numbers once they are known, lines of text."""
+
+    progress: Progress = silent
+    found: Callable[[Mapping[str, float]], object] = lambda scores: None
+    said: Callable[[str], object] = lambda line: None
+
+
+class _Scores(dict[str, float]):
+    """Numbers by name, told as soon as they are known."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self._listener = listener
+
+    def add(self, **found: float) -> None:
+        self.update(found)
+        self._listener.found(found)
+
+
 def evaluate(
-    dataset: Dataset, request: EvaluationRequest, progress: Progress = silent
+    dataset: Dataset, request: EvaluationRequest, listener: Listener | None = None
 ) -> Evaluation:
-    """The numbers that apply to a dataset.
+    """The numbers that apply to a dataset; those that take seconds come first.
 
     Errors: `InputError` for too few images and for missing or unfit references and weights;
     `ShardError` for a shard that does not hold what its record says.
@@ -111,9 +134,10 @@ def evaluate(
         raise InputError(
             f"got {count} images, wanted at least {MIN_SAMPLES} to compare: generate more"
         )
+    listener = listener or Listener()
     if shows_digits(dataset):
-        return _evaluate_digits(dataset, request, count, progress)
-    return _evaluate_with_inception(dataset, request, count, progress)
+        return _evaluate_digits(dataset, request, count, listener)
+    return _evaluate_with_inception(dataset, request, count, listener)
 
 
 def shows_digits(dataset: Dataset) -> bool:
@@ -123,7 +147,7 @@ def shows_digits(dataset: Dataset) -> bool:
 
 
 def _evaluate_digits(
-    dataset: Dataset, request: EvaluationRequest, count: int, progress: Progress
+    dataset: Dataset, request: EvaluationRequest, count: int, listener: Listener
 ) -> Evaluation:
     from pipeline.research.quality.features import (  # torch comes with it
         Readings,
@@ -133,9 +157,9 @@ def _evaluate_digits(
 
     cas_samples = _cas_samples(request, count)
     network = digit_features()
-    real = network.read(digit_arrays("train")[0])
+    scores = _Scores(listener)
     images, labels, readings = [], [], []
-    for batch_BHWC, labels_B in _batches(dataset, count, _BATCH_DIGITS, progress):
+    for batch_BHWC, labels_B in _batches(dataset, count, _BATCH_DIGITS, listener.progress):
         readings.append(network.read(batch_BHWC))
         images.append(batch_BHWC)
         labels.append(labels_B)
@@ -144,17 +168,18 @@ def _evaluate_digits(
         np.concatenate([r.features_NF for r in readings]),
         np.concatenate([r.probabilities_NK for r in readings]),
     )
+    scores.add(label_accuracy=float((made.labels == labels_N).mean()))
+    real = network.read(digit_arrays("train")[0])
+    scores.add(frechet_distance=frechet_distance(real.features_NF, made.features_NF))
     precision, recall = precision_recall(real.features_NF, made.features_NF, neighbours=NEIGHBOURS)
-    scores = {"label_accuracy": float((made.labels == labels_N).mean())}
+    scores.add(precision=precision, recall=recall)
     settings = {}
     if cas_samples:
         images_NHWC = np.concatenate(images)[:cas_samples]
-        runs = _cas_runs(images_NHWC, labels_N[:cas_samples], request.cas_runs, progress)
-        scores["cas"] = float(np.mean(runs))
-        scores["cas_std"] = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
+        runs = _cas_runs(images_NHWC, labels_N[:cas_samples], request.cas_runs, listener)
+        deviation = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
+        scores.add(cas=float(np.mean(runs)), cas_std=deviation)
         settings = {"cas_samples": cas_samples, "cas_runs": request.cas_runs}
-    scores["frechet_distance"] = frechet_distance(real.features_NF, made.features_NF)
-    scores |= {"precision": precision, "recall": recall}
     return Evaluation(
         num_samples=count,
         num_planned=dataset.plan.num_samples,
@@ -186,9 +211,12 @@ def _cas_samples(request: EvaluationRequest, count: int) -> int:
 
 
 def _cas_runs(
-    images_NHWC: np.ndarray, labels_N: np.ndarray, num_runs: int, progress: Progress
+    images_NHWC: np.ndarray, labels_N: np.ndarray, num_runs: int, listener: Listener
 ) -> list[float]:
-    """Accuracy on the real held-out digits of classifiers trained on these images alone."""
+    """Accuracy on the real held-out digits of classifiers trained on these images alone.
+
+    How long all of it takes is said after the first few steps, from their time.
+    """
     from pipeline.research.quality.features import (
         ClassifierRecipe,
         accuracy,
@@ -197,8 +225,23 @@ def _cas_runs(
     )
 
     recipe, held_out = ClassifierRecipe(), digit_arrays("held-out")
-    runs = []
-    with progress("step of cas", num_runs * recipe.steps) as advance:
+    runs, steps, begun_s = [], 0, 0.0
+
+    def after_step() -> None:
+        nonlocal steps, begun_s
+        advance(1)
+        steps += 1
+        if steps == 1:
+            begun_s = time.perf_counter()  # the first step sets things up
+        elif steps == 1 + _TIMED_STEPS:
+            step_s = (time.perf_counter() - begun_s) / _TIMED_STEPS
+            all_s = step_s * num_runs * recipe.steps
+            duration = f"{all_s / 60:,.0f} min" if all_s >= 90 else f"{all_s:.0f} s"
+            listener.said(
+                f"cas: {num_runs} x {recipe.steps} steps of training, about {duration} in all"
+            )
+
+    with listener.progress("step of cas", num_runs * recipe.steps) as advance:
         for run in range(num_runs):
             model = train_classifier(
                 images_NHWC,
@@ -206,14 +249,14 @@ def _cas_runs(
                 num_classes=10,
                 seed=run,
                 recipe=recipe,
-                after_step=lambda: advance(1),
+                after_step=after_step,
             )
             runs.append(accuracy(model, *held_out))
     return runs
 
 
 def _evaluate_with_inception(
-    dataset: Dataset, request: EvaluationRequest, count: int, progress: Progress
+    dataset: Dataset, request: EvaluationRequest, count: int, listener: Listener
 ) -> Evaluation:
     missing = [
         f"{flag} is missing, wanted {what}: nothing is downloaded, so fetch it and name it"
@@ -245,7 +288,7 @@ def _evaluate_with_inception(
     from pipeline.research.quality.inception import InceptionNetwork
 
     network = InceptionNetwork(request.inception_weights, device=request.device)
-    return inception_evaluation(dataset, network, reference, count, progress)
+    return inception_evaluation(dataset, network, reference, count, listener)
 
 
 def inception_evaluation(
@@ -253,20 +296,25 @@ def inception_evaluation(
     network: Network,
     reference: Reference,
     count: int,
-    progress: Progress = silent,
+    listener: Listener | None = None,
 ) -> Evaluation:
-    """FID, Inception Score, and precision and recall where the reference holds images."""
+    """Inception Score, FID, and precision and recall where the reference holds images."""
+    listener = listener or Listener()
+    scores = _Scores(listener)
     features, probabilities, labels = [], [], []
-    for images_BHWC, labels_B in _batches(dataset, count, _BATCH_INCEPTION, progress):
+    for images_BHWC, labels_B in _batches(dataset, count, _BATCH_INCEPTION, listener.progress):
         readings = network.read(images_BHWC)
         features.append(readings.features_NF)
         probabilities.append(readings.probabilities_NK)
         labels.append(labels_B)
     made_NF = np.concatenate(features)
     notes = list(_notes(dataset, count, np.concatenate(labels)))
+    splits = max(1, count // SCORE_SPLIT)
+    score, score_std = inception_score(np.concatenate(probabilities), splits=splits)
+    scores.add(inception_score=score, inception_score_std=score_std)
     real_NF = None
     if reference.num_images:
-        with progress("reference image", reference.num_images) as advance:
+        with listener.progress("reference image", reference.num_images) as advance:
             parts = []
             for images_BHWC in reference.batches(_BATCH_INCEPTION):
                 parts.append(network.read(images_BHWC).features_NF)
@@ -281,16 +329,10 @@ def inception_evaluation(
             f"{reference.path} holds {real.mean_F.size} features, wanted {made_NF.shape[1]}: "
             "use reference statistics of the pooled Inception features"
         )
-    splits = max(1, count // SCORE_SPLIT)
-    score, score_std = inception_score(np.concatenate(probabilities), splits=splits)
-    scores = {
-        "fid": frechet_from_moments(real, moments(made_NF)),
-        "inception_score": score,
-        "inception_score_std": score_std,
-    }
+    scores.add(fid=frechet_from_moments(real, moments(made_NF)))
     if real_NF is not None and len(real_NF) > NEIGHBOURS:
         precision, recall = precision_recall(real_NF, made_NF, neighbours=NEIGHBOURS)
-        scores |= {"precision": precision, "recall": recall}
+        scores.add(precision=precision, recall=recall)
     else:
         notes.append("the reference has no images (arr_0): no precision and recall")
     return Evaluation(

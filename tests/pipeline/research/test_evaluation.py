@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from depthvar.errors import InputError
 from jobs.evaluate import main
 from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
 from pipeline.request.plan import JobPlan
-from pipeline.research.quality import features
+from pipeline.research.quality import evaluation, features
 from pipeline.research.quality.evaluation import (
     EvaluationRequest,
+    Listener,
     Reference,
     evaluate,
     inception_evaluation,
@@ -94,6 +96,37 @@ def test_noise_is_told_from_digits(tmp_path: Path, real_dataset: Dataset):
     assert bad["label_accuracy"] < 0.3
     assert bad["precision"] < 0.1 < 0.6 < good["precision"]
     assert bad["frechet_distance"] > 10 * good["frechet_distance"]
+
+
+def test_the_quick_numbers_are_told_before_any_training_and_its_time_from_its_first_steps(
+    real_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[object] = []
+    clock = iter([100.0, 130.0])  # after the first step, and after 20 more
+
+    def train(*_: object, after_step: Callable[[], object], **__: object) -> None:
+        told.append("training")
+        for _ in range(60):
+            after_step()
+
+    monkeypatch.setattr(features, "ClassifierRecipe", lambda: ClassifierRecipe(steps=60))
+    monkeypatch.setattr(features, "train_classifier", train)
+    monkeypatch.setattr(features, "accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    listener = Listener(found=lambda scores: told.append(list(scores)), said=told.append)
+    scores = evaluate(real_dataset, EvaluationRequest(cas_runs=3), listener).scores
+    assert told == [
+        ["label_accuracy"],
+        ["frechet_distance"],
+        ["precision", "recall"],
+        "training",
+        "cas: 3 x 60 steps of training, about 4 min in all",
+        "training",
+        "training",
+        ["cas", "cas_std"],
+    ]
+    assert [*scores][0] == "label_accuracy"
+    assert (scores["cas"], scores["cas_std"]) == (0.5, 0.0)
 
 
 def test_cas_trains_on_the_images_alone(real_dataset: Dataset, monkeypatch: pytest.MonkeyPatch):

@@ -125,7 +125,7 @@ def test_the_quick_numbers_are_told_before_any_training_and_its_time_from_its_fi
         "training",
         ["cas", "cas_std"],
     ]
-    assert [*scores][0] == "label_accuracy"
+    assert next(iter(scores)) == "label_accuracy"
     assert (scores["cas"], scores["cas_std"]) == (0.5, 0.0)
 
 

@@ -110,7 +110,7 @@ def test_a_folder_of_something_else_is_refused_and_a_studys_own_is_not(tmp_path:
     config = StudyConfig(out=tmp_path, methods={"full": FULL})
     assert resolve_study(config).cells
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="holds files and no study.*choose another output"):
+    with pytest.raises(InputError, match=r"holds files and no study.*choose another output"):
         resolve_study(config)
     (tmp_path / "samples").mkdir()
     study = resolve_study(config)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, image_cost
@@ -36,6 +35,12 @@ from tests.fault_hook import FAULTS_VARIABLE
 #     there is, is refused memory by torch, has a signal that is no number
 #   hog: index whose batch takes hog_bytes of memory, bit by bit
 #   environment: number added to every pixel, as another environment's last bits would
+
+
+def without_torch() -> str:
+    """A PYTHONPATH for processes that only need the fake sampler: torch stays out of them."""
+    stand_ins = Path(__file__).parent / "stand_ins"
+    return os.pathsep.join(filter(None, [str(stand_ins), os.environ.get("PYTHONPATH")]))
 
 
 def set_faults(path: Path, **faults: object) -> None:
@@ -140,6 +145,8 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
     if faults.get("memory") in indices:
         bytearray(2**60)
     if faults.get("gpu_memory") in indices:
+        import torch
+
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if faults.get("hog") in indices:
         held = []

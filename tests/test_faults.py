@@ -47,7 +47,7 @@ from tests.fake_shards import (
     to_old_layout,
     write_dataset,
 )
-from tests.fakes import set_faults
+from tests.fakes import set_faults, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
 
 ROOT = Path(__file__).parent.parent
@@ -655,7 +655,11 @@ def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
     argv += ["--workers=0", "--device=cpu"]
     with open(tmp_path / "log", "wb") as log:
         job = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_job", *argv], cwd=ROOT, stderr=log, stdout=log
+            [sys.executable, "-m", "tests.fake_job", *argv],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": without_torch()},
+            stderr=log,
+            stdout=log,
         )
     try:
         deadline_s = time.monotonic() + 90
@@ -758,6 +762,9 @@ def test_class_names_that_look_like_paths_stay_text(tmp_path: Path):
 def test_a_handful_of_kills_loses_nothing():
     """`python -m tests.chaos` does hundreds, on Ray too."""
     command = [sys.executable, "-m", "tests.chaos", "--kills", "14", "--ray", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "PYTHONPATH": without_torch()}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| all \| \d+ \| 14 \| 0 \| 0 \| 0 \|", done.stdout), done.stdout

@@ -290,9 +290,11 @@ def _resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
 
 def require_device(wanted: Literal["auto", "cpu", "cuda"]) -> None:
     """Refuse `cuda`, with `InputError`, on a machine where torch cannot use it."""
+    if wanted != "cuda":
+        return
     import torch
 
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise InputError(
             f"got --device cuda, but torch {torch.__version__} finds no GPU it can use here:"
             " install a torch with CUDA and its driver, or choose --device cpu"

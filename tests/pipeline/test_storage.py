@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+import pipeline.storage as storage_module
 from depthvar.errors import InputError
 from pipeline.storage import TEMP_PREFIX, Storage
 from tests.fake_shards import object_store
@@ -70,6 +73,51 @@ def test_a_folder_is_empty_whatever_systems_leave_in_it(tmp_path):
     assert storage.is_empty()
     (tmp_path / "notes.txt").touch()
     assert not storage.is_empty()
+
+
+@pytest.mark.parametrize("stored", [2, None])
+def test_an_upload_that_did_not_arrive_whole_is_an_error(tmp_path, monkeypatch, stored):
+    (tmp_path / "scratch.bin").write_bytes(b"abc")
+    monkeypatch.setattr(Storage, "size", lambda storage, name: stored)
+    told = f"uploaded 3 bytes to train/0.tar, the store has {stored}"
+    with pytest.raises(OSError, match=told):
+        object_store().publish_bytes(b"abc", "train/0.tar")
+    with pytest.raises(OSError, match=told):
+        object_store().publish_file(tmp_path / "scratch.bin", "train/0.tar")
+
+
+def test_a_file_of_several_blocks_is_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage_module, "_COPY_BYTES", 1000)
+    (tmp_path / "scratch.bin").write_bytes(bytes(range(250)) * 9)
+    storage = Storage.open(tmp_path / "out")
+    storage.publish_file(tmp_path / "scratch.bin", "train/0.tar")
+    assert storage.read("train/0.tar") == bytes(range(250)) * 9
+
+
+def test_without_hard_links_create_still_keeps_what_is_there(tmp_path, monkeypatch):
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    storage = Storage.open(tmp_path)
+    assert storage.create(b"first", "plan.json")
+    assert not storage.create(b"second", "plan.json")
+    assert storage.read("plan.json") == b"first"
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_only_files_older_than_asked_are_called_old(tmp_path):
+    storage = Storage.open(tmp_path)
+    for name, age_s in (("old", 7200), ("young", 60)):
+        storage.publish_bytes(b"", name)
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    assert storage.list_older("", timedelta(hours=1)) == ("old",)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "train").touch()
+    with pytest.raises(InputError, match="train is not a folder: choose a folder"):
+        Storage.open(tmp_path).list("train")
 
 
 def test_a_failed_publication_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -47,16 +47,24 @@ def test_small_images_grow_pixel_by_pixel_and_large_ones_shrink():
     assert large.height == 32 + 128 + 32
 
 
+def test_rows_and_columns_are_in_order_and_no_wider_than_the_images():
+    rows = [("a", [grey(0, 64), grey(50, 64)]), ("b", [grey(100, 64), grey(150, 64)])]
+    sheet = np.asarray(draw_sheet(rows, 5).convert("L"))
+    tops, lefts = (32 + 32, 32 + 70 + 32), (-32 - 70 - 32, -32 - 32)
+    assert [sheet[top, left] for top in tops for left in lefts] == [0, 50, 100, 150]
+
+
 def test_a_class_with_few_images_leaves_the_rest_of_its_row_white():
     sheet = np.asarray(draw_sheet([("a", [grey(0, 64)] * 3), ("b", [grey(0, 64)])], 3))
     assert (sheet[32 + 64 + 6 : -32, -32 - 64 :] == 255).all()
 
 
 def test_at_most_forty_classes_are_shown_evenly_chosen():
-    assert shown_classes(range(10)) == tuple(range(10))
-    chosen = shown_classes(range(1000))
-    assert len(set(chosen)) == 40
-    assert (chosen[0], chosen[-1]) == (0, 999)
+    assert shown_classes(range(40)) == tuple(range(40))
+    assert len(set(shown_classes(range(41)))) == 40
+    chosen = shown_classes(range(7, 3007, 3))
+    assert (chosen[0], chosen[-1]) == (7, 3004)
+    assert set(np.diff(chosen)) == {3 * 25, 3 * 26}
 
 
 def test_the_sheet_shows_the_first_images_of_each_class_read_back(tmp_path: Path):
@@ -71,6 +79,8 @@ def test_the_sheet_shows_the_first_images_of_each_class_read_back(tmp_path: Path
         assert all((a == b).all() for a, b in zip(found[class_id], wanted, strict=True))
     write_contact_sheet(dataset, 2)
     first = storage.read(CONTACT_SHEET_NAME)
-    assert Image.open(io.BytesIO(first)).mode == "RGB"
+    names = dataset.plan.settings.class_names
+    wanted = draw_sheet([(names[class_id], found[class_id]) for class_id in class_ids], 2)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(first))), np.asarray(wanted))
     write_contact_sheet(dataset, 2)
     assert storage.read(CONTACT_SHEET_NAME) == first

@@ -1,16 +1,24 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.run.console import (
+    ProgressBar,
     class_line,
+    dataset_summary,
+    depth_table,
     environment_changes,
+    human_bytes,
     missing_summary,
     mixture_lines,
+    plan_report,
+    plan_warnings,
+    ranges,
     run_summary,
     time_line,
 )
-from pipeline.shards.manifest import committed_shards
+from pipeline.shards.manifest import BatchTiming, committed_shards
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
 
@@ -100,3 +108,136 @@ def test_what_ran_out_of_memory_is_told_what_another_batch_needs():
     assert "a smaller batch needs another --out" in text
     assert "delete what is here" not in text
     assert "delete what is here" in summary(num_shards=3, set_aside=[2, 3], too_large_batch=50)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([], ""),
+        ([7], "7"),
+        ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8"),
+        (range(0, 24, 2), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22"),
+        (range(0, 28, 2), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, and 2 more ranges"),
+    ],
+)
+def test_shards_are_named_by_ranges_of_which_twelve_are_shown(numbers, text):
+    assert ranges(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (2e9, "2.0 GB"),
+     (3456e9, "3.5 TB"), (1e16, "10000.0 TB")],
+)  # fmt: skip
+def test_bytes_are_told_in_decimal_units(num_bytes, text):
+    assert human_bytes(num_bytes) == text
+
+
+def test_the_progress_counts_images_and_shards_and_takes_back_those_of_a_lost_one(capsys):
+    with ProgressBar(make_plan(), num_done=9, shards_done=1) as bar:
+        bar.images(1, 4)
+        bar.take_back(1)
+        bar.images(1, 4)
+        bar.images(1, 4)
+        bar.shard_done(1, 9)
+        bar.images(2, 3)
+    last = capsys.readouterr().err.rstrip("\n").split("\r")[-1]
+    assert "fake:" in last
+    assert " 21/22 " in last
+    assert "2/3 shards" in last
+
+
+def test_the_summary_of_a_dataset_tells_images_bytes_compute_and_place(tmp_path):
+    plan = write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
+    records = committed_shards(Storage.open(tmp_path / "out"), plan)
+    tar_bytes = sum(file.stat().st_size for file in (tmp_path / "out" / "train").iterdir())
+    row_bytes = sum(file.stat().st_size for file in (tmp_path / "out" / "meta").iterdir())
+    lines = dataset_summary(plan, records, "WHERE").splitlines()
+    assert lines[:3] == [
+        "dataset   22 images of 3 classes in 3 of 3 shards",
+        f"bytes     {tar_bytes / 1000:.1f} kB of images, {row_bytes / 1000:.1f} kB of rows",
+        (
+            "compute   0.003 GFLOP per image, full depth 0.007: transformer 0.002 of 0.006, decoder"
+            " 0.001; 34.0% of the token-layers"
+        ),
+    ]
+    assert lines[-1] == "where     WHERE"
+    records[1] = replace(records[1], num_blank=2)
+    del records[2]
+    assert dataset_summary(plan, records, "WHERE").splitlines()[0] == (
+        "dataset   18 images of 3 classes in 2 of 3 shards, 2 blank, 0 duplicates"
+    )
+
+
+def test_the_phases_of_an_image_are_told_each_with_its_own_time(tmp_path):
+    plan = write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
+    record = committed_shards(Storage.open(tmp_path / "out"), plan)[0]
+    batch = BatchTiming(0, 10, sampling_s=1.5, decoding_s=0.25, encoding_s=0.0125)
+    assert time_line({0: replace(record, batches=(batch,))}) == (
+        "per image and worker: transformer 150 ms, decoder 25 ms, encoding 1.25 ms beside them"
+    )
+
+
+def test_a_run_of_no_time_has_no_rate():
+    assert run_summary(0, 0.0, 3.0, ["cpu", "cpu"]).endswith(
+        "0 images/s on 2 x cpu (ready after 3.0 s)"
+    )
+
+
+def test_who_stopped_a_job_reads_first_that_nothing_is_lost_and_last_how_to_go_on():
+    lines = summary(interrupted=True).splitlines()
+    assert lines == [
+        "stopped as asked, 6 of 9 shards are done: committed shards are safe",
+        "missing: 3 shards: 2-4",
+        "run the same command again to make the rest",
+    ]
+    assert "run the same command again" not in summary(set_aside=[2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "told"),
+    [
+        ({"samples_per_shard": 11, "batch_size": 11}, 2, []),
+        ({"samples_per_shard": 22, "batch_size": 22}, None, []),
+        ({"samples_per_shard": 9, "batch_size": 3}, 3,
+         ["the last shard holds 4 images, the others 9: choose --samples-per-shard"]),
+        ({"samples_per_shard": 11, "batch_size": 4}, 1,
+         [("--batch-size 4 does not divide --samples-per-shard 11: every shard ends with a batch "
+          "of 3")]),
+        ({"samples_per_shard": 11, "batch_size": 12}, 1,
+         ["--batch-size 12 is more than --samples-per-shard 11: batches of 11"]),
+        ({"samples_per_shard": 22, "batch_size": 22}, 3, ["1 shard for 3 workers: 2 of them stay"]),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_meant_is_warned_of(changes, workers, told):
+    warnings = plan_warnings(make_plan(**changes), workers)
+    assert len(warnings) == len(told)
+    assert all(map(str.startswith, warnings, told))
+
+
+def test_the_depth_of_every_scale_is_a_row():
+    depth = SimpleNamespace(
+        scales=[SimpleNamespace(prefix=[4, 4, 2, 1])], mean_depth_per_scale=(2.75, 0.0)
+    )
+    assert depth_table(depth, (2, 13)).splitlines() == [
+        "scale  side  tokens  depth  tokens x blocks",
+        "    0     2       4   2.75  4 x 2, 2 x 1, 1 x 1",
+        "    1    13     169   0.00  not sampled",
+    ]
+
+
+def test_a_long_class_name_is_cut():
+    name = "a" * 38
+    assert class_line(make_plan({0: 1}, class_names=(name,))).endswith(f" 0 '{name}'")
+    assert class_line(make_plan({0: 1}, class_names=(name + "b",))).endswith(f" 0 '{'a' * 36}...")
+
+
+def test_a_forecast_of_bytes_follows_from_the_shards_that_are_there(tmp_path):
+    plan = write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
+    records = committed_shards(Storage.open(tmp_path / "out"), plan)
+    first = {0: records[0]}
+    wanted = human_bytes(records[0].files.tar.size / 9 * 22)
+    for some, line in ((first, f"about {wanted} of images"), ({}, "not known before the first")):
+        depth = SimpleNamespace(scales=[], mean_depth_per_scale=())
+        report = plan_report(plan, depth, (), some, where="W", workers=None)
+        assert f"bytes     {line}" in report

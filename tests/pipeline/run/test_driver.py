@@ -223,6 +223,56 @@ def test_in_one_process_failures_are_charged_alike(ray_here, faults, tmp_path):
     assert sorted(attempts(out)) == [0, 1, 3, 4]
 
 
+class Clock:
+    """In place of `driver.time`: waiting is what happens next."""
+
+    def __init__(self, waited: Callable[[], object]) -> None:
+        self.now_s, self.waited = 0.0, waited
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.waited()
+
+
+@pytest.mark.parametrize(("comes_back", "code"), [(True, 0), (False, 1)])
+def test_a_shard_that_another_job_writes_over_is_waited_for_within_bounds(
+    tmp_path, monkeypatch, capsys, comes_back, code
+):
+    out = tmp_path / "out"
+    record, hidden = out / "commits" / "00003.json", tmp_path / "hidden.json"
+
+    def come_back() -> None:
+        if comes_back and clock.now_s > 30 and hidden.exists():
+            hidden.rename(record)
+
+    committed, clock = driver.committed_shards, Clock(come_back)
+
+    def begin_to_write_over(*asked: Any) -> dict[int, CommitRecord]:
+        if record.exists() and clock.now_s == 0:
+            record.rename(hidden)
+        return committed(*asked)
+
+    monkeypatch.setattr(driver, "time", clock)
+    monkeypatch.setattr(driver, "committed_shards", begin_to_write_over)
+    assert run(out, workers=0) == code
+    assert (30 if comes_back else 60) <= clock.now_s < 61
+    said = capsys.readouterr()
+    assert ("5 of 5 shards" in said.out) == comes_back
+    assert ("missing: 1 shard: 3" in said.err) != comes_back
+
+
+def test_a_shard_that_was_set_aside_is_not_waited_for(tmp_path, monkeypatch):
+    set_faults(tmp_path / "faults.json", poison=20)
+    monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
+    clock = Clock(lambda: None)
+    monkeypatch.setattr(driver, "time", clock)
+    assert run(tmp_path / "out", workers=0) == 1
+    assert clock.now_s == 0
+
+
 def test_more_workers_than_cores_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="--workers is 3"):
         run(tmp_path / "out", workers=3)

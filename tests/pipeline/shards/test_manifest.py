@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.request.labels import LabelCounts
-from pipeline.request.plan import open_plan
+from pipeline.request.plan import JobPlan, open_plan
 from pipeline.shards import manifest
+from pipeline.shards.claims import make_claim
 from pipeline.shards.manifest import (
     CommitRecord,
     committed_shards,
+    index_files,
     mixed_environments,
     planned_shard,
     publish_shard,
@@ -105,11 +107,16 @@ def test_the_record_says_who_made_what_and_holds_the_times(tmp_path):
         {"extra": 1},
         {"batches": None},
         {"environment": {"torch": 2}},
+        {"tar": 1},
+        {"parquet": 1},
     ],
 )
 def test_a_record_that_is_not_exactly_this_shards_is_not_done(finished, edit):
     plan, name = make_plan(), record_name(0)
-    good = finished.read(name)
+    good, other = finished.read(name), json.loads(finished.read(record_name(1)))
+    files = {**json.loads(good)["files"]}
+    if kind := next((kind for kind in files if kind in edit), None):
+        edit = {"files": {**files, kind: other["files"][kind]}}
     finished.publish_bytes(json.dumps({**json.loads(good), **edit}).encode(), name)
     try:
         assert sorted(committed_shards(finished, plan)) == [1, 2]
@@ -361,8 +368,11 @@ def test_publishing_a_shard_twice_gives_the_same_files(tmp_path):
     publish_one(storage, plan, 0, tmp_path / "a")
     names = ("train/00000.tar", "meta/00000.parquet")
     before = [storage.read(n) for n in names]
-    publish_one(storage, plan, 0, tmp_path / "b")
+    with ShardWriter(plan, plan.shard(0), tmp_path / "b") as writer:
+        built = fill(writer, plan, plan.shard(0))
+        publish_shard(storage, plan, built, replace(record_of(plan, built), attempt=2))
     assert [storage.read(n) for n in names] == before
+    assert read_commit(storage, plan, 0).attempt == 1, "what is done stays as it is"
     assert list(committed_shards(storage, plan)) == [0]
 
 
@@ -382,6 +392,67 @@ def test_a_shard_is_published_record_last(tmp_path, monkeypatch):
     assert names[0].startswith(".claims/0-"), "others are told before the first byte"
     assert names[1:] == ["train/00000.tar", "meta/00000.parquet", "commits/00000.json"]
     assert Storage.open(str(tmp_path / "out")).list(".claims") == {}
+
+
+def in_doubt(storage: Storage, plan: JobPlan, scratch: Path, monkeypatch, rounds: int) -> None:
+    """Publish shard 0 while somebody else, who has a claim, writes over its tar so many times."""
+    make_claim(storage, 0)
+    publish_record, meddled = manifest.publish_record, []
+
+    def publish_then_meddle(storage: Storage, record: CommitRecord) -> None:
+        publish_record(storage, record)
+        meddled.append(record)
+        if len(meddled) <= rounds:
+            storage.publish_bytes(bytes(record.files.tar.size), record.files.tar.name)
+
+    monkeypatch.setattr(manifest, "publish_record", publish_then_meddle)
+    publish_one(storage, plan, 0, scratch)
+
+
+def test_a_shard_that_somebody_writes_over_is_published_again_and_both_claims_stay(
+    storage, tmp_path, monkeypatch
+):
+    plan = open_plan(storage, make_plan())
+    in_doubt(storage, plan, tmp_path / "scratch", monkeypatch, rounds=2)
+    assert list(committed_shards(storage, plan)) == [0]
+    assert len(storage.list(".claims")) == 2
+    for name in ("train/00000.tar", "meta/00000.parquet"):
+        good = storage.read(name)
+        storage.publish_bytes(good[:-1] + b"?", name)
+        assert committed_shards(storage, plan) == {}, "a shard with a claim is hashed"
+        assert read_commit(storage, plan, 0) is None
+        storage.publish_bytes(good, name)
+    assert read_commit(storage, plan, 0) is not None
+
+
+def test_a_shard_that_is_written_over_all_the_time_is_an_error(storage, tmp_path, monkeypatch):
+    plan = open_plan(storage, make_plan())
+    with pytest.raises(OSError, match="shard 00000 is written by somebody else all the time"):
+        in_doubt(storage, plan, tmp_path / "scratch", monkeypatch, rounds=99)
+    assert committed_shards(storage, plan) == {}
+
+
+def test_files_taken_away_while_they_are_read_mean_not_done(storage, tmp_path, monkeypatch):
+    plan = open_plan(storage, make_plan())
+    publish_one(storage, plan, 0, tmp_path / "scratch")
+    make_claim(storage, 0)
+    assert list(committed_shards(storage, plan)) == [0]
+    open_input = Storage.open_input
+    for name in ("commits/00000.json", "train/00000.tar"):
+
+        def gone(storage: Storage, asked: str, name: str = name):
+            if asked == name:
+                raise FileNotFoundError(asked)
+            return open_input(storage, asked)
+
+        monkeypatch.setattr(Storage, "open_input", gone)
+        assert committed_shards(storage, plan) == {}
+
+
+def test_the_indexes_are_in_order_whatever_the_order_of_the_records(finished):
+    plan = make_plan()
+    records = committed_shards(finished, plan)
+    assert index_files(plan, dict(reversed(records.items()))) == index_files(plan, records)
 
 
 def test_shards_made_in_different_environments_are_told_apart_by_what_differs(finished):

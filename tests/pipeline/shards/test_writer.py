@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
+from PIL import Image, JpegImagePlugin
 
 import pipeline.shards.writer as writer_module
 from pipeline.request.plan import key_of
@@ -86,14 +88,14 @@ def test_blank_and_repeated_images_are_marked_not_dropped(tmp_path):
     plan = make_plan({0: 4})
     batch = fake_batch(plan, range(4))
     batch.images_BHWC[1] = 255
-    batch.images_BHWC[3] = batch.images_BHWC[0]
+    batch.images_BHWC[2:] = batch.images_BHWC[0]
     with ShardWriter(plan, plan.shard(0), tmp_path) as writer:
         writer.add(batch, 0)
         built = writer.finish()
         table = pq.read_table(built.parquet_path)
     assert table["is_blank"].to_pylist() == [False, True, False, False]
-    assert table["is_duplicate_in_shard"].to_pylist() == [False, False, False, True]
-    assert (built.num_samples, built.num_blank, built.num_duplicates) == (4, 1, 1)
+    assert table["is_duplicate_in_shard"].to_pylist() == [False, False, True, True]
+    assert (built.num_samples, built.num_blank, built.num_duplicates) == (4, 1, 2)
 
 
 def test_times_of_each_batch_are_handed_on_but_are_in_no_file(tmp_path):
@@ -186,6 +188,7 @@ def test_batches_out_of_order_or_beyond_the_shard_are_refused(tmp_path):
         lambda b: {"images_BHWC": b.images_BHWC.astype(np.float32)},
         lambda b: {"images_BHWC": b.images_BHWC[:, :-1]},
         lambda b: {"mean_change_BS": b.mean_change_BS[:-1]},
+        lambda b: {"mean_log_prob_BS": b.mean_log_prob_BS[:-1]},
         lambda b: {"mean_log_prob_BS": b.mean_log_prob_BS * np.float32(np.nan)},
     ],
 )
@@ -230,6 +233,55 @@ def test_what_changes_on_disk_before_the_check_is_noticed(tmp_path, monkeypatch)
     monkeypatch.setattr(ShardWriter, "_check", flip_then_check)
     with pytest.raises(ShardError, match="changed on disk"):
         built_bytes(plan, tmp_path)
+
+
+def relabelled(tar: bytes) -> bytes:
+    place = tar.index(b".cls") - 12  # of the header, whose content is in the next block
+    label = int(tar[place + 512 : place + 513])
+    return tar[: place + 512] + b"%d" % (9 - label) + tar[place + 513 :]
+
+
+def without_last(tar: bytes) -> bytes:
+    return tar[: tar.rindex(b"%012d.cls" % 8)] + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("00000.tar", relabelled, "sample 000000000000 is not the next one"),
+        ("00000.tar", without_last, "it ends early"),
+        ("00000.parquet", None, "its rows changed on disk"),
+    ],
+)
+def test_a_file_that_is_read_back_otherwise_is_no_shard(tmp_path, monkeypatch, file, change, told):
+    check = ShardWriter._check
+    _, other_rows = built_bytes(make_plan({0: 7, 1: 7, 2: 8}), tmp_path)
+
+    def change_then_check(writer: ShardWriter) -> None:
+        path = writer._folder / file
+        path.write_bytes(change(path.read_bytes()) if change else other_rows)
+        check(writer)
+
+    monkeypatch.setattr(ShardWriter, "_check", change_then_check)
+    with pytest.raises(ShardError, match=told):
+        built_bytes(make_plan(), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_jpeg_keeps_its_colours_at_quality_95():
+    image_HWC = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    wanted = io.BytesIO()
+    Image.fromarray(image_HWC).save(wanted, "JPEG", quality=95)
+    with Image.open(io.BytesIO(encode_image(image_HWC, "jpg").image)) as image:
+        assert JpegImagePlugin.get_sampling(image) == 0
+        assert image.quantization == Image.open(wanted).quantization
+
+
+def test_an_image_of_one_colour_is_blank():
+    image_HWC = np.full((5, 4, 3), (10, 20, 30), dtype=np.uint8)
+    assert encode_image(image_HWC, "png").is_blank
+    image_HWC[4, 3, 2] = 31
+    assert not encode_image(image_HWC, "png").is_blank
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])

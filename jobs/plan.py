@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from depthvar.memory import memory_need
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.request.config import GenerateConfig, load_config
-from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.job import plan_job
 from pipeline.request.plan import check_output
-from pipeline.run.console import human_bytes, memory_warning, plan_report
+from pipeline.run.console import depth_plan, human_bytes, memory_warning, plan_report
 from pipeline.run.schedule import (
     Machine,
     available_cores,
@@ -25,26 +25,24 @@ from pipeline.storage import Storage
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the dry run; exit code 0."""
     config = load_config(GenerateConfig, argv, prog="depthvar plan", description=__doc__ or "")
-    job = resolve_job(config)
-    plan = job_plan(config, job)
+    notes: list[str] = []
+    plan, model = plan_job(config, note=notes.append)
     storage = Storage.open(config.out)
     stored = check_output(storage, plan, extend=config.extend)
     records = {} if stored is None else committed_shards(storage, stored)
     workers = config.workers
     if workers is None and config.address is None:
         workers = available_cores() // config.threads_per_worker
-    report = plan_report(
-        stored or plan, job.depth, job.model.sides, records, where=str(storage), workers=workers
-    )
-    print(report)
-    for note in job.notes:
+    plan = stored or plan
+    print(plan_report(plan, model, records, where=str(storage), workers=workers))
+    for note in notes:
         print(f"note: {note}")
     need = memory_need(
-        job.model,
-        job.depth,
-        batch_size=config.batch_size,
-        streams=job.sampling.streams,
-        precision=config.precision,
+        model,
+        depth_plan(plan, model),
+        batch_size=plan.batch_size,
+        streams=plan.sampling.streams,
+        precision=plan.precision,
     )
     print(
         f"memory    {human_bytes(need.peak)} per worker at batch {config.batch_size}:"
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = Machine(available_cores(), 0 if gpu is None else 1, available_memory(), gpu)
     shape = worker_shape([machine], device=config.device, threads_per_worker=1)
     if config.address is None and (
-        warning := memory_warning(job, config, worker_room([machine], shape, workers or 1))
+        warning := memory_warning(plan, model, worker_room([machine], shape, workers or 1))
     ):
         print(f"warning: {warning}")
     return EXIT_DONE

@@ -210,12 +210,12 @@ def _heading(config: TrainConfig, dataset: Dataset | None, held_out: HeldOut) ->
         lines.insert(0, "train on  real training digits")
     else:
         plan = dataset.plan
-        share = plan.settings.compute.token_layers_ratio
+        share = plan.compute.token_layers_ratio
         lines.insert(
             0,
             f"train on  {dataset.num_samples:,} images of {len(plan.total_counts.class_ids):,} "
             f"classes in {len(dataset.records):,} shards of {dataset.storage}, policy "
-            f"{plan.settings.preset}, {share:.1%} of the token-layers",
+            f"{plan.policy.preset}, {share:.1%} of the token-layers",
         )
         if dataset.num_missing:
             lines.append(
@@ -234,12 +234,12 @@ def _numbers(
     config: TrainConfig, dataset: Dataset | None, held_out: HeldOut, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """What the JSON file holds: the settings, then the rows that are done."""
-    settings = None if dataset is None else dataset.plan.settings
+    plan = None if dataset is None else dataset.plan
     return {
         "dataset": None if dataset is None else str(dataset.storage),
         "fingerprint": None if dataset is None else dataset.plan.fingerprint,
-        "policy": None if settings is None else settings.preset,
-        "token_layers_ratio": None if settings is None else settings.compute.token_layers_ratio,
+        "policy": None if plan is None else plan.policy.preset,
+        "token_layers_ratio": None if plan is None else plan.compute.token_layers_ratio,
         "test": held_out.name,
         "test_images": len(held_out.labels_N),
         "steps": config.steps,

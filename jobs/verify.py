@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     """Exit code 0 for a sound and complete dataset, 1 with one line per problem.
 
     Images that come out otherwise under `--regenerate` are a problem only where nothing in the
-    environment differs. `sampler_factory` as of `WorkerSpec`.
+    environment differs. `sampler_factory` as of `Workplace`.
     """
     config = load_config(VerifyConfig, argv, prog="depthvar verify", description=__doc__ or "")
     storage = Storage.open(config.out)
@@ -68,6 +68,7 @@ def _regenerated(
     sampler_factory: str | None,
 ) -> list[Comparison]:
     from pipeline.run.regenerate import regenerate
+    from pipeline.run.worker import LOAD_SAMPLER
 
     bad = set(report.shards_to_make)
     records = {i: r for i, r in report.records.items() if i not in bad}
@@ -80,7 +81,7 @@ def _regenerated(
             num_images,
             weights=config.weights,
             device=config.device,
-            sampler_factory=sampler_factory,
+            sampler_factory=sampler_factory or LOAD_SAMPLER,
             progress=bar.update,
         )
 

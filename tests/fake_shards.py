@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from depthvar.config import SamplingSettings
+from depthvar.policy import make_policy
 from pipeline.dataset.loader import Dataset, open_dataset
 from pipeline.request.labels import LabelCounts
-from pipeline.request.plan import ImageCompute, JobPlan, JobSettings, Segment, ShardPlan, open_plan
+from pipeline.request.plan import ImageCompute, JobPlan, Segment, ShardPlan, open_plan
 from pipeline.shards.manifest import (
     BuiltShard,
     CommitRecord,
@@ -52,10 +54,8 @@ def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPla
         "class_names": ("zero", "one, or uno", "../tw|o\n", "three"),
         "image_side": 7,
         "image_channels": 1,
-        "policy": {"preset": "depthvar", "reference_scale": 1, "gain": 0.5, "rotated": True},
-        "cfg": 1.5,
-        "top_k": 90,
-        "top_p": 0.96,
+        "policy": make_policy("depthvar", reference_scale=1),
+        "sampling": SamplingSettings(cfg=1.5, top_k=90, top_p=0.96),
         "precision": "float32",
         "seed": 5,
         "samples_per_shard": 9,
@@ -64,7 +64,7 @@ def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPla
         "compute": ImageCompute(34, 100, 2e6, 1e6, 6e6, (4.0, 2.0, 1.25)),
     }
     labels = LabelCounts.from_mapping(counts or {0: 8, 1: 6, 2: 8})
-    return JobPlan(JobSettings(**{**settings, **changes}), (Segment(labels),))
+    return JobPlan(**{**settings, **changes}, segments=(Segment(labels),))
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class FakeBatch:
 
 def fake_batch(plan: JobPlan, indices: Iterable[int]) -> FakeBatch:
     """A function of the seed and the indices alone, as a sampler's batch is."""
-    side, channels = plan.settings.image_side, plan.settings.image_channels
+    side, channels = plan.image_side, plan.image_channels
     images, changes, log_probs = [], [], []
     for index in indices:
-        rng = np.random.default_rng((plan.settings.seed, index))
+        rng = np.random.default_rng((plan.seed, index))
         images.append(rng.integers(0, 256, (side, side, channels), dtype=np.uint8))
         changes.append(rng.random(NUM_SCALES, dtype=np.float32))
         log_probs.append(-rng.random(NUM_SCALES, dtype=np.float32))

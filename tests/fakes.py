@@ -17,9 +17,8 @@ import numpy as np
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, image_cost
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy
 from pipeline.request.plan import JobPlan
-from pipeline.run.worker import WorkerSpec
+from pipeline.run.worker import Workplace
 from tests.fault_hook import FAULTS_VARIABLE
 
 # The variable names a JSON file, read at every batch: Ray's workers and children see it too:
@@ -116,7 +115,7 @@ class FakeSampler:
         )
 
 
-def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
+def fake_sampler(plan: JobPlan, place: Workplace, device: str) -> FakeSampler:
     faults = faults_in_force()
     if "loads" in faults:
         with open(faults["loads"], "a") as stream:
@@ -126,9 +125,9 @@ def fake_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> FakeSampler:
             stream.write(f"{os.getppid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     if "load_error" in faults:
         raise RuntimeError(faults["load_error"])
-    config = model_config(plan.settings.model)
-    policy = DepthPolicy(**plan.settings.policy)
-    return FakeSampler(config, DepthPlan.build(config.sides, config.num_blocks, policy))
+    config = model_config(plan.model)
+    depth = DepthPlan.build(config.sides, config.num_blocks, plan.runnable_policy)
+    return FakeSampler(config, depth)
 
 
 def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:

@@ -410,7 +410,7 @@ def test_names_that_differ_after_a_mark_are_two_datasets(tmp_path: Path):
         assert run(out, tmp_path, seed=seed, samples_per_shard=20, contact_sheet=0) == 0
     for seed in (1, 2):
         dataset = open_dataset(f"{folder}/hash#{seed}")
-        assert dataset.plan.settings.seed == seed
+        assert dataset.plan.seed == seed
         assert len(list(iterate_samples(dataset))) == 20
         pipeline = training_pipeline(dataset, shuffle_buffer=0)
         assert sum(1 for _ in pipeline) == 20

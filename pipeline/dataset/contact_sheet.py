@@ -21,7 +21,7 @@ _PAPER, _INK = (255, 255, 255), (45, 45, 50)
 def write_contact_sheet(dataset: Dataset, per_class: int) -> None:
     """Publish `contact_sheet.png` at the dataset's root: one row per class, its name before it."""
     class_ids = shown_classes(dataset.plan.total_counts.class_ids)
-    names = dataset.plan.settings.class_names
+    names = dataset.plan.class_names
     images = first_images(dataset, class_ids, per_class)
     rows = [(names[class_id], images[class_id]) for class_id in class_ids]
     buffer = io.BytesIO()

@@ -40,7 +40,7 @@ def export_adm_npz(dataset: Dataset, out: Path, advance: Advance = lambda count:
     """
     if out.suffix != ".npz":
         raise InputError(f"got --out {out}, wanted a name that ends in .npz: rename it")
-    side, count = dataset.plan.settings.image_side, dataset.num_samples
+    side, count = dataset.plan.image_side, dataset.num_samples
     labels = np.empty(count, dtype=np.int64)
     with _appearing_whole(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with _array(archive, "arr_0", (count, side, side, 3), np.dtype(np.uint8)) as write:
@@ -63,7 +63,7 @@ def export_png_folder(
     A class without a committed image has no folder. Images that are PNG already keep their bytes.
     Errors: `InputError` where `out` exists; `ShardError`.
     """
-    folders = folder_names(dataset.plan.settings.class_names)
+    folders = folder_names(dataset.plan.class_names)
     with _appearing_whole(out) as temporary:
         temporary.mkdir()
         for key, label, data in _png_files(dataset):
@@ -75,13 +75,12 @@ def export_png_folder(
 
 def _png_files(dataset: Dataset) -> Iterator[tuple[str, int, bytes]]:
     """Key, label and PNG file of every committed image, in key order."""
-    settings = dataset.plan.settings
-    if settings.image_format != "png":
+    if dataset.plan.image_format != "png":
         for sample in iterate_samples(dataset):
             yield sample.key, sample.label, encode_image(sample.image, "png").image
         return
     for stored in iterate_stored(dataset):
-        stored_image(stored, settings.image_channels)  # a damaged file stops here
+        stored_image(stored, dataset.plan.image_channels)  # a damaged file stops here
         yield stored.key, stored.label, stored.image
 
 

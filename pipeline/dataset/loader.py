@@ -120,7 +120,7 @@ def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
     Errors: `ShardError` where a shard does not hold what its record says.
     """
     for stored in iterate_stored(dataset):
-        image = stored_image(stored, dataset.plan.settings.image_channels)
+        image = stored_image(stored, dataset.plan.image_channels)
         with naming_damage(stored.key):
             metadata = _metadata(stored)
         yield Sample(stored.key, stored.label, image, metadata)
@@ -132,7 +132,7 @@ def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
     Errors: `ShardError` where a shard does not hold what its record says.
     """
     for part in shard_parts(dataset):
-        yield from _read_shard(dataset.storage, part, dataset.plan.settings.image_format)
+        yield from _read_shard(dataset.storage, part, dataset.plan.image_format)
 
 
 def stored_image(stored: TarSample, channels: int) -> np.ndarray:
@@ -169,16 +169,15 @@ def training_pipeline(
     stores want loader workers that are spawned, not forked.
     Errors, at the start of iteration: `InputError` for fewer shards than ranks x workers.
     """
-    settings = dataset.plan.settings
-    parts = shard_parts(dataset, num_samples)
+    plan, parts = dataset.plan, shard_parts(dataset, num_samples)
     shards = ShardOrder(parts, seed, shuffle=shuffle_buffer > 0, repeat=equal_share)
     stages: list[Any] = [
         shards,
-        partial(_read_shards, uri=dataset.storage.uri, image_format=settings.image_format),
+        partial(_read_shards, uri=dataset.storage.uri, image_format=plan.image_format),
     ]
     if shuffle_buffer > 0:
         stages.append(SampleShuffle(shards, shuffle_buffer))
-    stages.append(partial(_training_pairs, channels=settings.image_channels, transform=transform))
+    stages.append(partial(_training_pairs, channels=plan.image_channels, transform=transform))
     if equal_share:
         total = sum(part.num_taken for part in parts)
         stages.append(partial(_first_share, num_samples=total))

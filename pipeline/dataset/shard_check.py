@@ -73,7 +73,7 @@ def _compare_rows(
     wrong = [
         row
         for row, label in zip(rows, shard.labels.tolist(), strict=True)
-        if row["label"] != label or row["class_name"] != plan.settings.class_names[label]
+        if row["label"] != label or row["class_name"] != plan.class_names[label]
     ]
     if wrong:
         first = wrong[0]["key"]
@@ -94,7 +94,7 @@ def _compare_tar(
     with storage.open_input(entry.name) as source:
         stream = _HashingReader(source)
         try:
-            for sample in read_tar(stream, plan.settings.image_format):
+            for sample in read_tar(stream, plan.image_format):
                 finding.labels[sample.label] += 1
                 row = next(expected, None)
                 if row is None or row["key"] != sample.key:
@@ -116,7 +116,6 @@ def _compare_tar(
 
 def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str:
     """How a stored sample differs from its row; "" where it does not."""
-    settings = plan.settings
     if sample.label != row["label"]:
         return f"label {sample.label} in the tar, {row['label']} in the Parquet"
     if (
@@ -125,13 +124,13 @@ def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str
     ):
         return "the image is another than in the Parquet"
     try:
-        image_HWC = decode_image(sample.image, settings.image_channels)
+        image_HWC = decode_image(sample.image, plan.image_channels)
         metadata = json.loads(sample.metadata)
     except (ShardError, ValueError, RecursionError) as error:
         return f"it cannot be decoded: {error}"
     if image_HWC.shape[:2] != (row["height"], row["width"]):
         return f"the image is {image_HWC.shape[1]} x {image_HWC.shape[0]} pixels"
-    if settings.image_format in LOSSLESS_FORMATS and pixel_hash(image_HWC) != row["pixel_sha256"]:
+    if plan.image_format in LOSSLESS_FORMATS and pixel_hash(image_HWC) != row["pixel_sha256"]:
         return "the pixels are others than in the Parquet"
     named = ("index", "label", "class_name", "pixel_sha256")
     if not isinstance(metadata, dict) or any(metadata.get(n) != row[n] for n in named):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -33,9 +33,9 @@ from pipeline.request.marks import Metavar
 from pipeline.request.paths import PATH_ERROR, LocalPath, Location, ModelName, Weights
 from pipeline.request.yaml_file import FieldsOf, Unquoted, fields_from, parse_yaml, read_yaml
 
-if TYPE_CHECKING:
-    pass
-
+Device = Literal["auto", "cpu", "cuda"]
+ImageFormat = Literal["png", "jpg", "webp"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Scalar = bool | int | float | str | None
 PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
@@ -99,12 +99,10 @@ class GenerateConfig(JobConfig):
     top_p: float | None = Field(
         None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="number type of the model"
-    )
+    precision: Precision = Field("float32", description="number type of the model")
     samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
     batch_size: int = Field(50, gt=0, description="images sampled at once")
-    image_format: Literal["png", "jpg", "webp"] = Field("png", description="image encoding")
+    image_format: ImageFormat = Field("png", description="image encoding")
     workers: int | None = Field(
         None,
         ge=0,
@@ -113,7 +111,7 @@ class GenerateConfig(JobConfig):
     threads_per_worker: int = Field(
         1, gt=0, description="CPU threads of one worker; another number may change the last bit"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    device: Device = Field("auto", description="where the model runs")
     address: str | None = Field(
         None,
         description="Ray cluster to join from one of its nodes, HOST:6379 or auto, or `local`"
@@ -173,7 +171,7 @@ class VerifyConfig(JobConfig):
     weights: Weights | None = Field(
         None, description="weights file or folder for --regenerate (default: the model's own)"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where --regenerate runs")
+    device: Device = Field("auto", description="where --regenerate runs")
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

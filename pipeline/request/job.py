@@ -5,49 +5,29 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from depthvar.config import ModelConfig, SamplingSettings
-from depthvar.cost import Cost, image_cost
+from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.paths import check_output_folder
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from pipeline.request.config import GenerateConfig, Scalar
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
-from pipeline.request.plan import JobPlan, Segment
-from pipeline.request.settings import ImageCompute, JobSettings
+from pipeline.request.plan import ImageCompute, JobPlan, Segment
 from pipeline.request.weights import fetch_model
 
-if TYPE_CHECKING:
-    from depthvar.weights.find import FoundModel
 
+def plan_job(
+    config: GenerateConfig, *, note: Callable[[str], object] = lambda text: None
+) -> tuple[JobPlan, ModelConfig]:
+    """What a request will make, checked against its model, and the model's sizes.
 
-@dataclass(frozen=True)
-class ResolvedJob:
-    """A generation request checked against its model; costs are per image, all streams.
-
-    `notes` say what of the request may have been meant otherwise.
-    """
-
-    model: ModelConfig
-    policy: DepthPolicy
-    sampling: SamplingSettings
-    depth: DepthPlan
-    cost: Cost
-    full_cost: Cost
-    weights: FoundModel
-    counts: LabelCounts
-    notes: tuple[str, ...]
-
-
-def resolve_job(config: GenerateConfig) -> ResolvedJob:
-    """Check a request against its model: names, classes, scales, weights.
-
-    Loads no weights and writes nothing. Raises `InputError` for whatever cannot work.
+    Loads no weights and writes nothing; `note` is told what may have been meant otherwise. Raises
+    `InputError` for names, classes, scales and weights that cannot work.
     """
     _check_scratch(config)
     found = fetch_model(config.model, config.weights)
@@ -55,26 +35,32 @@ def resolve_job(config: GenerateConfig) -> ResolvedJob:
     options = checked_options(config.policy_options)
     policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
     sampling = _sampling(config, model.sampling)
-    depth = DepthPlan.build(model.sides, model.num_blocks, policy)
-    full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
-    notes = list(found.notes)
-    counts = _label_counts(config, model, notes.append)
+    compute = _compute(model, policy, sampling)
+    for text in found.notes:
+        note(text)
+    counts = _label_counts(config, model, note)
     if policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
             f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
             " no calibration: run depthvar calibrate, or choose another policy"
         )
-    return ResolvedJob(
-        model=model,
+    plan = JobPlan(
+        model=model.name,
+        weights_sha256=found.sha256,
+        class_names=model.class_names,
+        image_side=model.image_side,
+        image_channels=model.image_channels,
         policy=policy,
         sampling=sampling,
-        depth=depth,
-        cost=image_cost(model, depth, streams=sampling.streams),
-        full_cost=image_cost(model, full, streams=sampling.streams),
-        weights=found,
-        counts=counts,
-        notes=tuple(notes),
+        precision=config.precision,
+        seed=config.seed,
+        samples_per_shard=config.samples_per_shard,
+        batch_size=config.batch_size,
+        image_format=config.image_format,
+        compute=compute,
+        segments=(Segment(counts),),
     )
+    return plan, model
 
 
 def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -107,6 +93,21 @@ def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSett
     )
 
 
+def _compute(model: ModelConfig, policy: DepthPolicy, sampling: SamplingSettings) -> ImageCompute:
+    depth = DepthPlan.build(model.sides, model.num_blocks, policy)
+    full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
+    cost = image_cost(model, depth, streams=sampling.streams)
+    full_cost = image_cost(model, full, streams=sampling.streams)
+    return ImageCompute(
+        token_layers=depth.token_layers,
+        full_token_layers=depth.full_token_layers,
+        transformer_flops=float(cost.transformer_flops),
+        decoder_flops=float(cost.decoder_flops),
+        full_transformer_flops=float(full_cost.transformer_flops),
+        depth_per_scale=tuple(depth.mean_depth_per_scale),
+    )
+
+
 def _label_counts(
     config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]
 ) -> LabelCounts:
@@ -114,32 +115,3 @@ def _label_counts(
         return read_labels_file(config.labels_file, model.class_names, model.other_names, note=note)
     class_ids = parse_classes(config.classes, model.class_names, model.other_names)
     return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
-
-
-def job_plan(config: GenerateConfig, job: ResolvedJob) -> JobPlan:
-    """The plan of a checked request: everything that decides a byte, and the labels."""
-    settings = JobSettings(
-        model=job.model.name,
-        weights_sha256=job.weights.sha256,
-        class_names=job.model.class_names,
-        image_side=job.model.image_side,
-        image_channels=job.model.image_channels,
-        policy=asdict(job.policy),
-        cfg=job.sampling.cfg,
-        top_k=job.sampling.top_k,
-        top_p=job.sampling.top_p,
-        precision=config.precision,
-        seed=config.seed,
-        samples_per_shard=config.samples_per_shard,
-        batch_size=config.batch_size,
-        image_format=config.image_format,
-        compute=ImageCompute(
-            token_layers=job.depth.token_layers,
-            full_token_layers=job.depth.full_token_layers,
-            transformer_flops=float(job.cost.transformer_flops),
-            decoder_flops=float(job.cost.decoder_flops),
-            full_transformer_flops=float(job.full_cost.transformer_flops),
-            depth_per_scale=tuple(job.depth.mean_depth_per_scale),
-        ),
-    )
-    return JobPlan(settings, (Segment(job.counts),))

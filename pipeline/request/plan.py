@@ -9,37 +9,98 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from depthvar.config import SamplingSettings
 from depthvar.errors import InputError, advice
+from depthvar.policy import DepthPolicy
 from pipeline.faults import reach
+from pipeline.request.config import ImageFormat, Precision
 from pipeline.request.labels import MAX_SAMPLES, LabelCounts
-from pipeline.request.settings import STRICT, ImageCompute, JobSettings, Sha256, canonical_json
 from pipeline.storage import Storage
 
-__all__ = [
-    "ImageCompute",
-    "JobPlan",
-    "JobSettings",
-    "Segment",
-    "ShardPlan",
-    "check_output",
-    "key_of",
-    "open_plan",
-    "read_plan",
-    "stored_plan",
-]
-
 PLAN_NAME = "plan.json"
+FORMAT_VERSION = 1
 KEY_DIGITS = 12
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class ImageCompute:
+    """What one image costs, guided (both streams): known from the depth plan, equal for all images.
+
+    FLOPs count a multiply-add as two. `depth_per_scale` is the mean number of blocks a token of
+    each scale passes. `full_*` is the same model at full depth.
+    """
+
+    __pydantic_config__ = STRICT
+
+    token_layers: PositiveInt
+    full_token_layers: PositiveInt
+    transformer_flops: float
+    decoder_flops: float
+    full_transformer_flops: float
+    depth_per_scale: tuple[float, ...]
+
+    @property
+    def token_layers_ratio(self) -> float:
+        """Token-layers spent, as a share of full depth."""
+        return self.token_layers / self.full_token_layers
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs of the whole image (transformer and decoder), as a share of full depth."""
+        full = self.full_transformer_flops + self.decoder_flops
+        return (self.transformer_flops + self.decoder_flops) / full
+
+
+@dataclass(frozen=True)
+class FormerPolicy:
+    """A stored policy that is none of this release's: its images can be read, not made again."""
+
+    stored: Mapping[str, JsonValue]
+
+    @property
+    def preset(self) -> str:
+        """The name of the preset it was made from."""
+        return str(self.stored["preset"])
+
+    @property
+    def reference_scale(self) -> int | None:
+        """R, None where it has none."""
+        scale = self.stored["reference_scale"]
+        return scale if isinstance(scale, int) else None
+
+
+def policy_fields(policy: DepthPolicy | FormerPolicy) -> Mapping[str, JsonValue]:
+    """Every field of a policy as plan.json holds it, by name."""
+    if isinstance(policy, FormerPolicy):
+        return policy.stored
+    return dict(sorted(asdict(policy).items()))
+
+
+def _policy(value: object) -> object:
+    """The policy that is stored so; what is none yet and names no preset is left to be refused."""
+    if not isinstance(value, dict) or not {"preset", "reference_scale"} <= value.keys():
+        return value
+    try:
+        policy = _POLICY.validate_python(value)
+    except ValidationError:
+        return FormerPolicy(value)
+    is_all = canonical_json(policy_fields(policy)) == canonical_json(value)
+    return policy if is_all else FormerPolicy(value)
 
 
 @dataclass(frozen=True)
@@ -75,23 +136,58 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The whole job. Memory and look-ups do not grow with the number of samples."""
+    """The whole job: everything that decides a byte of the dataset, labels included.
 
-    settings: JobSettings
+    Memory and look-ups do not grow with the number of samples. All but `segments` are the settings,
+    which extending a dataset keeps. Errors: `InputError` for labels that cannot be planned.
+    """
+
+    __pydantic_config__ = STRICT
+
+    model: str
+    weights_sha256: Sha256
+    class_names: tuple[str, ...]
+    image_side: PositiveInt
+    image_channels: int
+    policy: Annotated[DepthPolicy | FormerPolicy, BeforeValidator(_policy)]
+    sampling: SamplingSettings
+    precision: Precision
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    samples_per_shard: PositiveInt
+    batch_size: PositiveInt
+    image_format: ImageFormat
+    compute: ImageCompute
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise InputError("got a plan without samples, wanted at least one")
-        num_classes = len(self.settings.class_names)
+        if self.image_channels not in (1, 3):
+            raise InputError(f"got {self.image_channels} image channels, wanted 1 or 3")
+        num_classes = len(self.class_names)
         for segment in self.segments:
             if segment.counts.class_ids[-1] >= num_classes:
                 raise InputError(
                     f"got class id {segment.counts.class_ids[-1]}, "
-                    f"wanted 0 to {num_classes - 1} of {self.settings.model}"
+                    f"wanted 0 to {num_classes - 1} of {self.model}"
                 )
         if self.num_samples > MAX_SAMPLES:
             raise InputError(f"got {self.num_samples} samples, wanted at most {MAX_SAMPLES}")
+
+    @property
+    def runnable_policy(self) -> DepthPolicy:
+        """The depth policy to sample with; `InputError` where this release has none such."""
+        if isinstance(self.policy, FormerPolicy):
+            raise InputError(
+                f"got a plan with a policy {self.policy.preset!r} of another release, which this"
+                " one cannot run: use the release that wrote it"
+            )
+        return self.policy
+
+    @cached_property
+    def policy_json(self) -> str:
+        """Every field of the depth policy as canonical JSON."""
+        return canonical_json(policy_fields(self.policy)).decode()
 
     @cached_property
     def num_samples(self) -> int:
@@ -120,7 +216,7 @@ class JobPlan:
     def shard_range(self, shard_id: int) -> tuple[int, int]:
         """The global indices (start, stop) of a shard."""
         segment = self._segment_of(shard_id)
-        size = self.settings.samples_per_shard
+        size = self.samples_per_shard
         start = self._first_samples[segment] + (shard_id - self._first_shards[segment]) * size
         return start, min(start + size, self._first_samples[segment + 1])
 
@@ -130,11 +226,13 @@ class JobPlan:
         start, stop = self.shard_range(shard_id)
         offset = self._first_samples[segment]
         labels = self.segments[segment].counts.labels(start - offset, stop - offset)
-        return ShardPlan(shard_id, start, stop, labels, self.settings.batch_size)
+        return ShardPlan(shard_id, start, stop, labels, self.batch_size)
 
     def to_json(self) -> bytes:
         """The content of plan.json: readable, ends with a line feed."""
-        return _pretty({"fingerprint": self.fingerprint, **asdict(self)})
+        content = {"fingerprint": self.fingerprint, "settings": self.settings_as_stored}
+        segments = [asdict(segment) for segment in self.segments]
+        return _pretty({**content, "segments": segments})
 
     @staticmethod
     def from_json(data: bytes) -> JobPlan:
@@ -144,18 +242,18 @@ class JobPlan:
         """
         try:
             stored = _PLAN_FILE.validate_json(data)
+            plan = _PLAN.validate_json(json.dumps(_as_fields(stored.settings, stored.segments)))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the file"
             raise InputError(f"{place}: {first['msg']}") from error
-        plan = JobPlan(stored.settings, stored.segments)
         if plan.fingerprint != stored.fingerprint:
             raise InputError("its fingerprint does not fit its content")
         return plan
 
     def difference(self, other: JobPlan, name: str = "the output") -> list[str]:
         """What differs, field by field: self is what `name` holds, `other` is this run's."""
-        pairs = _differing(asdict(self.settings), asdict(other.settings))
+        pairs = _differing(self.settings_as_stored, other.settings_as_stored)
         lines = [f"{field}: {name} has {a}, this run has {b}" for field, a, b in pairs]
         stored, wanted = self.total_counts.as_mapping(), other.total_counts.as_mapping()
         changed = [c for c in sorted({*stored, *wanted}) if stored.get(c, 0) != wanted.get(c, 0)]
@@ -182,7 +280,11 @@ class JobPlan:
         more = {c: n - have.get(c, 0) for c, n in wanted.items() if n > have.get(c, 0)}
         if not more:
             return self
-        return JobPlan(self.settings, (*self.segments, Segment(LabelCounts.from_mapping(more))))
+        return replace(self, segments=(*self.segments, Segment(LabelCounts.from_mapping(more))))
+
+    def continues(self, stored: JobPlan) -> bool:
+        """Whether this is `stored` with further segments."""
+        return replace(self, segments=self.segments[: len(stored.segments)]) == stored != self
 
     def is_covered_by(self, counts: LabelCounts) -> bool:
         """Whether no class has fewer samples in `counts` than here."""
@@ -200,19 +302,28 @@ class JobPlan:
 
     @cached_property
     def _first_shards(self) -> tuple[int, ...]:
-        size = self.settings.samples_per_shard
+        size = self.samples_per_shard
         return tuple(accumulate((-(-s.counts.total // size) for s in self.segments), initial=0))
 
     @cached_property
     def _segment_fingerprints(self) -> tuple[str, ...]:
-        settings = asdict(self.settings)
         segments = [asdict(segment) for segment in self.segments]
         return tuple(
             hashlib.sha256(
-                canonical_json({"settings": settings, "segments": segments[:n]})
+                canonical_json({"settings": self.settings_as_stored, "segments": segments[:n]})
             ).hexdigest()
             for n in range(1, len(segments) + 1)
         )
+
+    @cached_property
+    def settings_as_stored(self) -> dict[str, Any]:
+        """All but the segments as plan.json holds it: what is drawn and the policy taken apart."""
+        settings: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            settings.update(value if name == "sampling" else {name: value})
+        del settings["segments"]
+        settings["policy"] = policy_fields(self.policy)
+        return {**settings, "format_version": FORMAT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -220,11 +331,26 @@ class _PlanFile:
     __pydantic_config__ = STRICT
 
     fingerprint: Sha256
-    settings: JobSettings
-    segments: tuple[Segment, ...]
+    settings: dict[str, JsonValue]
+    segments: JsonValue
 
 
-_PLAN_FILE = TypeAdapter(_PlanFile)
+def _as_fields(settings: Mapping[str, JsonValue], segments: JsonValue) -> dict[str, JsonValue]:
+    """The fields of a `JobPlan` from what plan.json holds. `InputError` for another format."""
+    values = dict(settings)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"got a plan of format {version}, wanted {FORMAT_VERSION}: use the release that wrote"
+            " it"
+        )
+    drawing = [f.name for f in fields(SamplingSettings)]
+    sampling = {name: values.pop(name) for name in drawing if name in values}
+    return {**values, "sampling": sampling, "segments": segments}
+
+
+_POLICY = TypeAdapter(DepthPolicy)
+_PLAN_FILE, _PLAN = TypeAdapter(_PlanFile), TypeAdapter(JobPlan)
 
 
 def key_of(index: int) -> str:
@@ -315,43 +441,48 @@ def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> Jo
     """
     storage.check_writable()
     stored = read_plan(storage)
-    if stored is None:
-        return None
+    return None if stored is None else _agreed(storage, stored, plan, extend=extend)
+
+
+def _agreed(storage: Storage, stored: JobPlan, plan: JobPlan, *, extend: bool = False) -> JobPlan:
+    """What a run that wants `plan` goes on with where another is stored; else `InputError`."""
     differences = stored.difference(plan, str(storage))
     if not differences:
         return stored
-    if stored.settings == plan.settings and extend:
+    has_these_settings = stored.settings_as_stored == plan.settings_as_stored
+    if has_these_settings and extend:
         return stored.extended_to(plan.total_counts)
     hint = "resume with the old configuration or choose a new output"
-    if stored.settings == plan.settings and stored.is_covered_by(plan.total_counts):
+    if has_these_settings and stored.is_covered_by(plan.total_counts):
         hint = "add --extend to keep what is there and make the rest, or choose a new output"
     raise InputError(f"{'; '.join(differences)}: {hint}")
 
 
-def open_plan(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan:
+def open_plan(storage: Storage, plan: JobPlan) -> JobPlan:
     """The plan to work by, stored in the output: written by the first run, kept by later ones.
 
-    Errors: as `check_output`; also `InputError` where plan.json cannot be written, or where
-    another run with another plan started at the same moment.
+    A plan that continues the stored one takes its place. Errors: as `read_plan`; also `InputError`
+    where plan.json cannot be written, or where another run with another plan started meanwhile.
     """
-    agreed = check_output(storage, plan, extend=extend)
-    if agreed is not None and agreed == read_plan(storage):
-        return agreed
+    stored = read_plan(storage)
+    if stored is None or plan.continues(stored):
+        _write_plan(storage, plan, is_new=stored is None)
+        stored = read_plan(storage)
+        assert stored is not None, "plan.json was written"
+    return _agreed(storage, stored, plan)
+
+
+def _write_plan(storage: Storage, plan: JobPlan, *, is_new: bool) -> None:
+    write = storage.create if is_new else storage.publish_bytes
     reach("plan-wanted")
     try:
-        if agreed is not None:
-            storage.publish_bytes(agreed.to_json(), PLAN_NAME)
-        else:
-            storage.create(plan.to_json(), PLAN_NAME)
+        write(plan.to_json(), PLAN_NAME)
     except OSError as error:
         raise InputError(
             f"got the output {storage}, which cannot be written ({error}): "
             f"{advice(error, str(storage))}, then run it again"
         ) from error
     reach("plan-written")
-    stored = check_output(storage, plan, extend=False)
-    assert stored is not None, "plan.json was written"
-    return stored
 
 
 def _summed(segments: tuple[Segment, ...]) -> LabelCounts:
@@ -377,8 +508,9 @@ def _brief(value: object) -> str:
     return text if len(text) <= 48 else f"{text[:45]}..."
 
 
-def _sha256(value: object) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+def canonical_json(value: object) -> bytes:
+    """The one spelling of a value that is hashed: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _pretty(value: object) -> bytes:

@@ -9,11 +9,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from depthvar.config import ModelConfig
 from depthvar.host.rate import rate_text
 from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
-from pipeline.request.config import GenerateConfig
-from pipeline.request.job import ResolvedJob
 from pipeline.request.plan import JobPlan
 from pipeline.shards.manifest import CommitRecord, mixed_environments
 
@@ -41,7 +40,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=plan.num_samples,
             initial=num_done,
-            desc=plan.settings.model,
+            desc=plan.model,
             unit="image",
             dynamic_ncols=on_terminal,
             mininterval=0.2 if on_terminal else 10.0,
@@ -108,7 +107,7 @@ def human_bytes(num_bytes: float) -> str:
 
 def compute_line(plan: JobPlan) -> str:
     """GFLOP per image, guided, against full depth."""
-    compute = plan.settings.compute
+    compute = plan.compute
     total = compute.transformer_flops + compute.decoder_flops
     full = compute.full_transformer_flops + compute.decoder_flops
     return (
@@ -201,19 +200,23 @@ def run_summary(num_images: int, making_s: float, loading_s: float, workers: Seq
     )
 
 
-def memory_warning(job: ResolvedJob, config: GenerateConfig, room: int | None) -> str | None:
+def depth_plan(plan: JobPlan, model: ModelConfig) -> DepthPlan:
+    """How many blocks each token of the plan's images runs."""
+    return DepthPlan.build(model.sides, model.num_blocks, plan.runnable_policy)
+
+
+def memory_warning(plan: JobPlan, model: ModelConfig, room: int | None) -> str | None:
     """What to change if a batch does not fit into the bytes a worker has; None where it fits.
 
     `room` is None where nobody knows how much a worker has.
     """
-    batch = min(config.batch_size, config.samples_per_shard)
-    streams, precision = job.sampling.streams, config.precision
-    need = memory_need(job.model, job.depth, batch_size=batch, streams=streams, precision=precision)
+    batch = min(plan.batch_size, plan.samples_per_shard)
+    depth = depth_plan(plan, model)
+    streams, precision = plan.sampling.streams, plan.precision
+    need = memory_need(model, depth, batch_size=batch, streams=streams, precision=precision)
     if room is None or need.peak <= room:
         return None
-    fitting = largest_batch(
-        job.model, job.depth, room, at_most=batch, streams=streams, precision=precision
-    )
+    fitting = largest_batch(model, depth, room, at_most=batch, streams=streams, precision=precision)
     advice = f"--batch-size {fitting} fits" if fitting else "no batch size fits"
     return (
         f"at --batch-size {batch} a worker needs about {human_bytes(need.peak)} of memory and has"
@@ -265,32 +268,31 @@ def missing_summary(
 
 def plan_report(
     plan: JobPlan,
-    depth: DepthPlan,
-    sides: Sequence[int],
+    model: ModelConfig,
     records: Mapping[int, CommitRecord],
     *,
     where: str,
     workers: int | None,
 ) -> str:
     """The dry run: what would be made, what it costs, what is there already, and warnings."""
-    settings = plan.settings
     done = sum(record.num_samples for record in records.values())
-    side, classes = settings.image_side, len(plan.total_counts.class_ids)
-    drawing = f"cfg {settings.cfg:g}, top-k {settings.top_k}, top-p {settings.top_p:g}"
+    side, classes = plan.image_side, len(plan.total_counts.class_ids)
+    sampling = plan.sampling
+    drawing = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
     images = f"{plan.num_samples:,} images of {classes:,} classes, {side}x{side}"
     lines = [
-        f"model     {settings.model}, weights {settings.weights_sha256[:12]}, {settings.precision}",
-        f"policy    {settings.preset}, {drawing}, seed {settings.seed}",
-        f"dataset   {images} {settings.image_format}",
+        f"model     {plan.model}, weights {plan.weights_sha256[:12]}, {plan.precision}",
+        f"policy    {plan.policy.preset}, {drawing}, seed {plan.seed}",
+        f"dataset   {images} {plan.image_format}",
         class_line(plan),
-        f"shards    {plan.num_shards:,} of {settings.samples_per_shard:,} images",
+        f"shards    {plan.num_shards:,} of {plan.samples_per_shard:,} images",
         f"done      {done:,} images in {len(records):,} shards",
         f"bytes     {_expected_bytes(plan, records)}",
         f"compute   {compute_line(plan)}",
         f"where     {where}",
         f"identity  {plan.fingerprint}",
         "",
-        depth_table(depth, sides),
+        depth_table(depth_plan(plan, model), model.sides),
     ]
     warnings = plan_warnings(plan, workers)
     return "\n".join(lines + ([""] if warnings else []) + [f"warning: {w}" for w in warnings])
@@ -308,7 +310,7 @@ def _expected_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> str:
 def class_line(plan: JobPlan) -> str:
     """Which class each id stands for and how many images it gets, in one line."""
     counts = plan.total_counts.as_mapping()
-    names = plan.settings.class_names
+    names = plan.class_names
     equal = len(set(counts.values())) == 1
     shown = [
         f"{class_id} {_name(names[class_id])}" + ("" if equal else f" x {count:,}")
@@ -345,8 +347,7 @@ def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:
 
 def plan_warnings(plan: JobPlan, workers: int | None) -> list[str]:
     """What will work, but perhaps not as meant."""
-    settings = plan.settings
-    size, batch = settings.samples_per_shard, settings.batch_size
+    size, batch = plan.samples_per_shard, plan.batch_size
     warnings = []
     start, stop = plan.shard_range(plan.num_shards - 1)
     if stop - start < size:

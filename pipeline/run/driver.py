@@ -10,14 +10,14 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from depthvar.config import is_model_path
 from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.dataset.loader import Dataset
 from pipeline.faults import reach
 from pipeline.request.config import GenerateConfig
-from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.job import plan_job
 from pipeline.request.plan import JobPlan, check_output, open_plan
 from pipeline.run.address import cluster_address
 from pipeline.run.cluster import (
@@ -47,7 +47,7 @@ from pipeline.run.schedule import (
     worker_room,
     worker_shape,
 )
-from pipeline.run.worker import WorkerSpec, require_device
+from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
 from pipeline.shards.claims import sweep_claims
 from pipeline.shards.manifest import (
     CARD_NAME,
@@ -64,14 +64,14 @@ _SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minut
 Make = Callable[[ShardRun], None]
 
 
-def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> int:
+def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> int:
     """Make every missing shard of a dataset; 0 if all planned shards are committed, else 1.
 
-    `sampler_factory` replaces the sampler (`module:function`, see `WorkerSpec`). Raises
+    `sampler_factory` replaces the sampler (`module:function`, see `Workplace`). Raises
     `InputError` before anything is written for a request that cannot work.
     """
-    job = resolve_job(config)
-    plan = job_plan(config, job)
+    notes: list[str] = []
+    plan, model = plan_job(config, note=notes.append)
     storage = Storage.open(config.out)
     stored = check_output(storage, plan, extend=config.extend)
     plan = stored or plan
@@ -86,15 +86,15 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
     if not missing:
         return _conclude(config, storage, plan, None, interrupted=False, given_up=given_up)
     queue = ShardQueue(missing, config.max_attempts)
-    spec = _worker_spec(config, storage, plan, sampler_factory)
+    place = _workplace(config, storage, sampler_factory)
     with StopSignals() as stop:
-        with _crew(config, storage, spec, stop) as crew:
+        with _crew(config, storage, place, stop) as crew:
             stop.install()
-            if warning := memory_warning(job, config, crew.room):
+            if warning := memory_warning(plan, model, crew.room):
                 say(f"warning: {warning}")
-            plan = open_plan(storage, plan, extend=config.extend)
+            plan = open_plan(storage, plan)
             num_done = sum(record.num_samples for record in done.values())
-            say("\n".join([class_line(plan), *(f"note: {note}" for note in job.notes)]))
+            say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
                 run = ShardRun(storage, plan, queue, bar, done.values())
                 problem = _made(crew.make, run)
@@ -104,24 +104,21 @@ def generate(config: GenerateConfig, *, sampler_factory: str | None = None) -> i
         )
 
 
-def _worker_spec(
-    config: GenerateConfig, storage: Storage, plan: JobPlan, sampler_factory: str | None
-) -> WorkerSpec:
+def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -> Workplace:
     """What the workers are told, with paths that do not depend on the current folder."""
     weights = config.weights
     if weights is None and is_model_path(config.model):
         weights = config.model
     if weights is not None and os.path.exists(weights):
         weights = os.path.abspath(weights)
-    spec = WorkerSpec(
-        plan_json=plan.to_json(),
+    return Workplace(
         out=storage.root if storage.is_local else storage.uri,
         weights=weights,
         scratch=None if config.scratch is None else os.path.abspath(config.scratch),
         device=config.device,
         threads=config.threads_per_worker,
+        sampler_factory=sampler_factory,
     )
-    return spec if sampler_factory is None else replace(spec, sampler_factory=sampler_factory)
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def _conclude(
         num_shards=plan.num_shards,
         interrupted=interrupted,
         unstored=sorted(unstored.intersection(missing)),
-        too_large_batch=plan.settings.batch_size if is_memory_short else None,
+        too_large_batch=plan.batch_size if is_memory_short else None,
     )
     say(text)
     return 1
@@ -214,7 +211,7 @@ def _settled(
 
 @contextlib.contextmanager
 def _crew(
-    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
+    config: GenerateConfig, storage: Storage, place: Workplace, stop: StopSignals
 ) -> Iterator[_Crew]:
     """Give those who make the shards; what cannot work is found out before they are given.
 
@@ -228,20 +225,20 @@ def _crew(
         require_slots(None, num_slots([machine], shape), shape)
         require_device(config.device)
         yield _Crew(
-            lambda run: run_in_process(spec, run, stop.is_set), worker_room([machine], shape, 1)
+            lambda run: run_in_process(place, run, stop.is_set), worker_room([machine], shape, 1)
         )
     elif address is not None:
         found = found_cluster(address)
         with ray_session({"address": found.text}):
-            yield _cluster_crew(config, storage, spec, stop)
+            yield _cluster_crew(config, storage, place, stop)
     else:
-        yield _local_crew(config, spec, stop)
+        yield _local_crew(config, place, stop)
 
 
-def _local_crew(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> _Crew:
+def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> _Crew:
     """Check that the workers fit on this machine, then make shards with Ray started here."""
     machine = this_machine(with_gpus=config.device != "cpu")
-    shape = worker_shape([machine], device=config.device, threads_per_worker=spec.threads)
+    shape = worker_shape([machine], device=config.device, threads_per_worker=place.threads)
     slots = num_slots([machine], shape)
     require_slots(config.workers, slots, shape)
     require_device(config.device)
@@ -249,20 +246,20 @@ def _local_crew(config: GenerateConfig, spec: WorkerSpec, stop: StopSignals) -> 
     def make(run: ShardRun) -> None:
         with ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
             stop.install()
-            RayCrew(spec, shape, lambda: config.workers or slots, stop.is_set).make(run)
+            RayCrew(place, shape, lambda: config.workers or slots, stop.is_set).make(run)
 
     return _Crew(make, worker_room([machine], shape, config.workers))
 
 
 def _cluster_crew(
-    config: GenerateConfig, storage: Storage, spec: WorkerSpec, stop: StopSignals
+    config: GenerateConfig, storage: Storage, place: Workplace, stop: StopSignals
 ) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
     machines, node_types = cluster_machines(), known_node_types()
     shape = worker_shape(
         [*machines, *(node_types or ())],
         device=config.device,
-        threads_per_worker=spec.threads,
+        threads_per_worker=place.threads,
     )
     if node_types is not None:
         require_fit(machines, node_types, shape)
@@ -281,5 +278,5 @@ def _cluster_crew(
             num_slots(cluster_machines(), shape), num_slots([limit], shape), 1
         )
 
-    make = RayCrew(spec, shape, target, stop.is_set, is_shared=True).make
+    make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
     return _Crew(make, worker_room(machines, shape, config.workers))

@@ -18,7 +18,7 @@ from depthvar.errors import InputError, advice
 from pipeline.request.plan import JobPlan
 from pipeline.run.console import ProgressBar, environment_changes, say
 from pipeline.run.schedule import Assignment, ShardQueue
-from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, WorkerSpec
+from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, Workplace
 from pipeline.shards.manifest import (
     LEDGER_NAME,
     OLD_LEDGER_NAME,
@@ -101,6 +101,7 @@ class ShardRun:
         earlier: Iterable[CommitRecord] = (),
     ) -> None:
         """`earlier` are the records of the shards that this run finds committed."""
+        self.plan = plan
         self.queue = queue
         self.memory_may_be_short = False
         self.unstored: set[int] = set()
@@ -113,7 +114,6 @@ class ShardRun:
         self._earlier = tuple(earlier)
         self._said: set[str] = set()
         self._storage = storage
-        self._plan = plan
         self._bar = bar
 
     def worker_ready(self, info: WorkerInfo) -> None:
@@ -212,7 +212,7 @@ class ShardRun:
         say(f"shard {shard_name(shard_id)} gets its attempt back: {reason}")
 
     def _done(self, shard_id: int) -> None:
-        start, stop = self._plan.shard_range(shard_id)
+        start, stop = self.plan.shard_range(shard_id)
         self.queue.done(shard_id)
         self._storage_failures = 0
         self.num_images += stop - start
@@ -220,14 +220,14 @@ class ShardRun:
 
     def _is_committed(self, shard_id: int) -> bool:
         try:
-            return read_commit(self._storage, self._plan, shard_id) is not None
+            return read_commit(self._storage, self.plan, shard_id) is not None
         except OSError:
             return False
 
     def _write_ledger(self, shard_id: int, **what: object) -> None:
         entry = {
             "shard_id": shard_id,
-            "fingerprint": self._plan.shard_fingerprint(shard_id),
+            "fingerprint": self.plan.shard_fingerprint(shard_id),
             "failures": self.queue.failures(shard_id),
             **what,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -274,13 +274,13 @@ def _read_or_nothing(storage: Storage, name: str) -> bytes:
         return b""
 
 
-def run_in_process(spec: WorkerSpec, run: ShardRun, should_stop: Callable[[], bool]) -> None:
+def run_in_process(place: Workplace, run: ShardRun, should_stop: Callable[[], bool]) -> None:
     """Make shards one after another in this process, without Ray.
 
     Raises `InputError` or `JobStopped` if the model cannot be loaded.
     """
     try:
-        worker = Worker(spec)
+        worker = Worker(run.plan, place)
     except InputError:
         raise
     except OSError as error:

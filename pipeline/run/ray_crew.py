@@ -15,11 +15,12 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 
+from pipeline.request.plan import JobPlan
 from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, is_placed
 from pipeline.run.console import say
 from pipeline.run.ledger import JobStopped, ShardRun
 from pipeline.run.schedule import Assignment, WorkerShape, num_slots
-from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, WorkerSpec
+from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, Workplace
 from pipeline.run.worker_failures import cause_of, plain, reason_of, storage_error_of
 
 _WAIT_S = 0.5  # longest wait for a worker's word: how fast a signal is noticed
@@ -85,7 +86,7 @@ class RayCrew:
     come and go. `is_shared`: other jobs may take what this one waits for, and nodes may join.
     """
 
-    spec: WorkerSpec
+    place: Workplace
     shape: WorkerShape
     target: Callable[[], int]
     should_stop: Callable[[], bool]
@@ -151,7 +152,7 @@ class RayCrew:
         for worker in [w for w in self._hired if w.is_idle and w.node_id in self._draining]:
             self._dismiss(worker)
         for _ in range(min(self._wanted, run.queue.num_open) - len(self._hired)):
-            self._hired.append(self._hire())
+            self._hired.append(self._hire(run.plan))
         for worker in [w for w in self._hired if w.is_idle]:
             assignment = run.queue.take()
             if assignment is None:
@@ -159,11 +160,11 @@ class RayCrew:
             worker.assignment = assignment
             worker.stream = worker.actor.make.remote(assignment.shard_id, assignment.attempt)
 
-    def _hire(self) -> _Hired:
+    def _hire(self, plan: JobPlan) -> _Hired:
         options = {"num_cpus": self.shape.num_cpus, "num_gpus": self.shape.num_gpus}
         actor_class: Any = ray.remote(RayWorker)
         retries = {"max_restarts": 0, "max_task_retries": 0}
-        actor = actor_class.options(**options, **retries).remote(self.spec)
+        actor = actor_class.options(**options, **retries).remote(plan, self.place)
         return _Hired(actor, actor.introduce.remote())
 
     def _listen(self, run: ShardRun, timeout_s: float) -> None:

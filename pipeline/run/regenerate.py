@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from pipeline.dataset.loader import naming_damage
+from pipeline.request.config import Device
 from pipeline.request.plan import JobPlan
-from pipeline.run.worker import Resampler, WorkerSpec
+from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace
 from pipeline.shards.manifest import CommitRecord, parquet_name, tar_name
 from pipeline.shards.samples import decode_image, pixel_hash, read_parquet, read_tar
 from pipeline.storage import Storage
@@ -37,8 +38,8 @@ def regenerate(
     num_images: int,
     *,
     weights: str | None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    sampler_factory: str | None = None,
+    device: Device = "auto",
+    sampler_factory: str = LOAD_SAMPLER,
     progress: Callable[[int], object] | None = None,
 ) -> list[Comparison]:
     """Sample images of committed shards again, in their own micro-batches, and compare pixels.
@@ -51,14 +52,16 @@ def regenerate(
     if not chosen:
         return []
     threads = records[chosen[0][0]].threads
-    spec = WorkerSpec(plan.to_json(), storage.uri, weights, None, device, threads)
-    resampler = Resampler(spec, sampler_factory)
+    place = Workplace(
+        storage.uri, weights, device=device, threads=threads, sampler_factory=sampler_factory
+    )
+    resampler = Resampler(plan, place)
     found: list[Comparison] = []
     for shard_id, start, stop in chosen:
-        images_BHWC = resampler.sample(shard_id, start, stop)
+        images_BHWC = resampler.sample(plan.shard(shard_id), start, stop).images_BHWC
         wanted = min(stop - start, num_images - len(found))
         stored = _stored(storage, plan, shard_id, range(start, start + wanted))
-        differs = _differs(records[shard_id], resampler.environment)
+        differs = _differs(records[shard_id], resampler.info.made_with)
         for (key, hash_then, image_then), image_now in zip(stored, images_BHWC, strict=False):
             is_exact = pixel_hash(image_now) == hash_then
             gap = np.abs(image_now.astype(np.int16) - image_then.astype(np.int16))
@@ -74,7 +77,7 @@ def _chosen_batches(
 ) -> list[tuple[int, int, int]]:
     """(shard, start, stop) of as many micro-batches as hold the images, spread over the shards."""
     rest = sorted(records)
-    wanted = min(len(rest), -(-num_images // plan.settings.batch_size))
+    wanted = min(len(rest), -(-num_images // plan.batch_size))
     spread = [rest[(2 * n + 1) * len(rest) // (2 * wanted)] for n in range(wanted)]
     rest = [shard_id for shard_id in rest if shard_id not in set(spread)]
     chosen: list[tuple[int, int, int]] = []
@@ -97,15 +100,14 @@ def _stored(
     storage: Storage, plan: JobPlan, shard_id: int, indices: range
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(key, recorded pixel hash, stored pixels) of some samples. Errors: `ShardError`."""
-    settings = plan.settings
     with naming_damage(parquet_name(shard_id)):
         table = read_parquet(storage.read(parquet_name(shard_id)))
     rows: list[dict[str, Any]] = table.select(["index", "key", "pixel_sha256"]).to_pylist()
     hashes = {row["key"]: row["pixel_sha256"] for row in rows if row["index"] in indices}
     with naming_damage(tar_name(shard_id)), storage.open_input(tar_name(shard_id)) as stream:
-        for sample in read_tar(stream, settings.image_format):
+        for sample in read_tar(stream, plan.image_format):
             if sample.key in hashes:
-                pixels = decode_image(sample.image, settings.image_channels)
+                pixels = decode_image(sample.image, plan.image_channels)
                 yield sample.key, hashes[sample.key], pixels
 
 

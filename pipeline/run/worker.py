@@ -19,16 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import numpy as np
-
-from depthvar.config import ModelConfig, SamplingSettings
+from depthvar.config import ModelConfig
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy
 from pipeline.faults import reach
+from pipeline.request.config import Device
 from pipeline.request.plan import JobPlan, ShardPlan
 from pipeline.request.weights import fetch_model
 from pipeline.shards.manifest import CommitRecord, publish_shard
@@ -41,6 +39,8 @@ if TYPE_CHECKING:
 _RECORDED_PACKAGES = ("torch", "numpy", "pillow", "pyarrow", "webdataset", "depthvar")
 _SCRATCH_PREFIX = "depthvar-"
 _LOCK_NAME = "lock"
+LOAD_SAMPLER = "pipeline.run.worker:load_sampler"
+"""The factory of the one real sampler."""
 
 
 class SamplerLike(Protocol):
@@ -55,20 +55,19 @@ class SamplerLike(Protocol):
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """All a worker is told, in plain values, so that it can be sent to any machine.
+class Workplace:
+    """What a worker is told beside the plan: where things are, and what it may use.
 
     `out` and `weights` must mean the same on every machine. `sampler_factory` names a function
-    `module:function` that takes this spec, the plan and a torch device's name.
+    `module:function` that takes the plan, this and a torch device's name.
     """
 
-    plan_json: bytes
     out: str
     weights: str | None = None
     scratch: str | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     threads: int = 1
-    sampler_factory: str = "pipeline.run.worker:load_sampler"
+    sampler_factory: str = LOAD_SAMPLER
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class ShardStopped(Exception):  # noqa: N818 - an orderly stop, not an error
     """The worker was asked to stop; nothing of the shard it was making is left."""
 
 
-def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
+def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
     """Load the plan's model and build its sampler, the threads fixed first.
 
     Raises `InputError` for weights that are missing, damaged, or not those that were planned.
@@ -123,39 +122,50 @@ def load_sampler(spec: WorkerSpec, plan: JobPlan, device: str) -> SamplerLike:
     from depthvar.sampling import Sampler
     from depthvar.weights.checkpoint import load_model
 
-    torch.set_num_threads(spec.threads)
-    settings = plan.settings
-    found = fetch_model(settings.model, spec.weights)
-    if found.sha256 != settings.weights_sha256:
+    policy = plan.runnable_policy
+    torch.set_num_threads(place.threads)
+    found = fetch_model(plan.model, place.weights)
+    if found.sha256 != plan.weights_sha256:
         raise InputError(
             f"the weights on {socket.gethostname()} have SHA-256 {found.sha256}, the plan has"
-            f" {settings.weights_sha256}: give every machine the same file"
+            f" {plan.weights_sha256}: give every machine the same file"
         )
-    dtype = getattr(torch, settings.precision)
-    model = load_model(found, device=device, dtype=dtype)
-    policy = DepthPolicy(**cast("dict[str, Any]", settings.policy))
-    sampling = SamplingSettings(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
-    return cast(SamplerLike, Sampler(model, policy, sampling))
+    model = load_model(found, device=device, dtype=getattr(torch, plan.precision))
+    return cast(SamplerLike, Sampler(model, policy, plan.sampling))
 
 
-class Worker:
-    """Makes shards of one plan. Several workers, here or elsewhere, may share one output."""
+class Resampler:
+    """Samples micro-batches of a plan, without writing anything."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, plan: JobPlan, place: Workplace) -> None:
         """Load the model; its errors pass through."""
-        self._plan = JobPlan.from_json(spec.plan_json)
-        self._storage = Storage.open(spec.out)
-        device = _resolve_device(spec.device)
-        self._sampler = _imported(spec.sampler_factory)(spec, self._plan, device)
-        assert self._sampler.plan.token_layers == self._plan.settings.compute.token_layers
-        self._scratch = Scratch.claim(spec.scratch, self._plan.fingerprint)
+        self._plan = plan
+        device = _resolve_device(place.device)
+        self._sampler = _imported(place.sampler_factory)(plan, place, device)
+        assert self._sampler.plan.token_layers == plan.compute.token_layers
         self.info = WorkerInfo(
             host=socket.gethostname(),
             pid=os.getpid(),
             device=_device_name(device),
-            threads=spec.threads,
+            threads=place.threads,
             environment=_environment(),
         )
+
+    def sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
+        """One micro-batch of a shard, the global indices start ... stop - 1."""
+        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
+        return self._sampler(labels, seed=self._plan.seed, indices=range(start, stop))
+
+
+class Worker(Resampler):
+    """Makes shards of one plan. Several workers, here or elsewhere, may share one output."""
+
+    def __init__(self, plan: JobPlan, place: Workplace) -> None:
+        """Load the model; its errors pass through."""
+        storage = Storage.open(place.out)
+        super().__init__(plan, place)
+        self._storage = storage
+        self._scratch = Scratch.claim(place.scratch, plan.fingerprint)
 
     def run_shard(
         self, shard_id: int, attempt: int, *, should_stop: Callable[[], bool] = lambda: False
@@ -171,7 +181,7 @@ class Worker:
             for start, stop in shard.micro_batches:
                 if should_stop():
                     raise ShardStopped(f"shard {shard_id} was stopped before sample {start}")
-                batch = self._sample(shard, start, stop)
+                batch = self.sample(shard, start, stop)
                 with naming(self._scratch.folder):
                     writer.add(batch, start)
                 reach("batch-sampled")
@@ -195,34 +205,6 @@ class Worker:
     def close(self) -> None:
         """Remove this worker's scratch folder; the worker makes no shard after it."""
         self._scratch.remove()
-
-    def _sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
-        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
-        seed = self._plan.settings.seed
-        return self._sampler(labels, seed=seed, indices=range(start, stop))
-
-
-class Resampler:
-    """Samples micro-batches of a plan again, without writing anything."""
-
-    def __init__(self, spec: WorkerSpec, sampler_factory: str | None = None) -> None:
-        """Load the model; its errors pass through."""
-        self._plan = JobPlan.from_json(spec.plan_json)
-        device = _resolve_device(spec.device)
-        factory = _imported(sampler_factory or spec.sampler_factory)
-        self._sampler = factory(spec, self._plan, device)
-        self.environment = {
-            **_environment(),
-            "device": _device_name(device),
-            "threads": str(spec.threads),
-        }
-
-    def sample(self, shard_id: int, start: int, stop: int) -> np.ndarray:
-        """The images of one micro-batch, uint8 (stop - start, height, width, channels)."""
-        shard = self._plan.shard(shard_id)
-        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
-        batch = self._sampler(labels, seed=self._plan.settings.seed, indices=range(start, stop))
-        return batch.images_BHWC
 
 
 @dataclass(frozen=True)
@@ -271,15 +253,14 @@ def _sweep(folder: Path) -> None:
         os.close(lock)
 
 
-def _imported(path: str) -> Callable[[WorkerSpec, JobPlan, str], SamplerLike]:
+def _imported(path: str) -> Callable[[JobPlan, Workplace, str], SamplerLike]:
     module, _, name = path.partition(":")
-    return cast(
-        "Callable[[WorkerSpec, JobPlan, str], SamplerLike]",
-        getattr(importlib.import_module(module), name),
-    )
+    factory: Callable[[JobPlan, Workplace, str], SamplerLike]
+    factory = getattr(importlib.import_module(module), name)
+    return factory
 
 
-def _resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
+def _resolve_device(wanted: Device) -> str:
     """`auto` is the GPU that torch sees, else the CPU."""
     if wanted != "auto":
         return wanted
@@ -288,7 +269,7 @@ def _resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def require_device(wanted: Literal["auto", "cpu", "cuda"]) -> None:
+def require_device(wanted: Device) -> None:
     """Refuse `cuda`, with `InputError`, on a machine where torch cannot use it."""
     if wanted != "cuda":
         return

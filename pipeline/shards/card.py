@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import html
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
 from string import Template
 
-from depthvar.policy import PRESETS, make_policy
-from pipeline.request.plan import JobPlan
+from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from pipeline.request.plan import FormerPolicy, JobPlan, policy_fields
 from pipeline.shards.schema import markdown_table
 
 _MAX_CLASS_ROWS = 20
@@ -70,16 +68,15 @@ $classes
 
 def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: int) -> str:
     """The README.md of a dataset with `num_shards` shards done: Markdown with YAML front matter."""
-    settings = plan.settings
     return _CARD.substitute(
-        title=f"{_cell(settings.model)}: {settings.policy['preset']}",
+        title=f"{_cell(plan.model)}: {plan.policy.preset}",
         num_samples=f"{num_samples:,}",
         facts="\n".join(
             f"| {name} | {_cell(value)} |"
             for name, value in _facts(plan, num_shards, num_samples, tar_bytes)
         ),
         last_shard=f"{max(num_shards - 1, 0):05d}",
-        format=settings.image_format,
+        format=plan.image_format,
         columns=markdown_table(),
         classes=_classes(plan),
     )
@@ -101,16 +98,16 @@ def is_edited(file: bytes) -> bool:
 def _facts(
     plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: int
 ) -> list[tuple[str, str]]:
-    settings, compute = plan.settings, plan.settings.compute
+    compute, drawing = plan.compute, plan.sampling
     flops = compute.transformer_flops + compute.decoder_flops
-    mode = "grey" if settings.image_channels == 1 else "RGB"
+    mode = "grey" if plan.image_channels == 1 else "RGB"
     sampling = (
-        f"guidance {settings.cfg}, top-k {settings.top_k}, top-p {settings.top_p}, "
-        f"{settings.precision}, seed {settings.seed}"
+        f"guidance {drawing.cfg}, top-k {drawing.top_k}, top-p {drawing.top_p}, "
+        f"{plan.precision}, seed {plan.seed}"
     )
     is_partial = num_samples < plan.num_samples
     return [
-        ("model", f"{settings.model}, weights SHA-256 {settings.weights_sha256}"),
+        ("model", f"{plan.model}, weights SHA-256 {plan.weights_sha256}"),
         (
             "samples",
             f"{num_samples:,}" + (f" of {plan.num_samples:,} planned" if is_partial else ""),
@@ -119,9 +116,9 @@ def _facts(
         ("shards", f"{num_shards:,} ({tar_bytes / 1e6:,.1f} MB)"),
         (
             "images",
-            f"{settings.image_side} x {settings.image_side} {mode} {settings.image_format}",
+            f"{plan.image_side} x {plan.image_side} {mode} {plan.image_format}",
         ),
-        ("depth policy", _policy(settings.policy)),
+        ("depth policy", _policy(plan.policy)),
         (
             "mean depth of the scales",
             f"{', '.join(f'{depth:.3g}' for depth in compute.depth_per_scale)} blocks",
@@ -136,16 +133,17 @@ def _facts(
     ]
 
 
-def _policy(policy: Mapping[str, object]) -> str:
+def _policy(policy: DepthPolicy | FormerPolicy) -> str:
     """The preset, its reference scale, and the fields that are not as the preset has them."""
-    preset, last_full = str(policy["preset"]), policy["reference_scale"]
-    usual = asdict(make_policy(preset)) if preset in PRESETS else {}
-    words = [preset]
-    if last_full is not None:
-        words.append(f"reference scale {last_full} (the last at full depth, counted from 0)")
+    usual = policy_fields(make_policy(policy.preset)) if policy.preset in PRESETS else {}
+    words = [policy.preset]
+    if policy.reference_scale is not None:
+        words.append(
+            f"reference scale {policy.reference_scale} (the last at full depth, counted from 0)"
+        )
     words += [
         f"{name} {value}"
-        for name, value in policy.items()
+        for name, value in policy_fields(policy).items()
         if name not in ("preset", "reference_scale") and usual.get(name) != value
     ]
     return ", ".join(words)
@@ -153,7 +151,7 @@ def _policy(policy: Mapping[str, object]) -> str:
 
 def _classes(plan: JobPlan) -> str:
     """A table of few classes; of many a folded list, and only the first of very many."""
-    names, counts = plan.settings.class_names, plan.total_counts.as_mapping()
+    names, counts = plan.class_names, plan.total_counts.as_mapping()
     if len(counts) <= _MAX_CLASS_ROWS:
         rows = [f"| {i} | {_cell(names[i])} | {count:,} |" for i, count in counts.items()]
         return "\n".join(["| label | name | planned samples |", "|---|---|---|", *rows])

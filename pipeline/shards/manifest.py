@@ -25,8 +25,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.faults import reach
-from pipeline.request.plan import JobPlan
-from pipeline.request.settings import STRICT, PositiveInt, Sha256
+from pipeline.request.plan import STRICT, JobPlan, PositiveInt, Sha256
 from pipeline.shards.card import dataset_card, is_edited, sealed
 from pipeline.shards.claims import doubtful_shards, make_claim, others_claim
 from pipeline.storage import Storage
@@ -385,7 +384,7 @@ def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str,
     done = [records[shard_id] for shard_id in sorted(records)]
     index = {
         "wids_version": 1,
-        "name": f"{plan.settings.model}-{plan.fingerprint[:12]}",
+        "name": f"{plan.model}-{plan.fingerprint[:12]}",
         "shardlist": [
             {
                 "url": record.files.tar.name,

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 LOSSLESS_FORMATS = ("png", "webp")
 STATUS_OK = "ok"
+NO_REFERENCE_SCALE = -1
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,14 @@ from pipeline.shards.manifest import (
     tar_name,
 )
 from pipeline.shards.samples import EncodedImage, ShardError, encode_image, read_tar
-from pipeline.shards.schema import STATUS_OK, SampleRow, finite_floats, json_member, rows_to_table
+from pipeline.shards.schema import (
+    NO_REFERENCE_SCALE,
+    STATUS_OK,
+    SampleRow,
+    finite_floats,
+    json_member,
+    rows_to_table,
+)
 
 
 class SampledBatch(Protocol):
@@ -91,7 +98,7 @@ class ShardWriter:
         max_pending: int | None = None,
     ) -> None:
         self._plan, self._shard = plan, shard
-        self._max_pending = max_pending or 2 * max(plan.settings.batch_size, threads)
+        self._max_pending = max_pending or 2 * max(plan.batch_size, threads)
         scratch.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix=f"shard-{shard.shard_id}-", dir=scratch))
         self._tar_path = self._folder / Path(tar_name(shard.shard_id)).name
@@ -123,13 +130,8 @@ class ShardWriter:
         """
         images_BHWC = batch.images_BHWC
         stop = start + len(images_BHWC)
-        settings = self._plan.settings
-        wanted = (
-            len(images_BHWC),
-            settings.image_side,
-            settings.image_side,
-            settings.image_channels,
-        )
+        side, channels = self._plan.image_side, self._plan.image_channels
+        wanted = (len(images_BHWC), side, side, channels)
         if images_BHWC.dtype != np.uint8 or images_BHWC.shape != wanted:
             raise ValueError(
                 f"got images {images_BHWC.dtype} {images_BHWC.shape}, wanted uint8 {wanted}"
@@ -154,7 +156,7 @@ class ShardWriter:
         for offset in range(stop - start):
             while len(self._pending) >= self._max_pending:
                 self._write_oldest()
-            future = self._pool.submit(encode_image, images_BHWC[offset], settings.image_format)
+            future = self._pool.submit(encode_image, images_BHWC[offset], self._plan.image_format)
             self._pending.append((entry, offset, future))
 
     def finish(self) -> BuiltShard:
@@ -208,27 +210,27 @@ class ShardWriter:
                 "__key__": row.key,
                 "cls": str(row.label).encode("ascii"),
                 "json": json_member(row),
-                self._plan.settings.image_format: encoded.image,
+                self._plan.image_format: encoded.image,
             }
         )
         self._rows.append(row)
         self._pixel_hashes.add(row.pixel_sha256)
 
     def _row(self, batch: _Batch, offset: int, encoded: EncodedImage) -> SampleRow:
-        settings = self._plan.settings
-        compute, index = settings.compute, batch.start + offset
+        plan, compute, index = self._plan, self._plan.compute, batch.start + offset
+        scale = plan.policy.reference_scale
         label = int(self._shard.labels[index - self._shard.start])
         return SampleRow(
             index=index,
             key=key_of(index),
             label=label,
-            class_name=settings.class_names[label],
-            seed=settings.seed,
-            model=settings.model,
-            weights_sha256=settings.weights_sha256,
-            policy=settings.preset,
-            policy_json=settings.policy_json,
-            reference_scale=settings.reference_scale,
+            class_name=plan.class_names[label],
+            seed=plan.seed,
+            model=plan.model,
+            weights_sha256=plan.weights_sha256,
+            policy=plan.policy.preset,
+            policy_json=plan.policy_json,
+            reference_scale=NO_REFERENCE_SCALE if scale is None else scale,
             token_layers=compute.token_layers,
             token_layers_ratio=compute.token_layers_ratio,
             transformer_flops=compute.transformer_flops,
@@ -240,8 +242,8 @@ class ShardWriter:
             pixel_sha256=encoded.pixel_sha256,
             image_sha256=encoded.image_sha256,
             image_bytes=len(encoded.image),
-            width=settings.image_side,
-            height=settings.image_side,
+            width=plan.image_side,
+            height=plan.image_side,
             status=STATUS_OK,
             is_blank=encoded.is_blank,
             is_duplicate_in_shard=encoded.pixel_sha256 in self._pixel_hashes,
@@ -265,7 +267,7 @@ class ShardWriter:
         """Read both files back: every member and every row is what was written."""
         rows = iter(self._rows)
         with open(self._tar_path, "rb") as stream:
-            for sample in read_tar(stream, self._plan.settings.image_format):
+            for sample in read_tar(stream, self._plan.image_format):
                 row = next(rows, None)
                 if row is None or (sample.key, sample.label) != (row.key, row.label):
                     raise ShardError(f"{self._tar_path}: sample {sample.key} is not the next one")

@@ -29,7 +29,7 @@ def colour_plan(**changes: Any) -> JobPlan:
 def write_colours(folder: Path, plan: JobPlan, *, shift: int = 0) -> str:
     """Noise in red, green or blue: the class, or that `shift` places further on."""
     labels = np.concatenate([plan.shard(i).labels for i in range(plan.num_shards)])
-    rng = np.random.default_rng(plan.settings.seed)
+    rng = np.random.default_rng(plan.seed)
     images = rng.integers(0, 100, (len(labels), 8, 8, 3), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
         image[:, :, (CLASSES.index(label) + shift) % 3] += 150

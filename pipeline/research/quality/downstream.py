@@ -82,14 +82,14 @@ class TrainingSet:
         """Classes of the model behind the dataset, with images or without."""
         if self.dataset is None:
             return len(model_config(DIGITS).class_names)
-        return len(self.dataset.plan.settings.class_names)
+        return len(self.dataset.plan.class_names)
 
     @property
     def num_channels(self) -> int:
         """1 for grey images, 3 for RGB."""
         if self.dataset is None:
             return model_config(DIGITS).image_channels
-        return self.dataset.plan.settings.image_channels
+        return self.dataset.plan.image_channels
 
     def class_ids(self) -> set[int]:
         """Classes with at least one image, from the plan: nothing is read."""
@@ -132,7 +132,7 @@ def open_held_out(
             f"got --test {test} without a dataset, wanted --test digits for real digits alone: "
             "name a dataset to train on"
         )
-    side = dataset.plan.settings.image_side
+    side = dataset.plan.image_side
     if side < MIN_SIDE:
         raise InputError(
             f"{dataset.storage} holds images of {side}x{side} pixels, wanted at least "
@@ -324,18 +324,18 @@ def _real_digits(number: int) -> tuple[np.ndarray, np.ndarray]:
 def _folder_images(
     folder: Path, dataset: Dataset, background: Background, skip_unreadable: bool
 ) -> HeldOut:
-    settings = dataset.plan.settings
+    plan = dataset.plan
     pictures = PictureFolder.open(folder, flag="--test")
-    ids = _ids_of_folders(pictures, settings.class_names)
+    ids = _ids_of_folders(pictures, plan.class_names)
     if unknown := [name for name, class_id in ids.items() if class_id is None]:
         raise InputError(
             f"--test {folder} has a class folder {unknown[0]!r}, wanted {folder}/<class name>/"
-            f"<image files> with the class names of {settings.model}, such as "
-            f"{settings.class_names[0]!r}: correct it"
+            f"<image files> with the class names of {plan.model}, such as "
+            f"{plan.class_names[0]!r}: correct it"
         )
     images, report = pictures.read(
-        side=settings.image_side,
-        channels=settings.image_channels,
+        side=plan.image_side,
+        channels=plan.image_channels,
         background=background,
         skip_unreadable=skip_unreadable,
     )
@@ -360,7 +360,7 @@ def _ids_of_folders(pictures: PictureFolder, class_names: Sequence[str]) -> dict
 
 
 def _dataset_images(test: Dataset, dataset: Dataset) -> HeldOut:
-    ours, theirs = dataset.plan.settings, test.plan.settings
+    ours, theirs = dataset.plan, test.plan
     our_names, their_names = ([*map(comparable, s.class_names)] for s in (ours, theirs))
     differing = {
         "class_names": our_names != their_names,

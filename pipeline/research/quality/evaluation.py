@@ -142,7 +142,7 @@ def evaluate(
 
 def shows_digits(dataset: Dataset) -> bool:
     """Whether the images are those of a model of the digits, by classes and format."""
-    shown = dataset.plan.settings
+    shown = dataset.plan
     return real_set_of(shown.class_names, shown.image_side, shown.image_channels) == "digits"
 
 
@@ -278,13 +278,13 @@ def _evaluate_with_inception(
         raise InputError("\n".join(missing))
     assert request.reference is not None
     assert request.inception_weights is not None
-    settings = dataset.plan.settings
-    if settings.image_channels != 3:
+    plan = dataset.plan
+    if plan.image_channels != 3:
         raise InputError(
-            f"{dataset.storage} holds grey images of {settings.model}, wanted RGB for the Inception"
+            f"{dataset.storage} holds grey images of {plan.model}, wanted RGB for the Inception"
             " network, or the bundled digits"
         )
-    reference = Reference.open(request.reference, settings.image_side)
+    reference = Reference.open(request.reference, plan.image_side)
     from pipeline.research.quality.inception import InceptionNetwork
 
     network = InceptionNetwork(request.inception_weights, device=request.device)
@@ -457,9 +457,9 @@ def _notes(dataset: Dataset, count: int, labels_N: np.ndarray) -> tuple[str, ...
         )
     if count < dataset.num_samples:
         notes.append(f"the first {count:,} of {dataset.num_samples:,} committed images were used")
-    shares = np.bincount(labels_N, minlength=len(plan.settings.class_names)) / count
+    shares = np.bincount(labels_N, minlength=len(plan.class_names)) / count
     if shares.max() - shares.min() > max(0.2 / len(shares), 2.5 / count):
         notes.append("the classes are not balanced, those of the reference are")
-    if plan.settings.image_format == "jpg":
+    if plan.image_format == "jpg":
         notes.append("the images are JPEG files: their losses are part of the numbers")
     return tuple(notes)

@@ -202,9 +202,8 @@ def test_real_digits_are_not_mixed_with_what_shows_none(colours: Dataset, tmp_pa
 
 
 def test_a_held_out_dataset_is_read_whole(colours: Dataset, tmp_path: Path):
-    settings = colours.plan.settings
     plan = make_plan(
-        {0: 5, 1: 6}, image_side=9, image_channels=3, class_names=settings.class_names, seed=77
+        {0: 5, 1: 6}, image_side=9, image_channels=3, class_names=colours.plan.class_names, seed=77
     )
     held_out = open_held_out(written(tmp_path, plan).storage.uri, colours)
     assert np.array_equal(held_out.images_NHWC, fake_batch(plan, range(11)).images_BHWC)
@@ -239,7 +238,7 @@ def class_folders(folder: Path, sides: dict[str, int]) -> Path:
 def test_a_folder_of_images_is_read_by_class_name(colours: Dataset, tmp_path: Path):
     folder = class_folders(tmp_path / "real", {"a": 10, "b": 20, "c": 30})
     held_out = open_held_out(str(folder), colours)
-    names = colours.plan.settings.class_names
+    names = colours.plan.class_names
     found = dict(zip(held_out.labels_N.tolist(), held_out.images_NHWC, strict=True))
     greys = {names[label]: set(image.ravel().tolist()) for label, image in found.items()}
     assert greys == {"a": {10}, "b": {20}, "c": {30}}
@@ -261,7 +260,7 @@ def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Pa
         make_plan({0: 8, 1: 8}, class_names=("a", name), image_side=9, seed=seed)
         for seed, name in enumerate(("caf\u00e9", "cafe\u0301"))
     ]
-    ours, theirs = (written(tmp_path / str(plan.settings.seed), plan) for plan in plans)
+    ours, theirs = (written(tmp_path / str(plan.seed), plan) for plan in plans)
     assert len(open_held_out(theirs.storage.uri, ours).labels_N) == 16
 
 

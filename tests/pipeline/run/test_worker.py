@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.request.config import GenerateConfig
-from pipeline.request.job import job_plan, resolve_job
+from pipeline.request.job import plan_job
 from pipeline.request.plan import JobPlan
-from pipeline.run.worker import Progress, Scratch, ShardDone, ShardStopped, Worker, WorkerSpec
+from pipeline.run.worker import Progress, Scratch, ShardDone, ShardStopped, Worker, Workplace
 from pipeline.shards.manifest import committed_shards
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -24,13 +24,12 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobPlan:
     config = GenerateConfig(
         out=str(tmp_path / "out"), per_class=2, samples_per_shard=8, batch_size=3, device="cpu"
     )
-    return job_plan(config, resolve_job(config))
+    return plan_job(config)[0]
 
 
 @pytest.fixture
-def spec(plan: JobPlan, tmp_path: Path) -> WorkerSpec:
-    return WorkerSpec(
-        plan_json=plan.to_json(),
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(
         out=str(tmp_path / "out"),
         scratch=str(tmp_path / "scratch"),
         device="cpu",
@@ -39,20 +38,20 @@ def spec(plan: JobPlan, tmp_path: Path) -> WorkerSpec:
     )
 
 
-def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, spec: WorkerSpec):
-    worker = Worker(spec)
+def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, place: Workplace):
+    worker = Worker(plan, place)
     *batches, done = list(worker.run_shard(2, attempt=4))
     assert batches == [Progress(2, 3), Progress(2, 1)]
     assert isinstance(done, ShardDone)
-    record = committed_shards(Storage.open(spec.out), plan)[2]
+    record = committed_shards(Storage.open(place.out), plan)[2]
     assert done.num_bytes == record.files.tar.size + record.files.parquet.size
     assert (record.attempt, record.threads, record.device) == (4, 3, "cpu")
     assert record.worker == worker.info.name
     assert {"python", "torch", "numpy", "pillow", "machine"} <= record.environment.keys()
 
 
-def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, spec: WorkerSpec):
-    storage, stream = Storage.open(spec.out), Worker(spec).run_shard(0, attempt=1)
+def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, place: Workplace):
+    storage, stream = Storage.open(place.out), Worker(plan, place).run_shard(0, attempt=1)
     for _ in range(3):
         assert isinstance(next(stream), Progress)
         assert committed_shards(storage, plan) == {}
@@ -62,11 +61,11 @@ def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, spec: WorkerS
 
 @pytest.mark.parametrize("end", ["stop", "close", "raise"])
 def test_a_shard_that_is_left_leaves_nothing_behind(
-    plan: JobPlan, spec: WorkerSpec, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: JobPlan, place: Workplace, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
     set_faults(tmp_path / "faults.json", **({"poison": 4} if end == "raise" else {}))
-    worker, asked = Worker(spec), []
+    worker, asked = Worker(plan, place), []
     stream = worker.run_shard(0, attempt=1, should_stop=lambda: bool(asked))
     next(stream)
     if end == "close":
@@ -75,7 +74,7 @@ def test_a_shard_that_is_left_leaves_nothing_behind(
         asked.extend(["stop"] if end == "stop" else [])
         with pytest.raises(ShardStopped if end == "stop" else ValueError):
             next(stream)
-    (folder,) = Path(spec.scratch or "").iterdir()
+    (folder,) = Path(place.scratch or "").iterdir()
     assert [f.name for f in folder.iterdir()] == ["lock"]
     assert not (tmp_path / "out").exists()
     worker.close()
@@ -93,7 +92,7 @@ def test_the_plan_holds_what_decides_a_byte_and_nothing_else(plan: JobPlan, tmp_
                 **changes,
             }
         )
-        return job_plan(config, resolve_job(config))
+        return plan_job(config)[0]
 
     for changes in ({"workers": 7}, {"scratch": tmp_path}, {"out": "x"}, {"device": "cuda"}):
         assert other(**changes) == plan, changes
@@ -135,9 +134,7 @@ def test_scratch_of_a_killed_process_is_swept_and_that_of_a_live_one_is_not(tmp_
     assert stranger.exists(), "a folder without a lock is not ours to delete"
 
 
-def test_another_plan_than_the_sampler_has_is_not_run(spec: WorkerSpec):
-    plan = JobPlan.from_json(spec.plan_json)
-    wrong = replace(plan.settings.compute, token_layers=1)
-    changed = replace(plan, settings=replace(plan.settings, compute=wrong))
+def test_another_plan_than_the_sampler_has_is_not_run(plan: JobPlan, place: Workplace):
+    changed = replace(plan, compute=replace(plan.compute, token_layers=1))
     with pytest.raises(AssertionError):
-        Worker(replace(spec, plan_json=changed.to_json()))
+        Worker(changed, place)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import yaml
 
 from depthvar.policy import make_policy
-from pipeline.request.plan import JobPlan
+from pipeline.request.plan import FormerPolicy, JobPlan
 from pipeline.shards.card import dataset_card
 from tests.fake_shards import make_plan
 
@@ -55,7 +55,7 @@ def test_names_mean_nothing_to_markdown_or_html():
 
 def test_the_policy_is_told_in_words():
     def told(preset: str, **changes: object) -> str:
-        policy = vars(make_policy(preset, **changes))
+        policy = make_policy(preset, **changes)
         return fact(card(make_plan(policy=policy)), "depth policy")
 
     assert told("full") == "full"
@@ -66,6 +66,8 @@ def test_the_policy_is_told_in_words():
         "shallow-pruning, reference scale 3 (the last at full depth, counted from 0), "
         "kept\\_depth 0.5"
     )
+    former = FormerPolicy({"gain": 0.5, "preset": "steps", "reference_scale": None})
+    assert fact(card(make_plan(policy=former)), "depth policy") == "steps, gain 0.5"
     assert fact(card(make_plan()), "mean depth of the scales") == "4, 2, 1.25 blocks"
 
 

@@ -15,7 +15,7 @@ import webdataset as wds
 from PIL import Image, JpegImagePlugin
 
 import pipeline.shards.writer as writer_module
-from pipeline.request.plan import key_of
+from pipeline.request.plan import key_of, policy_fields
 from pipeline.shards.samples import ShardError, decode_image, encode_image, pixel_hash, read_tar
 from pipeline.shards.writer import ShardWriter
 from tests.fake_shards import FakeBatch, fake_batch, fill, make_plan
@@ -63,9 +63,9 @@ def test_rows_carry_the_plan_and_the_signals(tmp_path):
     with ShardWriter(plan, shard, tmp_path) as writer:
         table = pq.read_table(fill(writer, plan, shard).parquet_path)
     row = table.to_pylist()[5]
-    compute = plan.settings.compute
-    assert row["class_name"] == plan.settings.class_names[row["label"]]
-    assert json.loads(row["policy_json"]) == dict(plan.settings.policy)
+    compute = plan.compute
+    assert row["class_name"] == plan.class_names[row["label"]]
+    assert json.loads(row["policy_json"]) == dict(policy_fields(plan.policy))
     assert (row["policy"], row["reference_scale"]) == ("depthvar", 1)
     assert row["token_layers_ratio"] == compute.token_layers / compute.full_token_layers
     assert row["flops_ratio"] == pytest.approx(3e6 / 7e6)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from depthvar.errors import naming
 from depthvar.paths import check_output_file
-from pipeline.request.config import JobConfig
+from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import LocalPath
 

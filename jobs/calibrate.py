@@ -11,7 +11,7 @@ from pydantic import Field
 from depthvar.errors import InputError
 from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import JobConfig, load_config
+from pipeline.request.flags import JobConfig, load_config
 from pipeline.request.paths import LocalPath, ModelName, Weights
 from pipeline.request.weights import fetch_model
 

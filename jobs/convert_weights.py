@@ -10,7 +10,7 @@ from pydantic import Field
 
 from depthvar.paths import check_output_folder
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import JobConfig, load_config
+from pipeline.request.flags import JobConfig, load_config
 from pipeline.request.paths import LocalPath, ModelName, Weights
 from pipeline.request.weights import fetch_model
 

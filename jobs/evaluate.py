@@ -21,7 +21,7 @@ from depthvar.errors import InputError
 from depthvar.paths import check_input_file
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
-from pipeline.request.config import Positional, load_config
+from pipeline.request.flags import Positional, load_config
 from pipeline.request.paths import LocalPath, Location
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from depthvar.errors import InputError
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import JobConfig, Positional, load_config
+from pipeline.request.flags import JobConfig, Positional, load_config
 from pipeline.request.paths import LocalPath, Location
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs._entry import run_job
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from depthvar.memory import memory_need
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
-from pipeline.request.plan import check_output
+from pipeline.request.plan_file import check_output
 from pipeline.run.console import depth_plan, human_bytes, memory_warning, plan_report
 from pipeline.run.schedule import (
     Machine,
@@ -34,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if workers is None and config.address is None:
         workers = available_cores() // config.threads_per_worker
     plan = stored or plan
-    print(plan_report(plan, model, records, where=str(storage), workers=workers))
+    depth = depth_plan(plan, model)
+    print(plan_report(plan, depth, model.sides, records, where=str(storage), workers=workers))
     for note in notes:
         print(f"note: {note}")
     need = memory_need(
         model,
-        depth_plan(plan, model),
+        depth,
         batch_size=plan.batch_size,
         streams=plan.sampling.streams,
         precision=plan.precision,

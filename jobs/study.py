@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import load_config
+from pipeline.request.flags import load_config
 from pipeline.research.study.protocol import StudyConfig, resolve_study, run_study
 from pipeline.research.study.report import write_report
 

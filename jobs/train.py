@@ -22,7 +22,7 @@ from depthvar.host.rate import rate_text
 from depthvar.paths import check_output_file
 from jobs._entry import EXIT_DONE, run_job
 from jobs._report import ReportConfig, check_report, write_report
-from pipeline.request.config import Positional, load_config
+from pipeline.request.flags import Positional, load_config
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import LocalPath, Location, dataset_location, path_field
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from depthvar.errors import naming
 from depthvar.paths import check_output_file
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import JobConfig, load_config
+from pipeline.request.flags import JobConfig, load_config
 from pipeline.request.paths import LocalPath
 
 

@@ -20,7 +20,7 @@ from depthvar.errors import InputError
 from depthvar.paths import checked_path
 from depthvar.training.recipe import Augmentation, Recipe, TokenizerRecipe, TransformerRecipe
 from jobs._entry import EXIT_DONE, run_job
-from pipeline.request.config import JobConfig, load_config
+from pipeline.request.flags import JobConfig, load_config
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import LocalPath, ModelName, path_field
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from tqdm import tqdm
 
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.dataset.repair import Repair, repair
 from pipeline.dataset.verify import Report, verify
-from pipeline.request.config import VerifyConfig, load_config
-from pipeline.request.plan import JobPlan, stored_plan
+from pipeline.request.flags import JobConfig, Positional, load_config
+from pipeline.request.generation import Device
+from pipeline.request.job_plan import JobPlan
+from pipeline.request.paths import Location, Weights
+from pipeline.request.plan_file import stored_plan
 from pipeline.run.console import mixture_lines, ranges
 from pipeline.run.schedule import available_cores
 from pipeline.shards.manifest import shard_name
@@ -29,6 +33,25 @@ if TYPE_CHECKING:
 
 _SHOWN = 10  # images that differ, one line each
 _SHALLOW = "records and sizes only, add --deep to read every byte"
+
+
+class VerifyConfig(JobConfig):
+    """What `depthvar verify` can be told."""
+
+    out: Annotated[Location, Positional()] = Field(description="dataset to check")
+    deep: bool = Field(
+        False, description="also hash every file, read every tar and compare it with its Parquet"
+    )
+    repair: bool = Field(
+        False, description="unmark the shards found bad, so that generate makes them again"
+    )
+    regenerate: int = Field(
+        0, ge=0, description="images to sample again and to compare pixel for pixel, 0 for none"
+    )
+    weights: Weights | None = Field(
+        None, description="weights file or folder for --regenerate (default: the model's own)"
+    )
+    device: Device = Field("auto", description="where --regenerate runs")
 
 
 def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = None) -> int:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from jobs import verify
 from pipeline.faults import POINTS
-from pipeline.request.config import GenerateConfig
+from pipeline.request.generation import GenerateConfig
 from pipeline.run.driver import generate
 from tests.chaos_ray import RayNodes, kills_on_ray
 from tests.fake_job import FAKE_SAMPLER, fake_weights

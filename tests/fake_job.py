@@ -9,7 +9,8 @@ from unittest import mock
 
 from depthvar.config import model_config
 from jobs._entry import run_job
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
 from pipeline.run.driver import generate
 
 FAKE_SAMPLER = "tests.fakes:fake_sampler"

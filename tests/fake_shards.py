@@ -22,8 +22,9 @@ from pyarrow import fs
 from depthvar.config import SamplingSettings
 from depthvar.policy import make_policy
 from pipeline.dataset.loader import Dataset, open_dataset
+from pipeline.request.job_plan import ImageCompute, JobPlan, Segment, ShardPlan
 from pipeline.request.labels import LabelCounts
-from pipeline.request.plan import ImageCompute, JobPlan, Segment, ShardPlan, open_plan
+from pipeline.request.plan_file import open_plan
 from pipeline.shards.manifest import (
     BuiltShard,
     CommitRecord,

@@ -17,7 +17,7 @@ import numpy as np
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, image_cost
 from depthvar.plan import DepthPlan
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.run.worker import Workplace
 from tests.fault_hook import FAULTS_VARIABLE
 

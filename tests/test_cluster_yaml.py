@@ -8,7 +8,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
 
 FILE = Path(__file__).parent.parent / "cluster.yaml"
 

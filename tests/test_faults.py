@@ -27,9 +27,11 @@ import pipeline.shards.manifest as manifest
 from depthvar.errors import InputError
 from jobs import verify as verify_job
 from pipeline.dataset.loader import iterate_samples, open_dataset
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
+from pipeline.request.job_plan import JobPlan
 from pipeline.request.labels import read_labels_file
-from pipeline.request.plan import JobPlan, read_plan
+from pipeline.request.plan_file import read_plan
 from pipeline.run.console import ProgressBar
 from pipeline.run.driver import generate
 from pipeline.run.ledger import ShardRun, StopSignals, set_aside_earlier

@@ -16,8 +16,8 @@ import pytest
 
 from depthvar.errors import InputError
 from jobs import verify as verify_job
-from pipeline.request.config import GenerateConfig
-from pipeline.request.plan import read_plan
+from pipeline.request.generation import GenerateConfig
+from pipeline.request.plan_file import read_plan
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import committed_shards, parquet_name, tar_name
 from pipeline.storage import Storage

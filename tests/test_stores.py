@@ -23,8 +23,8 @@ from depthvar.errors import InputError
 from jobs import verify as verify_job
 from pipeline import storage as storage_module
 from pipeline.dataset.loader import iterate_samples, open_dataset, training_pipeline
-from pipeline.request.config import GenerateConfig
-from pipeline.request.plan import read_plan
+from pipeline.request.generation import GenerateConfig
+from pipeline.request.plan_file import read_plan
 from pipeline.request.weights import local_weights
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import FOLDERS, committed_shards

@@ -21,7 +21,8 @@ import webdataset as wds
 from webdataset.utils import PipelineStage, pytorch_worker_info
 
 from depthvar.errors import InputError
-from pipeline.request.plan import JobPlan, stored_plan
+from pipeline.request.job_plan import JobPlan
+from pipeline.request.plan_file import stored_plan
 from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.shards.samples import ShardError, TarSample, decode_image, read_tar
 from pipeline.storage import Storage

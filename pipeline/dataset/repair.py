@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.dataset.verify import Report
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.shards.claims import STALE_AFTER, sweep_claims
 from pipeline.shards.manifest import FOLDERS, old_record_name, record_name
 from pipeline.storage import TEMP_PREFIX, Storage

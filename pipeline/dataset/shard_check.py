@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.request.plan import JobPlan, ShardPlan, key_of
+from pipeline.request.job_plan import JobPlan, ShardPlan, key_of
 from pipeline.shards.manifest import CommitRecord, FileEntry, parquet_name
 from pipeline.shards.samples import (
     ByteReader,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from depthvar.host.leftovers import is_leftover
 from pipeline.dataset.shard_check import Finding, check_shard
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.shards.card import is_edited
 from pipeline.shards.claims import doubtful_shards
 from pipeline.shards.manifest import (

@@ -15,9 +15,9 @@ from depthvar.errors import InputError
 from depthvar.paths import check_output_folder
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
-from pipeline.request.config import GenerateConfig, Scalar
+from pipeline.request.generation import GenerateConfig, Scalar
+from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
-from pipeline.request.plan import ImageCompute, JobPlan, Segment
 from pipeline.request.weights import fetch_model
 
 

@@ -13,7 +13,7 @@ from depthvar.config import ModelConfig
 from depthvar.host.rate import rate_text
 from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.shards.manifest import CommitRecord, mixed_environments
 
 _MAX_RANGES = 12
@@ -268,7 +268,8 @@ def missing_summary(
 
 def plan_report(
     plan: JobPlan,
-    model: ModelConfig,
+    depth: DepthPlan,
+    sides: Sequence[int],
     records: Mapping[int, CommitRecord],
     *,
     where: str,
@@ -292,7 +293,7 @@ def plan_report(
         f"where     {where}",
         f"identity  {plan.fingerprint}",
         "",
-        depth_table(depth_plan(plan, model), model.sides),
+        depth_table(depth, sides),
     ]
     warnings = plan_warnings(plan, workers)
     return "\n".join(lines + ([""] if warnings else []) + [f"warning: {w}" for w in warnings])

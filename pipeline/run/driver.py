@@ -16,9 +16,10 @@ from depthvar.config import is_model_path
 from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.dataset.loader import Dataset
 from pipeline.faults import reach
-from pipeline.request.config import GenerateConfig
+from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
-from pipeline.request.plan import JobPlan, check_output, open_plan
+from pipeline.request.job_plan import JobPlan
+from pipeline.request.plan_file import check_output, open_plan
 from pipeline.run.address import cluster_address
 from pipeline.run.cluster import (
     autoscaler_limit,

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from depthvar.errors import InputError, advice
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import ProgressBar, environment_changes, say
 from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, Workplace

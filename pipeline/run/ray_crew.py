@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, is_placed
 from pipeline.run.console import say
 from pipeline.run.ledger import JobStopped, ShardRun

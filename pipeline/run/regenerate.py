@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.dataset.loader import naming_damage
-from pipeline.request.config import Device
-from pipeline.request.plan import JobPlan
+from pipeline.request.generation import Device
+from pipeline.request.job_plan import JobPlan
 from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace
 from pipeline.shards.manifest import CommitRecord, parquet_name, tar_name
 from pipeline.shards.samples import decode_image, pixel_hash, read_parquet, read_tar

@@ -19,15 +19,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from depthvar.config import ModelConfig
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
 from pipeline.faults import reach
-from pipeline.request.config import Device
-from pipeline.request.plan import JobPlan, ShardPlan
+from pipeline.request.generation import Device
+from pipeline.request.job_plan import JobPlan, ShardPlan
 from pipeline.request.weights import fetch_model
 from pipeline.shards.manifest import CommitRecord, publish_shard
 from pipeline.shards.writer import ShardWriter
@@ -131,7 +131,7 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
             f" {plan.weights_sha256}: give every machine the same file"
         )
     model = load_model(found, device=device, dtype=getattr(torch, plan.precision))
-    return cast(SamplerLike, Sampler(model, policy, plan.sampling))
+    return Sampler(model, policy, plan.sampling)
 
 
 class Resampler:

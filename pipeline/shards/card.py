@@ -11,7 +11,7 @@ import re
 from string import Template
 
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
-from pipeline.request.plan import FormerPolicy, JobPlan, policy_fields
+from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
 from pipeline.shards.schema import markdown_table
 
 _MAX_CLASS_ROWS = 20

@@ -25,7 +25,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.faults import reach
-from pipeline.request.plan import STRICT, JobPlan, PositiveInt, Sha256
+from pipeline.request.job_plan import STRICT, JobPlan, PositiveInt, Sha256
 from pipeline.shards.card import dataset_card, is_edited, sealed
 from pipeline.shards.claims import doubtful_shards, make_claim, others_claim
 from pipeline.storage import Storage

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from webdataset import TarWriter
 
 from pipeline.faults import reach
-from pipeline.request.plan import JobPlan, ShardPlan, key_of
+from pipeline.request.job_plan import JobPlan, ShardPlan, key_of
 from pipeline.shards.manifest import (
     BatchTiming,
     BuiltShard,

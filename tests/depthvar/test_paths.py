@@ -31,7 +31,8 @@ from depthvar.paths import (
     checked_path,
     checked_weights,
 )
-from pipeline.request.config import GenerateConfig, load_config
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
 from pipeline.request.weights import default_cache
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -17,7 +17,7 @@ import jobs._entry
 import jobs.generate
 import jobs.plan
 import jobs.verify
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.random_weights import write_random_weights
 

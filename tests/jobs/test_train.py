@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from depthvar.errors import InputError
 from jobs.train import main
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import downstream
 from tests.fake_shards import fake_digits, make_plan, write_images
 

@@ -42,7 +42,8 @@ from depthvar.errors import InputError
 from depthvar.host.processes import end_with_parent
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
-from pipeline.request.config import FileOnly, JobConfig, PolicyOptions
+from pipeline.request.flags import FileOnly, JobConfig
+from pipeline.request.generation import PolicyOptions
 from pipeline.request.job import checked_options
 from pipeline.request.paths import LocalPath, ModelName, Weights
 from pipeline.request.weights import fetch_model

@@ -79,7 +79,7 @@ def test_the_sheet_shows_the_first_images_of_each_class_read_back(tmp_path: Path
         assert all((a == b).all() for a, b in zip(found[class_id], wanted, strict=True))
     write_contact_sheet(dataset, 2)
     first = storage.read(CONTACT_SHEET_NAME)
-    names = dataset.plan.settings.class_names
+    names = dataset.plan.class_names
     wanted = draw_sheet([(names[class_id], found[class_id]) for class_id in class_ids], 2)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(first))), np.asarray(wanted))
     write_contact_sheet(dataset, 2)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset.verify import Report, verify
-from pipeline.request.plan import JobPlan, open_plan
+from pipeline.request.job_plan import JobPlan
+from pipeline.request.plan_file import open_plan
 from pipeline.shards.card import sealed
 from pipeline.shards.manifest import (
     committed_shards,

@@ -15,7 +15,7 @@ from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.training.pictures import Background
 from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import downstream
 from pipeline.research.quality.downstream import TrainingSet, open_held_out, train_on, training_sets
 from pipeline.research.quality.features import ClassifierRecipe, to_safetensors, train_classifier

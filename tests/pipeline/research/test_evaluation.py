@@ -14,7 +14,7 @@ from depthvar.config import model_config
 from depthvar.errors import InputError
 from jobs.evaluate import main
 from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
-from pipeline.request.plan import JobPlan
+from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import evaluation, features
 from pipeline.research.quality.evaluation import (
     EvaluationRequest,

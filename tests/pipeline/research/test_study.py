@@ -22,7 +22,7 @@ from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
 from depthvar.weights.files import CALIBRATION_FILE
 from depthvar.weights.find import find_model
 from jobs.study import main
-from pipeline.request.config import load_config
+from pipeline.request.flags import load_config
 from pipeline.research.quality.features import digit_features, real_arrays, to_safetensors
 from pipeline.research.study.measure import (
     PolicySamples,

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from depthvar.errors import InputError
-from pipeline.request.config import GenerateConfig
+from pipeline.request.generation import GenerateConfig
 from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
 from pipeline.run.driver import generate
@@ -22,6 +22,7 @@ from pipeline.run.ray_crew import RayCrew
 from pipeline.run.schedule import Machine, WorkerShape
 from pipeline.run.worker_failures import cause_of, reason_of
 from pipeline.shards.manifest import CommitRecord
+from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
 from tests.fakes import FAULTS_VARIABLE, set_faults
@@ -119,6 +120,13 @@ def test_two_workers_make_the_bytes_of_one_process(ray_here, reference, faults, 
     assert "42 images in" in said
     assert "2 x cpu" in said
     assert "5 of 5 shards" in said
+
+
+def test_the_output_is_tried_once(tmp_path, monkeypatch):
+    tried: list[str] = []
+    monkeypatch.setattr(Storage, "check_writable", lambda storage: tried.append(str(storage)))
+    assert run(tmp_path / "out", workers=0) == 0
+    assert tried == [str(tmp_path / "out")]
 
 
 def test_a_finished_job_returns_at_once_and_touches_nothing(reference, tmp_path, monkeypatch):

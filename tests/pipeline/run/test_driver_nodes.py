@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from depthvar.errors import InputError
-from pipeline.request.config import GenerateConfig
+from pipeline.request.generation import GenerateConfig
 from pipeline.run import ray_crew
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import CommitRecord

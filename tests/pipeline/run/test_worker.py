@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.request.config import GenerateConfig
+from depthvar.errors import InputError
+from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
-from pipeline.request.plan import JobPlan
-from pipeline.run.worker import Progress, Scratch, ShardDone, ShardStopped, Worker, Workplace
+from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
+from pipeline.run.worker import (
+    Progress,
+    Scratch,
+    ShardDone,
+    ShardStopped,
+    Worker,
+    Workplace,
+    load_sampler,
+)
 from pipeline.shards.manifest import committed_shards
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -138,3 +147,9 @@ def test_another_plan_than_the_sampler_has_is_not_run(plan: JobPlan, place: Work
     changed = replace(plan, compute=replace(plan.compute, token_layers=1))
     with pytest.raises(AssertionError):
         Worker(changed, place)
+
+
+def test_a_policy_that_this_release_does_not_have_is_not_sampled(plan: JobPlan, place: Workplace):
+    fields = {**policy_fields(plan.policy), "gain": 0.5}
+    with pytest.raises(InputError, match="use the release that wrote it"):
+        load_sampler(replace(plan, policy=FormerPolicy(fields)), place, "cpu")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import yaml
 
 from depthvar.policy import make_policy
-from pipeline.request.plan import FormerPolicy, JobPlan
+from pipeline.request.job_plan import FormerPolicy, JobPlan
 from pipeline.shards.card import dataset_card
 from tests.fake_shards import make_plan
 

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.request.job_plan import JobPlan
 from pipeline.request.labels import LabelCounts
-from pipeline.request.plan import JobPlan, open_plan
+from pipeline.request.plan_file import open_plan
 from pipeline.shards import manifest
 from pipeline.shards.claims import make_claim
 from pipeline.shards.manifest import (

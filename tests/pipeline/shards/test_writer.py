@@ -15,7 +15,7 @@ import webdataset as wds
 from PIL import Image, JpegImagePlugin
 
 import pipeline.shards.writer as writer_module
-from pipeline.request.plan import key_of, policy_fields
+from pipeline.request.job_plan import key_of, policy_fields
 from pipeline.shards.samples import ShardError, decode_image, encode_image, pixel_hash, read_tar
 from pipeline.shards.writer import ShardWriter
 from tests.fake_shards import FakeBatch, fake_batch, fill, make_plan

@@ -8,7 +8,9 @@ import pytest
 from pydantic import Field
 
 from depthvar.errors import InputError
-from pipeline.request.config import GenerateConfig, JobConfig, Positional, VerifyConfig, load_config
+from jobs.verify import VerifyConfig
+from pipeline.request.flags import JobConfig, Positional, load_config
+from pipeline.request.generation import GenerateConfig
 
 PROMISED_FLAGS = """
     config model weights classes per-class labels-file out seed policy reference-scale cfg top-k

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -16,27 +15,11 @@ from hypothesis import strategies as st
 from depthvar.config import SamplingSettings
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
+from pipeline.request.generation import GenerateConfig
+from pipeline.request.job import plan_job
+from pipeline.request.job_plan import FormerPolicy, JobPlan, key_of, policy_fields
 from pipeline.request.labels import LabelCounts
-from pipeline.request.plan import (
-    FormerPolicy,
-    JobPlan,
-    check_output,
-    key_of,
-    open_plan,
-    policy_fields,
-    read_plan,
-)
-from pipeline.storage import Storage
-from tests.fake_shards import make_plan, object_store
-
-
-@pytest.fixture(params=["disk", "store"])
-def storage(request, tmp_path) -> Storage:
-    return Storage.open(str(tmp_path / "o")) if request.param == "disk" else object_store()
-
-
-def opened(storage: Storage, plan: JobPlan, *, extend: bool) -> JobPlan:
-    return open_plan(storage, check_output(storage, plan, extend=extend) or plan)
+from tests.fake_shards import make_plan
 
 
 def test_shards_cover_every_index_once_and_hold_the_planned_labels():
@@ -80,28 +63,37 @@ def test_the_plan_survives_json():
     assert again.fingerprint == plan.fingerprint
 
 
-STORED = {
+STORED_PLANS = Path(__file__).parents[2] / "stored_plans"
+FINGERPRINTS = {
     "depthvar": "ffd4b2b340c45645069071545e1e7389f0a539657d8737918f8517d8aab48da1",
     "random_depth": "25fc42101ca5fe07194639c7ee1bbf20916274bd773fa435c58c90dfba509270",
 }
-"""Plans that earlier releases wrote, with the fingerprints that their commit records carry."""
+"""Of plans that an earlier release wrote: its commit records carry them."""
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", FINGERPRINTS)
 def test_a_plan_of_an_earlier_release_is_read_and_written_byte_for_byte(name):
-    data = (Path(__file__).parents[2] / "stored_plans" / f"{name}.json").read_bytes()
+    data = (STORED_PLANS / f"{name}.json").read_bytes()
     plan, stored = JobPlan.from_json(data), json.loads(data)["settings"]
     assert plan.to_json() == data
-    assert plan.fingerprint == STORED[name]
+    assert plan.fingerprint == FINGERPRINTS[name]
     assert json.loads(plan.policy_json) == stored["policy"]
     assert (plan.policy.preset, plan.policy.reference_scale) == (stored["policy"]["preset"], 3)
     assert plan.sampling == SamplingSettings(cfg=2.0, top_k=0, top_p=0.98)
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
-def test_a_stored_policy_is_the_policy_that_was_asked_for():
-    data = (Path(__file__).parents[2] / "stored_plans" / "depthvar.json").read_bytes()
-    assert JobPlan.from_json(data).runnable_policy == make_policy("depthvar", reference_scale=3)
+def test_the_same_request_gives_the_plan_that_an_earlier_release_stored(tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0,6\n3,10\n7,20\n")
+    plan, model = plan_job(
+        GenerateConfig(
+            out="out", labels_file=labels, reference_scale=3, samples_per_shard=12, batch_size=4
+        )
+    )
+    assert plan.to_json() == (STORED_PLANS / "depthvar.json").read_bytes()
+    assert plan.runnable_policy == make_policy("depthvar", reference_scale=3)
+    assert model.image_side == plan.image_side
 
 
 @pytest.mark.parametrize(
@@ -201,107 +193,3 @@ def test_any_edit_of_plan_json_is_noticed():
     for edit in edits:
         with pytest.raises(InputError):
             JobPlan.from_json(json.dumps(edit).encode())
-
-
-def test_the_first_run_writes_the_plan_and_the_next_goes_on_with_it(storage):
-    plan = make_plan()
-    assert check_output(storage, plan) is None
-    assert read_plan(storage) is None
-    assert open_plan(storage, plan) == plan
-    written = storage.read("plan.json")
-    assert open_plan(storage, plan) == plan
-    assert storage.read("plan.json") == written == plan.to_json()
-
-
-def test_checking_an_output_writes_nothing(tmp_path):
-    check_output(Storage.open(str(tmp_path / "out")), make_plan())
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_plan_over_the_same_output_is_refused(storage):
-    open_plan(storage, make_plan())
-    before = storage.read("plan.json")
-    with pytest.raises(InputError, match=r"seed: .* has 5, this run has 6: resume with"):
-        open_plan(storage, make_plan(seed=6))
-    assert storage.read("plan.json") == before
-
-
-def test_a_foreign_output_is_refused_and_left_alone(storage):
-    storage.publish_bytes(b"mine", "thesis.tex")
-    with pytest.raises(InputError, match=r"no plan\.json"):
-        open_plan(storage, make_plan())
-    assert storage.list("") == {"thesis.tex": 4}
-
-
-def test_a_folder_with_nothing_but_folders_is_foreign_too(tmp_path):
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="choose another output"):
-        check_output(Storage.open(str(tmp_path)), make_plan())
-
-
-@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", make_plan().to_json()[:-40]])
-def test_a_damaged_plan_is_refused(storage, data):
-    storage.publish_bytes(data, "plan.json")
-    with pytest.raises(InputError, match="damaged or of another program"):
-        open_plan(storage, make_plan())
-
-
-def test_more_samples_are_appended_only_when_asked(storage):
-    plan, larger = open_plan(storage, make_plan()), make_plan({0: 9, 1: 6, 2: 8, 3: 4})
-    with pytest.raises(InputError, match="samples of class 0"):
-        open_plan(storage, larger)
-    extended = opened(storage, larger, extend=True)
-    assert len(extended.segments) == 2
-    assert extended.num_samples == larger.num_samples
-    assert open_plan(storage, larger) == extended == read_plan(storage)
-    assert opened(storage, larger, extend=True) == extended
-    with pytest.raises(InputError):
-        open_plan(storage, plan)
-
-
-def test_extending_with_another_setting_is_refused(storage):
-    open_plan(storage, make_plan())
-    with pytest.raises(InputError, match="seed"):
-        opened(storage, make_plan({0: 99, 1: 6, 2: 8}, seed=6), extend=True)
-
-
-def test_an_output_that_cannot_be_written_is_an_input_error(tmp_path, monkeypatch):
-    def refuse(*_: object) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Storage, "create", refuse)
-    with pytest.raises(InputError, match="cannot be written"):
-        open_plan(Storage.open(str(tmp_path / "out")), make_plan())
-
-
-def test_a_plan_written_between_two_looks_at_the_output_is_found(storage, monkeypatch):
-    """The file is not there yet, and by the time the folder is listed another run has begun."""
-    plan, is_empty = make_plan(), Storage.is_empty
-
-    def look(self: Storage) -> bool:
-        self.create(plan.to_json(), "plan.json")
-        return is_empty(self)
-
-    monkeypatch.setattr(Storage, "is_empty", look)
-    assert open_plan(storage, plan) == plan
-
-
-def test_of_two_plans_started_at_once_one_wins_and_the_other_is_told(tmp_path):
-    storage = Storage.open(str(tmp_path / "out"))
-    plans = [make_plan(seed=seed) for seed in range(6)]
-    agreed: list[JobPlan] = []
-    refused: list[InputError] = []
-
-    def start(plan: JobPlan) -> None:
-        try:
-            agreed.append(open_plan(storage, plan))
-        except InputError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=start, args=(plan,)) for plan in plans]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert agreed == [read_plan(storage)]
-    assert len(refused) == len(plans) - 1

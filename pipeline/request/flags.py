@@ -16,28 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from depthvar.errors import InputError
 from depthvar.paths import checked_job_file
-from depthvar.policy import DEFAULT_PRESET, DepthPolicy
 from pipeline.request.marks import Metavar
-from pipeline.request.paths import PATH_ERROR, LocalPath, Location, ModelName, Weights
-from pipeline.request.yaml_file import FieldsOf, Unquoted, fields_from, parse_yaml, read_yaml
-
-Device = Literal["auto", "cpu", "cuda"]
-ImageFormat = Literal["png", "jpg", "webp"]
-Precision = Literal["float32", "bfloat16", "float16"]
-Scalar = bool | int | float | str | None
-PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
+from pipeline.request.paths import PATH_ERROR
+from pipeline.request.yaml_file import Unquoted, fields_from, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -54,124 +40,6 @@ class JobConfig(BaseModel):
     """Base of every job's configuration: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class GenerateConfig(JobConfig):
-    """What `depthvar generate` and `depthvar plan` can be told."""
-
-    out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
-    model: ModelName = Field("digits", description="model to sample from, by name, folder or file")
-    weights: Weights | None = Field(
-        None,
-        description="weights as a folder, file, URI or Hugging Face repository"
-        " (default: those that come with the model, or the public ones)",
-    )
-    classes: str = Field(
-        "all",
-        description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
-        " id:3 and name:3 where 3 is the id of one and the name of another",
-    )
-    per_class: int = Field(100, gt=0, description="samples of each class")
-    labels_file: Annotated[LocalPath, Metavar("FILE")] | None = Field(
-        None,
-        description="file of lines `class[,count]` in place of --classes and --per-class"
-        " (default: none)",
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
-    policy: str = Field(DEFAULT_PRESET, description="depth policy by preset name")
-    reference_scale: int | None = Field(
-        None,
-        description="last scale at full depth, from 0: the budget (default: the policy's own)",
-    )
-    policy_options: PolicyOptions = Field(
-        default_factory=dict,
-        description="fields of the policy to change, as key=value (default: none)",
-    )
-    cfg: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="guidance strength, 0 for none (default: the model's own)",
-    )
-    top_k: int | None = Field(
-        None, ge=0, description="codes kept before top-p, 0 for all (default: the model's own)"
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
-    )
-    precision: Precision = Field("float32", description="number type of the model")
-    samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
-    batch_size: int = Field(50, gt=0, description="images sampled at once")
-    image_format: ImageFormat = Field("png", description="image encoding")
-    workers: int | None = Field(
-        None,
-        ge=0,
-        description="workers, 0 for this process without Ray (default: one per GPU, else per core)",
-    )
-    threads_per_worker: int = Field(
-        1, gt=0, description="CPU threads of one worker; another number may change the last bit"
-    )
-    device: Device = Field("auto", description="where the model runs")
-    address: str | None = Field(
-        None,
-        description="Ray cluster to join from one of its nodes, HOST:6379 or auto, or `local`"
-        " (default: $RAY_ADDRESS, else Ray on this machine)",
-    )
-    scratch: LocalPath | None = Field(
-        None, description="folder where shards are built (default: the system's temporary folder)"
-    )
-    max_attempts: int = Field(3, gt=0, description="failures after which a shard is set aside")
-    retry_failed: bool = Field(
-        False, description="try the shards again that an earlier run set aside"
-    )
-    extend: bool = Field(
-        False, description="add samples to a dataset that is planned with fewer: it can only grow"
-    )
-    contact_sheet: int = Field(
-        10, ge=0, description="images per class on the contact sheet, 0 for no sheet"
-    )
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _classes_from_yaml(cls, value: object) -> object:
-        """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
-            from pipeline.request.labels import quoted  # brings NumPy: flags need not wait for it
-
-            return ",".join(quoted(str(item)) for item in value)
-        return value
-
-    @model_validator(mode="after")
-    def _one_source_of_labels(self) -> GenerateConfig:
-        """A labels file already says classes and counts."""
-        doubled = sorted({"classes", "per_class"} & self.model_fields_set)
-        if self.labels_file is not None and doubled:
-            raise ValueError(
-                f"labels_file was given together with {' and '.join(doubled)}, wanted one source"
-                " of labels: drop one of them"
-            )
-        return self
-
-
-class VerifyConfig(JobConfig):
-    """What `depthvar verify` can be told."""
-
-    out: Annotated[Location, Positional()] = Field(description="dataset to check")
-    deep: bool = Field(
-        False, description="also hash every file, read every tar and compare it with its Parquet"
-    )
-    repair: bool = Field(
-        False, description="unmark the shards found bad, so that generate makes them again"
-    )
-    regenerate: int = Field(
-        0, ge=0, description="images to sample again and to compare pixel for pixel, 0 for none"
-    )
-    weights: Weights | None = Field(
-        None, description="weights file or folder for --regenerate (default: the model's own)"
-    )
-    device: Device = Field("auto", description="where --regenerate runs")
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

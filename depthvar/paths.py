@@ -7,11 +7,12 @@ in the temporary copy of the working directory that such a job runs in.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
@@ -37,6 +38,16 @@ _SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """A variable that Ray gives to the driver of a submitted job and to nothing else."""
 _RAY_COPIES = ("runtime_resources", "working_dir_files")
 """The folders, one in the other, in which Ray keeps its copies of working directories."""
+
+
+@contextlib.contextmanager
+def checked_as_submitted() -> Iterator[None]:
+    """Have paths checked meanwhile as they will be in a Ray job, before it is handed in."""
+    os.environ[_SUBMITTED_JOB] = "{}"
+    try:
+        yield
+    finally:
+        del os.environ[_SUBMITTED_JOB]
 
 
 def checked_location(text: str) -> str:

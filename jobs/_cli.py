@@ -17,6 +17,7 @@ from jobs._entry import EXIT_DONE, run_job
 JOBS = {
     "plan": "show what generate would make and cost; writes nothing",
     "generate": "make a labelled image dataset, or go on with one",
+    "submit": "hand generate to a Ray cluster, and follow it",
     "verify": "check a dataset against its plan, and repair it",
     "evaluate": "measure a dataset's quality against real images",
     "export": "copy a dataset into another format",

@@ -1,10 +1,14 @@
-"""Kills at the fault points of the pipeline, told by files. Imported while `pipeline` is."""
+"""Kills and waits at the fault points of the pipeline, told by files.
+
+Imported while `pipeline` is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 FAULTS_VARIABLE = "FAKE_SAMPLER_FAULTS"  # names a JSON file, see `tests.fakes`
@@ -21,6 +25,13 @@ def arm(folder: Path, point: str, passes: int = 0, victim: str = WHOEVER) -> Non
     for number in range(passes):
         (folder / f"pass-{point}-{number}").touch()
     (folder / f"kill-{point}-{victim}").touch()
+
+
+def hold(folder: Path, point: str) -> Path:
+    """Have everything wait at a fault point for as long as the file that comes back exists."""
+    file = folder / f"hold-{point}"
+    file.touch()
+    return file
 
 
 def armed(folder: Path) -> list[str]:
@@ -46,6 +57,8 @@ def reach_point(point: str) -> None:
             file.unlink()
             for pid in doomed:
                 os.kill(pid, signal.SIGKILL)
+    while (folder / f"hold-{point}").exists():
+        time.sleep(0.05)
 
 
 def victims(name: str) -> list[int]:

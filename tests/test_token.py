@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,12 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import requests
 from ray._private.runtime_env import packaging
+
+from jobs import generate
+from tests.fake_shards import data_files
+from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, hold
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
@@ -37,10 +43,14 @@ def free_port() -> int:
 
 
 class Head(NamedTuple):
-    """Where a cluster answers: jobs are submitted to the dashboard, nodes and drivers join."""
+    """Where a cluster answers: jobs are submitted to the dashboard, nodes and drivers join.
+
+    Its jobs look into the folder `faults`, see `tests.fault_hook`.
+    """
 
     dashboard: str
     gcs: str
+    faults: Path
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +65,19 @@ def head() -> Iterator[Head]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [str(part) for part in (*command, f"--temp-dir={folder}")],
-            env=environment(TOKEN),
+            env={
+                **environment(TOKEN),
+                "PYTHONPATH": str(ROOT),
+                "DEPTHVAR_FAULT": FAULT_HOOK,
+                FAULTS_VARIABLE: str(folder / "faults.json"),
+            },
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
         try:
             wait_until_open(dashboard, process)
-            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -158,6 +173,82 @@ def test_only_code_and_configuration_go_along_with_a_job(tmp_path: Path):
         include_gitignore=True,
     )
     assert sorted(found) == sorted(sent)
+
+
+_WAIT_S = 240  # on a machine that has much else to do
+
+# 4 shards of 4 digits.
+FLAGS = ["--classes", "0-1", "--per-class", "8", "--samples-per-shard", "4", "--batch-size", "4"]
+
+
+class Submitter:
+    """`depthvar submit` in a process of its own."""
+
+    def __init__(self, head: Head, out: Path, log: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "jobs.submit", "--address", head.dashboard]
+        command += ["--out", str(out), "--workers", "1", *FLAGS, *more]
+        self._log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(TOKEN), stdout=stream, stderr=stream
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait(self) -> int:
+        return self.process.wait(_WAIT_S)
+
+
+def wait_for(happened: Callable[[], object], submitter: Submitter) -> None:
+    deadline_s = time.monotonic() + _WAIT_S
+    while not happened():
+        assert submitter.process.poll() is None, submitter.said
+        assert time.monotonic() < deadline_s, submitter.said
+        time.sleep(0.1)
+
+
+def driver_of(head: Head, job: str) -> int:
+    """The process id of a job's driver."""
+    reply = requests.get(
+        f"{head.dashboard}/api/jobs/{job}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30
+    )
+    return int(reply.json()["driver_info"]["pid"])
+
+
+@pytest.mark.timeout(900)
+def test_a_job_handed_in_is_left_joined_killed_and_handed_in_again_to_the_same_bytes(
+    head: Head, tmp_path: Path
+):
+    out = tmp_path / "out"
+    one_shard = hold(head.faults, "record-published")
+    try:
+        first = Submitter(head, out, tmp_path / "log-1")
+        wait_for(lambda: "images" in first.said and list(out.glob("commits/*.json")), first)
+        (name,) = re.findall(r"submitted the job (out-[0-9a-f]{8}-1): `ray job stop", first.said)
+        first.process.send_signal(signal.SIGINT)
+        assert first.wait() == 128 + signal.SIGINT
+        assert f"the job {name} goes on: the same command follows it" in first.said
+
+        other = Submitter(head, out, tmp_path / "log-2", "--seed", "1")
+        second = Submitter(head, out, tmp_path / "log-3")
+        assert other.wait() == 2
+        assert f"is made by the job {name} from another request" in other.said
+        wait_for(lambda: "images" in second.said, second)
+        assert f"joined the job {name}" in second.said
+        os.kill(driver_of(head, name), signal.SIGKILL)
+        assert second.wait() == 128 + signal.SIGKILL, second.said
+        assert f"the job {name} is failed" in second.said
+        assert 1 <= len(list(out.glob("commits/*.json"))) < 4
+    finally:
+        one_shard.unlink()
+    third = Submitter(head, out, tmp_path / "log-4")
+    assert third.wait() == 0, third.said
+    assert "submitted the job " + name.removesuffix("1") + "2" in third.said
+    here = tmp_path / "here"
+    assert generate.main(["--out", str(here), "--workers", "0", *FLAGS]) == 0
+    assert data_files(out) == data_files(here)
 
 
 ASK = """

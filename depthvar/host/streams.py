@@ -43,8 +43,8 @@ def outlive_readers() -> None:
             io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False)),
             encoding=stream.encoding if is_open else "utf-8",
             errors="backslashreplace",
-            line_buffering=stream.line_buffering if is_open else False,
-            write_through=stream.write_through if is_open else False,
+            # Ray starts drivers unbuffered, so that their lines are seen when they are said.
+            line_buffering=is_open and (stream.line_buffering or stream.write_through),
         )
         setattr(sys, name, lasting)
 

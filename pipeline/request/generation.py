@@ -1,15 +1,14 @@
-"""What `depthvar generate` and `depthvar plan` can be told."""
+"""What `depthvar generate`, `depthvar plan` and `depthvar submit` can be told."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from depthvar.policy import DEFAULT_PRESET, DepthPolicy
 from pipeline.request.flags import JobConfig
-from pipeline.request.marks import Metavar
-from pipeline.request.paths import LocalPath, Location, ModelName, Weights
+from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
 from pipeline.request.yaml_file import FieldsOf
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,7 +34,7 @@ class GenerateConfig(JobConfig):
         " id:3 and name:3 where 3 is the id of one and the name of another",
     )
     per_class: int = Field(100, gt=0, description="samples of each class")
-    labels_file: Annotated[LocalPath, Metavar("FILE")] | None = Field(
+    labels_file: JobFile | None = Field(
         None,
         description="file of lines `class[,count]` in place of --classes and --per-class"
         " (default: none)",
@@ -116,3 +115,21 @@ class GenerateConfig(JobConfig):
                 " of labels: drop one of them"
             )
         return self
+
+
+class SubmitConfig(GenerateConfig):
+    """What `depthvar submit` can be told: what `generate` can, of another machine's cluster."""
+
+    address: str | None = Field(
+        None,
+        description="dashboard of the cluster, http://HEAD:8265 (default: $RAY_API_SERVER_ADDRESS,"
+        " else http://127.0.0.1:8265, where `ray dashboard cluster.yaml` puts it)",
+    )
+    follow: bool = Field(
+        True, description="show what the job says until it ends, and end with its exit code"
+    )
+
+    def for_cluster(self) -> dict[str, Any]:
+        """What the job is told, as `generate` reads it from YAML."""
+        told = self.model_dump(mode="json", exclude_unset=True, exclude={"address", "follow"})
+        return {**told, "address": "auto"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from depthvar.config import ModelConfig, SamplingSettings
+from depthvar.config import MODELS, ModelConfig, SamplingSettings, model_name
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.paths import check_output_folder
@@ -32,8 +32,7 @@ def plan_job(
     _check_scratch(config)
     found = fetch_model(config.model, config.weights)
     model = found.config
-    options = checked_options(config.policy_options)
-    policy = make_policy(config.policy, reference_scale=config.reference_scale, **options)
+    policy = _policy(config)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
     for text in found.notes:
@@ -61,6 +60,22 @@ def plan_job(
         segments=(Segment(counts),),
     )
     return plan, model
+
+
+def check_before_submission(config: GenerateConfig) -> None:
+    """`InputError` for what can be told to be wrong here, where the weights are not.
+
+    Of a model of the user's own nothing is known before its files are read.
+    """
+    model = MODELS.get(model_name(config.model))
+    if model is not None:
+        _compute(model, _policy(config), _sampling(config, model.sampling))
+        _label_counts(config, model, lambda note: None)
+
+
+def _policy(config: GenerateConfig) -> DepthPolicy:
+    options = checked_options(config.policy_options)
+    return make_policy(config.policy, reference_scale=config.reference_scale, **options)
 
 
 def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:

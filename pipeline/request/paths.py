@@ -11,7 +11,14 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from depthvar.errors import InputError
-from depthvar.paths import checked_location, checked_model, checked_path, checked_weights, is_uri
+from depthvar.paths import (
+    checked_job_file,
+    checked_location,
+    checked_model,
+    checked_path,
+    checked_weights,
+    is_uri,
+)
 from pipeline.request.marks import Metavar
 from pipeline.store_uri import StoreUri
 
@@ -50,7 +57,14 @@ def _with_kept_key(place: str) -> str:
 
 
 def _local_path(text: str) -> str:
-    path = checked_path(text)
+    return _kept(checked_path(text))
+
+
+def _job_file(text: str) -> str:
+    return _kept(checked_job_file(text))
+
+
+def _kept(path: str) -> str:
     first = Path(path).parts[0]
     # `Path` drops the `./` that tells a folder of such a name from a home and from a URI.
     return os.path.abspath(path) if first.startswith("~") or ":" in first else path
@@ -58,6 +72,8 @@ def _local_path(text: str) -> str:
 
 LocalPath = Annotated[Path, path_field(_local_path)]
 """A file or a folder of this machine."""
+JobFile = Annotated[Path, path_field(_job_file), Metavar("FILE")]
+"""A file that the driver reads when it starts: it may come with a submitted job."""
 Location = Annotated[str, path_field(dataset_location), Metavar("PATH")]
 """A dataset: a local folder or the URI of a store."""
 Weights = Annotated[str, path_field(_weights_location), Metavar("PATH")]

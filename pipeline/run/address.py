@@ -12,6 +12,7 @@ from depthvar.errors import InputError
 AUTO = "auto"
 _LOCAL = "local"
 _VARIABLE = "RAY_ADDRESS"
+DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _GCS_PORT, _DASHBOARD_PORT = 6379, 8265
 _CONNECT_S = 5.0
 _LISTEN_S = 1.0  # for what a server says unasked, and again for its answer
@@ -60,6 +61,26 @@ def cluster_address(flag: str | None, environ: Mapping[str, str]) -> ClusterAddr
     return address
 
 
+def dashboard_url(flag: str | None, environ: Mapping[str, str]) -> str:
+    """Where jobs are handed in: `--address`, else $RAY_API_SERVER_ADDRESS, else this machine's.
+
+    Raises `InputError` for what is no HTTP address.
+    """
+    variable = environ.get(DASHBOARD_VARIABLE) or f"http://127.0.0.1:{_DASHBOARD_PORT}"
+    address = ClusterAddress(*(("--address", flag) if flag else (DASHBOARD_VARIABLE, variable)))
+    try:
+        is_dashboard = urlsplit(address.text).scheme in ("http", "https")
+        host = urlsplit(address.text).hostname
+    except ValueError:
+        host = None
+    if not host or not is_dashboard:
+        raise InputError(
+            f"{address}, wanted the dashboard of a cluster, http://HEAD:{_DASHBOARD_PORT}: correct"
+            " it; on a node of the cluster `depthvar generate --address auto` needs none"
+        )
+    return address.text.rstrip("/")
+
+
 def _check(address: ClusterAddress) -> None:
     scheme, found, rest = address.text.partition("://")
     if found:
@@ -70,12 +91,12 @@ def _check(address: ClusterAddress) -> None:
         host = f"[{host}]" if ":" in host else host
         what = {
             "ray": "which is for Ray Client, whose driver is not part of the cluster",
-            "http": "which is for `ray job submit`",
-            "https": "which is for `ray job submit`",
+            "http": "which is for `depthvar submit`",
+            "https": "which is for `depthvar submit`",
         }.get(scheme.lower(), "which is no address of a Ray cluster")
         raise InputError(
             f"{address}, {what}: on a node of the cluster use --address {host}:{_GCS_PORT} or auto,"
-            f" from elsewhere `ray job submit --address http://{host}:{_DASHBOARD_PORT}`, for Ray"
+            f" from elsewhere `depthvar submit --address http://{host}:{_DASHBOARD_PORT}`, for Ray"
             " on this machine --address local"
         )
     host, _, port = address.text.rpartition(":")

@@ -27,7 +27,7 @@ from pipeline.run.ledger import one_line
 from pipeline.run.schedule import Machine, available_cores, available_memory, gpu_memory
 
 _PROBE_S = 5.0
-_TOKEN = (
+TOKEN_ADVICE = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 )
 _MEMORY_RESOURCES = ("memory", "object_store_memory")  # a node's memory as Ray shares it out
@@ -94,7 +94,9 @@ def found_cluster(address: ClusterAddress) -> ClusterAddress:
         return address
     except ray_errors.AuthenticationError as error:
         reason = str(error).partition(". ")[0]
-        raise InputError(f"{address}, and there is no token to show: {reason}: {_TOKEN}") from None
+        raise InputError(
+            f"{address}, and there is no token to show: {reason}: {TOKEN_ADVICE}"
+        ) from None
     except grpc.RpcError as error:
         raise InputError(f"{address}, {_unfit(address, error.code())}") from None
     if version and version != ray.__version__:
@@ -105,7 +107,7 @@ def found_cluster(address: ClusterAddress) -> ClusterAddress:
     if nodes.isdisjoint(nodes_here):
         raise InputError(
             f"{address}, a cluster that this machine is no node of: run the command on one of its"
-            f" nodes, or with `ray job submit --address http://{address.host}:8265`"
+            f" nodes, or hand it in with `depthvar submit --address http://{address.host}:8265`"
         )
     return address
 
@@ -149,7 +151,7 @@ def _private(module: str) -> ModuleType:
 def _unfit(address: ClusterAddress, code: grpc.StatusCode) -> str:
     """Why a server is not a cluster that can be joined, and what to do."""
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"a cluster that refuses this process without its token: {_TOKEN}"
+        return f"a cluster that refuses this process without its token: {TOKEN_ADVICE}"
     who = "a gRPC server answers, as Ray Client's is on 10001,"
     if code != grpc.StatusCode.UNIMPLEMENTED:
         who = who_answers(address)

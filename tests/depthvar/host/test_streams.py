@@ -100,6 +100,26 @@ def test_a_job_outlives_its_terminal(tmp_path: Path):
     assert_done(job, tmp_path)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_an_unbuffered_job_says_a_line_when_it_is_printed(stream: str):
+    """As Ray starts the drivers of its jobs."""
+    program = f"""
+import os, sys
+from depthvar.host.streams import outlive_readers
+outlive_readers()
+print("first", file=sys.{stream})
+os.write({1 if stream == "stdout" else 2}, b"second")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert getattr(done, stream) == b"first\nsecond"
+
+
 def test_what_the_encoding_lacks_is_escaped(tmp_path: Path):
     (tmp_path / "gone").touch()
     job = start(tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})

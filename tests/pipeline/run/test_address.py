@@ -6,7 +6,14 @@ import pytest
 
 from depthvar.errors import InputError
 from pipeline.run import address
-from pipeline.run.address import ClusterAddress, cluster_address, require_listener, who_answers
+from pipeline.run.address import (
+    DASHBOARD_VARIABLE,
+    ClusterAddress,
+    cluster_address,
+    dashboard_url,
+    require_listener,
+    who_answers,
+)
 from tests.fake_servers import SERVERS, serving
 
 
@@ -41,8 +48,8 @@ def test_the_cluster_is_the_flags_or_the_variables_or_none(
         ("ray://head:10001", ["Ray Client", "--address head:6379", "http://head:8265"]),
         ("ray://head", ["Ray Client", "--address head:6379"]),
         ("RAY://head:10001", ["Ray Client"]),
-        ("http://head:8265", ["`ray job submit`", "--address head:6379", "http://head:8265"]),
-        ("https://u:p@head/x", ["`ray job submit`", "--address head:6379"]),
+        ("http://head:8265", ["`depthvar submit`", "--address head:6379", "http://head:8265"]),
+        ("https://u:p@head/x", ["`depthvar submit`", "--address head:6379"]),
         ("http://[::1]:8265", ["--address [::1]:6379"]),
         ("http://[::1", ["--address HOST:6379"]),
         ("tcp://head:6379", ["no address of a Ray cluster", "--address head:6379"]),
@@ -68,6 +75,28 @@ def test_what_is_no_address_of_a_cluster_is_named_with_the_one_to_use(text: str,
         source = "--address" if flag else "RAY_ADDRESS"
         assert said.startswith(f"{source} is {text}, ")
         assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "wanted"),
+    [
+        (None, None, "http://127.0.0.1:8265"),
+        (None, "http://head:1/", "http://head:1"),
+        ("https://head:8265/", "http://other:1", "https://head:8265"),
+    ],
+)
+def test_a_job_is_handed_in_at_the_flags_dashboard_or_the_variables_or_this_machines(
+    flag: str | None, variable: str | None, wanted: str
+):
+    assert dashboard_url(flag, {} if variable is None else {DASHBOARD_VARIABLE: variable}) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["auto", "head:6379", "ray://head:10001", "http://", "http://[::1"]
+)
+def test_what_is_no_dashboard_is_refused_with_the_one_to_use(text: str):
+    with pytest.raises(InputError, match=r"--address is .*, wanted .* http://HEAD:8265"):
+        dashboard_url(text, {})
 
 
 @pytest.mark.parametrize("flag", ["", "  "])

@@ -100,7 +100,16 @@ def test_the_readme_fits_a_newcomers_patience():
 
 def test_the_pages_show_the_commands_of_a_users_way():
     shown = {shlex.split(param.values[0], comments=True)[0] for param in EVERY_COMMAND}
-    assert {"plan", "generate", "verify", "evaluate", "export", "train", "train-model"} <= shown
+    assert {
+        "plan",
+        "generate",
+        "verify",
+        "evaluate",
+        "export",
+        "submit",
+        "train",
+        "train-model",
+    } <= shown
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND)
@@ -111,7 +120,8 @@ def test_a_command_shown_has_flags_that_its_job_takes(
     name = name.replace("_", "-")
     assert name in JOBS
     job = importlib.import_module(f"jobs.{name.replace('-', '_')}")
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    for folder in ("jobs", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "job.yaml").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
     if name == "benchmark":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -110,6 +111,7 @@ async def _show(job: Submission) -> None:
 
 def _client(url: str) -> JobSubmissionClient:
     os.environ[DASHBOARD_VARIABLE] = url  # Ray prefers its variables to the address it is given
+    logging.getLogger("ray").setLevel(logging.WARNING)
     where = f"no job can be handed in at {without_secrets(url)}"
     try:
         return JobSubmissionClient(url)

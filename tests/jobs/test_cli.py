@@ -42,7 +42,7 @@ def test_a_job_gets_the_words_behind_its_name(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_unknown_job_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"'generat', wanted one of plan, generate, verify"):
+    with pytest.raises(InputError, match=r"'generat', wanted one of plan, generate, submit"):
         cli.main(["generat"])
 
 

@@ -31,10 +31,9 @@ from depthvar.training.transformer import train_transformer
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise
 from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
-from depthvar.weights.files import CALIBRATION_FILE
+from depthvar.weights.files import CALIBRATION_FILE, RECIPE_FILE
 from depthvar.weights.find import find_model
 
-RECIPE_FILE = "recipe.json"
 _TRAINED = "trained.pt"
 _LONGEST_VALUES = 60  # characters of a difference that is spelled out
 

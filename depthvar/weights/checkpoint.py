@@ -47,13 +47,8 @@ from depthvar.weights.files import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
 )
-from depthvar.weights.find import FoundModel, find_model
-from depthvar.weights.tensor_files import (
-    Part,
-    holds_encoder,
-    parameter_names,
-    read_part,
-)
+from depthvar.weights.find import FoundModel, blank_modules, find_model
+from depthvar.weights.tensor_files import PARTS, Part, holds_encoder, parameters, read_file
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -85,7 +80,7 @@ class LoadedModel:
     @property
     def stream_dtype(self) -> torch.dtype:
         """Precision of the residual stream."""
-        return stream_precision(self.dtype)
+        return torch.promote_types(self.dtype, torch.float32)
 
 
 def load_model(
@@ -102,24 +97,22 @@ def load_model(
     `InputError` for a calibration of other weights, and for a file without the encoder that is
     asked for.
     """
-    config = found.config
-    with torch.device("meta"):
-        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
-    if not with_encoder:
-        del tokenizer.encoder, tokenizer.quant_conv
-    else:
-        _require_encoder(found.tokenizer)
-    _fill(transformer, "transformer", found.transformer, device, dtype)
-    _fill(tokenizer, "tokenizer", found.tokenizer, device, dtype, with_encoder=with_encoder)
+    transformer, tokenizer = blank_modules(found.config, with_encoder=with_encoder)
+    transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
+    tokenizer.load_state_dict(_tensors(found, "tokenizer", with_encoder), assign=True)
     return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
-def _require_encoder(path: Path) -> None:
-    if not holds_encoder(read_part(path, "tokenizer")):
+def _tensors(found: FoundModel, part: Part, with_encoder: bool = False) -> dict[str, Tensor]:
+    """A part's parameters, mapped; `InputError` if the encoder is asked for and not there."""
+    path = found.file(part)
+    tensors = parameters(read_file(path).part(part), with_encoder=with_encoder)
+    if with_encoder and not holds_encoder(tensors):
         raise InputError(
             f"{path} holds no encoder, wanted one: give the weights that this file was converted "
             "from"
         )
+    return tensors
 
 
 def random_model(
@@ -146,34 +139,10 @@ def random_model(
     return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
-def _fill(
-    module: nn.Module,
-    part: Part,
-    path: Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    *,
-    with_encoder: bool = False,
-) -> None:
-    """Give a module without storage the tensors of its file."""
-    tensors = read_part(path, part)
-    names = parameter_names(part, tensors, with_encoder=with_encoder)
-    # Popped one by one, so that no tensor is held twice.
-    loaded = {
-        name: tensors.pop(name).to(device=device, dtype=precision_of(name, dtype)) for name in names
-    }
-    module.load_state_dict(loaded, assign=True)
-
-
 def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Precision of a parameter of a model that runs in `dtype`."""
     stays_wide = name.startswith("quantize.") or name.endswith(".scale_mul_1H11")
     return torch.float32 if stays_wide and dtype not in _WIDE else dtype
-
-
-def stream_precision(dtype: torch.dtype) -> torch.dtype:
-    """Precision of the residual stream of a model that runs in `dtype`: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def assemble(
@@ -196,7 +165,7 @@ def assemble(
     fit = None
     if found.calibration is not None:
         tensors = found.read_calibration()
-        wide = stream_precision(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
         fit = ProxyFit(slope, offset)
     return LoadedModel(found, transformer, tokenizer, fit)
@@ -204,8 +173,8 @@ def assemble(
 
 def why_not_finite(model: LoadedModel) -> str:
     """Why a model can make numbers that are not finite, and what to do: looks at every weight."""
-    for part in ("transformer", "tokenizer"):
-        path = getattr(model.found, part)
+    for part in PARTS:
+        path = model.found.file(part)
         parameters = dict(getattr(model, part).named_parameters())
         bad = [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]
         has_nan = any(parameters[name].isnan().any() for name in bad)
@@ -219,10 +188,7 @@ def why_not_finite(model: LoadedModel) -> str:
             "with; take another checkpoint, or a smaller --cfg if that is far from its default"
         )
     wider = "float32" if model.dtype == torch.bfloat16 else "bfloat16 or float32"
-    return (
-        f"the weights fit {_type_name(model.dtype)}, what they compute may not: try --precision "
-        f"{wider}"
-    )
+    return f"the weights fit its precision, what they compute may not: try --precision {wider}"
 
 
 def _damage(path: Path, names: Sequence[str], held: str) -> str:
@@ -233,16 +199,12 @@ def _damage(path: Path, names: Sequence[str], held: str) -> str:
 
 
 def _overflow(names: Sequence[str], dtype: torch.dtype) -> str:
-    return f"holds values in {_some(names)} that {_type_name(dtype)} cannot hold"
+    return f"holds values in {_some(names)} that {str(dtype).removeprefix('torch.')} cannot hold"
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def save_proxy_fit(path: Path, fit: ProxyFit, found: FoundModel) -> None:
@@ -325,21 +287,15 @@ def convert_weights(
     that is not empty.
     """
     check_new_folder(folder)
-    if with_encoder:
-        _require_encoder(source.tokenizer)
     fit = None if source.calibration is None else source.read_calibration()
     folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        _convert(source.transformer, "transformer", unfinished / TRANSFORMER_FILE, dtype)
-        _convert(
-            source.tokenizer,
-            "tokenizer",
-            unfinished / TOKENIZER_FILE,
-            dtype,
-            with_encoder=with_encoder,
-        )
+        tokenizer = _tensors(source, "tokenizer", with_encoder)
+        _save(unfinished / TOKENIZER_FILE, _converted(source.tokenizer, tokenizer, dtype))
+        transformer = _tensors(source, "transformer")
+        _save(unfinished / TRANSFORMER_FILE, _converted(source.transformer, transformer, dtype))
         _write_config(unfinished, source.config)
         if fit is not None:
             written = find_model(source.config.name, str(unfinished))
@@ -353,22 +309,15 @@ def convert_weights(
     return find_model(source.config.name, str(folder))
 
 
-def _convert(
-    source: Path,
-    part: Part,
-    target: Path,
-    dtype: torch.dtype | None,
-    *,
-    with_encoder: bool = False,
-) -> None:
-    tensors = read_part(source, part)
-    names = parameter_names(part, tensors, with_encoder=with_encoder)
-    stored = _stored({name: tensors.pop(name) for name in names}, dtype)
+def _converted(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Tensors in another precision; `InputError` for what is not finite, here or in it."""
+    stored = _stored(tensors, dtype)
     bad = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        tensors = read_part(source, part)
-        damaged = [name for name in bad if not torch.isfinite(tensors[name]).all()]
-        if damaged or dtype is None:
-            raise InputError(_damage(source, damaged, "numbers that are not finite"))
-        raise InputError(f"{source} {_overflow(bad, dtype)}: convert with --precision bfloat16")
-    _save(target, stored)
+    damaged = [name for name in bad if not torch.isfinite(tensors[name]).all()]
+    if damaged:
+        raise InputError(_damage(path, damaged, "numbers that are not finite"))
+    if bad and dtype is not None:
+        raise InputError(f"{path} {_overflow(bad, dtype)}: convert with --precision bfloat16")
+    return stored

@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from depthvar.config import (
     ModelConfig,
     folder_of,
     is_model_path,
-    model_config,
     stored_config,
 )
 from depthvar.errors import InputError
@@ -41,45 +39,26 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 RECIPE_FILE = "recipe.json"
 
 PUBLISHED_REPO = "FoundationVision/var"
-_PUBLISHED_TRANSFORMERS = {
-    "var-d16": "var_d16",
-    "var-d20": "var_d20",
-    "var-d24": "var_d24",
-    "var-d30": "var_d30",
-    "var-d36-512": "var_d36",
-}
-_PUBLISHED_TOKENIZER = "vae_ch160v4096z32"
 _PUBLISHED_SUFFIXES = (".safetensors", ".pth")
-
 _TOKENIZER_LIKE = re.compile(r"vae|vq|tokenizer", re.IGNORECASE)
-
 _HUB_SCHEME = "hf://"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class WeightsFiles:
-    """The files of a model; the calibration is None where there is none."""
-
-    transformer: Path
-    tokenizer: Path
-    calibration: Path | None
+def _is_published(model: str) -> bool:
+    return model in MODELS and model.startswith("var-d")
 
 
-def transformer_names(model: str) -> tuple[str, ...]:
-    """What a model's transformer file may be called, the first choice first."""
-    stem = _PUBLISHED_TRANSFORMERS.get(model)
-    published = () if stem is None else tuple(stem + suffix for suffix in _PUBLISHED_SUFFIXES)
-    return (*published, TRANSFORMER_FILE)
-
-
-def tokenizer_names(model: str) -> tuple[str, ...]:
-    """What a model's tokenizer file may be called, the first choice first."""
-    if model not in _PUBLISHED_TRANSFORMERS:
-        return (TOKENIZER_FILE,)
-    published = tuple(_PUBLISHED_TOKENIZER + suffix for suffix in _PUBLISHED_SUFFIXES)
-    return (*published, TOKENIZER_FILE)
+def file_names(model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a model's transformer and tokenizer files may be called, the first choice first."""
+    if not _is_published(model):
+        return (TRANSFORMER_FILE,), (TOKENIZER_FILE,)
+    stem = model.replace("-", "_").removesuffix("_512")
+    return (
+        (*(stem + suffix for suffix in _PUBLISHED_SUFFIXES), TRANSFORMER_FILE),
+        (*("vae_ch160v4096z32" + suffix for suffix in _PUBLISHED_SUFFIXES), TOKENIZER_FILE),
+    )
 
 
 def choose_files(
@@ -90,21 +69,19 @@ def choose_files(
     `transformer` names that file where its name is none of the usual ones. () where a part is
     missing.
     """
-    transformers = transformer_names(model) if transformer is None else (transformer,)
-    parts = [
-        [name for name in candidates if name in names][:1]
-        for candidates in (transformers, tokenizer_names(model))
-    ]
-    chosen = (*parts[0], *parts[1]) if all(parts) else ()
-    if not chosen and model not in MODELS:
-        chosen = _of_an_own_model(names, transformer)
+    transformers, tokenizers = file_names(model)
+    wanted = (transformers if transformer is None else (transformer,), tokenizers)
+    parts = [next((name for name in usual if name in names), None) for usual in wanted]
+    chosen = tuple(name for name in parts if name is not None)
+    if len(chosen) < 2:
+        chosen = () if model in MODELS else _of_an_own_model(names, transformer)
     others = [name for name in (CALIBRATION_FILE, CONFIG_FILE, CLASSES_FILE) if name in names]
     return (*chosen, *others) if chosen else ()
 
 
 def _of_an_own_model(names: Collection[str], transformer: str | None) -> tuple[str, ...]:
     """By their names alone, the files that can be a user's transformer and tokenizer."""
-    weights = sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES) and n != CALIBRATION_FILE)
+    weights = weights_among(names)
     tokenizers = [name for name in weights if _TOKENIZER_LIKE.search(name)]
     if transformer is None and len(weights) <= 2:
         return tuple(weights)
@@ -112,15 +89,29 @@ def _of_an_own_model(names: Collection[str], transformer: str | None) -> tuple[s
     return (*others, *tokenizers) if len(others) == 1 and others[0] in names else ()
 
 
-def fetched_weights(model: str, weights: str | None) -> str | None:
-    """A local folder or file for `--weights`; fetches a Hugging Face repository into its cache.
+def weights_among(names: Iterable[str]) -> list[str]:
+    """The files among others that can hold a part of a model, by their suffix."""
+    return sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES) and n != CALIBRATION_FILE)
 
-    None stands for the weights that come with the model, and for the public repository of a
-    published one. Raises `InputError` for a path that does not exist, a URI, and a repository that
-    cannot be fetched.
+
+def find_place(name: str, weights: str | None) -> str | None:
+    """The local folder or file of a model, None for the package.
+
+    Fetches a Hugging Face repository into its cache: the public one of a published model if no
+    weights are given. Raises `InputError` for a path that does not exist, a URI, a repository that
+    cannot be fetched, and a folder around a model folder.
     """
-    if weights is None and model in _PUBLISHED_TRANSFORMERS:
-        return _from_hub(model, PUBLISHED_REPO, None)
+    place = _fetched(name, weights)
+    if place is None and is_model_path(name):
+        place = name
+    if place is not None and stored_config(folder_of(place)) is None:
+        _check_not_above_a_model(folder_of(place))
+    return place
+
+
+def _fetched(model: str, weights: str | None) -> str | None:
+    if weights is None and _is_published(model):
+        return _from_hub(model, PUBLISHED_REPO)
     if weights is None or Path(weights).exists():
         return weights
     if weights.startswith(_HUB_SCHEME):
@@ -129,13 +120,12 @@ def fetched_weights(model: str, weights: str | None) -> str | None:
             raise InputError(f"got {weights}, wanted hf://owner/repository[@revision]: correct it")
         return _from_hub(model, repo, revision or None)
     if "://" in weights:
-        scheme = weights.partition("://")[0]
         raise InputError(
-            f"got weights at {scheme}://, wanted a local path or a Hugging Face repository: fetch "
-            "the files first (the jobs do it themselves)"
+            f"got weights at {weights.partition('://')[0]}://, wanted a local path or a Hugging "
+            "Face repository: fetch the files first (the jobs do it themselves)"
         )
     if is_repository(weights):
-        return _from_hub(model, weights, None)
+        return _from_hub(model, weights)
     raise InputError(f"{weights} does not exist, wanted a folder or a file: check --weights")
 
 
@@ -147,7 +137,7 @@ def is_repository(weights: str) -> bool:
     return bool(_HUB_NAME.fullmatch(weights)) and not os.path.exists(os.path.dirname(weights))
 
 
-def _from_hub(model: str, repo: str, revision: str | None) -> str:
+def _from_hub(model: str, repo: str, revision: str | None = None) -> str:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -155,7 +145,8 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
             f"{repo} is no local path, and fetching it from Hugging Face needs huggingface_hub: "
             "pip install huggingface_hub, or give a folder that holds the files"
         ) from None
-    wanted = [*transformer_names(model), *tokenizer_names(model), CALIBRATION_FILE, CONFIG_FILE]
+    wanted = [*(name for names in file_names(model) for name in names), CALIBRATION_FILE]
+    wanted.append(CONFIG_FILE)
     if model not in MODELS:
         wanted += [CLASSES_FILE, *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)]
     try:
@@ -169,23 +160,12 @@ def _from_hub(model: str, repo: str, revision: str | None) -> str:
         ) from error
 
 
-def find_place(name: str, weights: str | None) -> str | None:
-    """The local folder or file of a model, None for the package. Raises as that does."""
-    place = fetched_weights(name, weights)
-    if place is None and is_model_path(name):
-        place = name
-    if place is not None and stored_config(folder_of(place)) is None:
-        _check_not_above_a_model(folder_of(place))
-    return place
-
-
 def _check_not_above_a_model(folder: Path) -> None:
     """`InputError` for the folder of a training run, and for another around model folders."""
-    models = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if _is_ours(path)]
+    models = [str(path.parent) for path in sorted(folder.glob(f"*/{TRANSFORMER_FILE}"))]
     if models:
         raise InputError(
-            f"{folder} is no model but holds {', '.join(map(str, models[:4]))}: pass --model "
-            f"{models[0]}"
+            f"{folder} is no model but holds {', '.join(models[:4])}: pass --model {models[0]}"
         )
     if (folder / RECIPE_FILE).is_file():
         raise InputError(
@@ -194,66 +174,42 @@ def _check_not_above_a_model(folder: Path) -> None:
         )
 
 
-def _is_ours(config: Path) -> bool:
-    try:
-        return stored_config(config.parent) is not None
-    except InputError:
-        return False
+def files_in(config: ModelConfig, place: str | None) -> tuple[Path, Path]:
+    """A known model's transformer and tokenizer, by their usual names.
 
-
-def find_weights(name: str, weights: str | None) -> tuple[ModelConfig, WeightsFiles]:
-    """Configuration and files of a model that is known or has a `config.json`.
-
-    Raises `InputError` for whatever is not there.
+    `place` is a folder, or the transformer in one; None for the package. Raises `InputError` for
+    what is not there.
     """
-    place = find_place(name, weights)
-    config = model_config(name, place)
-    return config, files_in(config, place)
-
-
-def files_in(config: ModelConfig, place: str | None) -> WeightsFiles:
-    """The files of a model in a folder, by their usual names; `place` may be the transformer's."""
-    transformer: Path | None = None
-    folder = BUNDLED / config.name if place is None else Path(place)
-    if place is None and not folder.is_dir():
+    folder = BUNDLED / config.name if place is None else folder_of(place)
+    if not folder.is_dir():
         raise InputError(
             f"model {config.name} comes without weights and none were given: pass --weights with "
             "the folder that holds them"
         )
-    if folder.is_file():
-        transformer = None if folder.name == CONFIG_FILE else folder
-        folder = folder.parent
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    if transformer is None:
-        transformer = _choice(config, folder, names, "transformer", transformer_names(config.name))
-    tokenizer = _choice(config, folder, names, "tokenizer", tokenizer_names(config.name))
-    return WeightsFiles(transformer, tokenizer, calibration_in(folder))
+    transformers, tokenizers = file_names(config.name)
+    if place is not None and Path(place).is_file() and Path(place).name != CONFIG_FILE:
+        transformers = (Path(place).name,)
+    return (
+        _choice(config, folder, "transformer", transformers),
+        _choice(config, folder, "tokenizer", tokenizers),
+    )
 
 
-def calibration_in(folder: Path) -> Path | None:
-    """The calibration in a folder of weights, if there is one."""
-    path = folder / CALIBRATION_FILE
-    return path if path.is_file() else None
-
-
-def _choice(
-    config: ModelConfig, folder: Path, names: Collection[str], part: str, wanted: tuple[str, ...]
-) -> Path:
-    for name in wanted:
-        if name in names:
-            return folder / name
-    for name in wanted:
-        if (folder / name).is_dir() or (folder / name).is_symlink():
-            kind = "folder" if (folder / name).is_dir() else "broken link"
-            raise InputError(f"{folder / name} is a {kind}, wanted a file: fetch it again")
+def _choice(config: ModelConfig, folder: Path, part: str, wanted: tuple[str, ...]) -> Path:
+    for path in (folder / name for name in wanted):
+        if path.is_file():
+            return path
+        if path.is_dir() or path.is_symlink():
+            kind = "folder" if path.is_dir() else "broken link"
+            raise InputError(f"{path} is a {kind}, wanted a file: fetch it again")
     kind_of_folder = kind_of(folder)
     if kind_of_folder is not None:
         raise InputError(f"{folder} is {kind_of_folder.what}, wanted {kind_of_folder.to_do}")
-    held = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIXES))
-    fitting = [model for model in _PUBLISHED_TRANSFORMERS if choose_files(model, names)]
+    names = [path.name for path in folder.iterdir()]
+    fitting = [model for model in MODELS if _is_published(model) and choose_files(model, names)]
     raise InputError(
-        f"{folder} holds {', '.join(held) or 'no weights'}, wanted the {part} of {config.name} as "
-        f"{' or '.join(wanted)}: "
+        f"{folder} holds {', '.join(weights_among(names)) or 'no weights'}, wanted the {part} of "
+        f"{config.name} as {' or '.join(wanted)}: "
         + (f"use --model {' or '.join(fitting)}" if fitting else "check --model and --weights")
     )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from depthvar.config import (
     CONFIG_FILE,
@@ -21,16 +24,17 @@ from depthvar.config import (
     stored_config,
 )
 from depthvar.errors import InputError
-from depthvar.weights.files import WeightsFiles, calibration_in, files_in, find_place, sha256_of
+from depthvar.var.tokenizer import Tokenizer
+from depthvar.var.transformer import Transformer
+from depthvar.weights.files import CALIBRATION_FILE, files_in, find_place, sha256_of
 from depthvar.weights.own_model import read_own_model
 from depthvar.weights.tensor_files import (
+    PARTS,
     Part,
-    check_fit,
-    find_part,
-    part_of,
-    read_contents,
-    read_tensors,
-    what_was_taken,
+    WeightsFile,
+    holds_encoder,
+    parameters,
+    read_file,
 )
 
 
@@ -43,6 +47,10 @@ class FoundModel:
     tokenizer: Path
     calibration: Path | None
     notes: tuple[str, ...]
+
+    def file(self, part: Part) -> Path:
+        """The file of a part."""
+        return self.transformer if part == "transformer" else self.tokenizer
 
     @cached_property
     def model_sha256(self) -> str:
@@ -63,25 +71,17 @@ class FoundModel:
     def read_calibration(self) -> dict[str, Tensor]:
         """`slope` and `offset` of the calibration; `InputError` for one of other weights."""
         assert self.calibration is not None
-        tensors = read_tensors(self.calibration)
+        tensors = read_file(self.calibration).tensors
         shape = (len(self.config.sides), self.config.num_blocks, self.config.transformer.width)
-        fits = _shapes(tensors) == {"slope": shape, "offset": shape}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         with safe_open(self.calibration, framework="pt") as file:
             made_from = (file.metadata() or {}).get("weights_sha256")
-        if made_from != self.model_sha256 or not fits:
+        if made_from != self.model_sha256 or shapes != {"slope": shape, "offset": shape}:
             raise InputError(
                 f"{self.calibration} was made from other weights than those beside it: run "
                 "depthvar calibrate --overwrite"
             )
         return tensors
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _combined(*paths: Path) -> str:
-    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 def find_model(name: str, weights: str | None = None) -> FoundModel:
@@ -96,32 +96,89 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     assumed: tuple[str, ...] = ()
     if place is None or is_described or model_name(name) in MODELS:
         config = model_config(name, place)
-        files = _trainer_file(place) or files_in(config, place)
+        transformer, tokenizer = _known_files(config, place)
     else:
-        own = read_own_model(name, place)
-        config, files, assumed = own.config, own.files, own.notes
-    parts: dict[Path, list[Part]] = {files.transformer: ["transformer"]}
-    parts.setdefault(files.tokenizer, []).append("tokenizer")
-    taken = [_check_file(path, config, held) for path, held in parts.items()]
-    notes = (*(note for note in taken if note), *assumed)
-    return FoundModel(config, files.transformer, files.tokenizer, files.calibration, notes)
+        config, transformer, tokenizer, assumed = read_own_model(name, Path(place))
+    check_fit(transformer, config, "transformer")
+    check_fit(tokenizer, config, "tokenizer")
+    if transformer is tokenizer:
+        taken = [transformer.what_was_taken(PARTS)]
+    else:
+        taken = [
+            transformer.what_was_taken(["transformer"]),
+            tokenizer.what_was_taken(["tokenizer"]),
+        ]
+    calibration = transformer.path.with_name(CALIBRATION_FILE)
+    return FoundModel(
+        config,
+        transformer.path,
+        tokenizer.path,
+        calibration if calibration.is_file() else None,
+        (*(note for note in taken if note), *assumed),
+    )
 
 
-def _trainer_file(place: str | None) -> WeightsFiles | None:
-    """A file that holds the tokenizer with the transformer, as a trainer writes them."""
-    if place is None or not Path(place).is_file() or Path(place).name == CONFIG_FILE:
-        return None
-    path = Path(place)
-    contents = read_contents(path)
-    if not (find_part(contents, "transformer", path) and find_part(contents, "tokenizer", path)):
-        return None
-    return WeightsFiles(path, path, calibration_in(path.parent))
+def _known_files(config: ModelConfig, place: str | None) -> tuple[WeightsFile, WeightsFile]:
+    """The transformer's and the tokenizer's file, which a trainer writes as one."""
+    if place is not None and Path(place).is_file() and Path(place).name != CONFIG_FILE:
+        given = read_file(Path(place))
+        if given.find("tokenizer"):
+            return given, given
+    transformer, tokenizer = files_in(config, place)
+    return read_file(transformer), read_file(tokenizer)
 
 
-def _check_file(path: Path, config: ModelConfig, parts: Iterable[Part]) -> str | None:
-    """`InputError` unless a file fits the model; says what of it was taken if that is not all."""
-    contents = read_contents(path)
-    for part in parts:
-        check_fit(path, config, part, part_of(contents, part, path))
-    found = [find_part(contents, part, path) for part in parts]
-    return what_was_taken(path, contents, [part for part in found if part])
+def check_fit(file: WeightsFile, config: ModelConfig, part: Part) -> None:
+    """`InputError` unless a file holds a part of a model: exactly its names, shapes, and floats.
+
+    The published buffers may be there; a tokenizer may lack its whole encoder. The error names the
+    model that the file fits, or what is off first.
+    """
+    if not file.find(part):
+        raise file.wrong_part(part, config.name)
+    problem = _misfit(file, config, part)
+    if not problem:
+        return
+    fitting = [model.name for model in MODELS.values() if not _misfit(file, model, part)]
+    if fitting:
+        raise InputError(
+            f"{file.path} holds the {part} of {' or '.join(fitting)}, wanted that of "
+            f"{config.name}: use --model {fitting[0]}, or give the weights of {config.name}"
+        )
+    raise InputError(
+        f"{file.path} holds a {part} of no known model, wanted that of {config.name} ({problem}): "
+        f"fetch it again, or use --model {file.path} for a VAR of your own"
+    )
+
+
+def _misfit(file: WeightsFile, config: ModelConfig, part: Part) -> str:
+    """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
+    tensors = parameters(file.part(part))
+    modules = blank_modules(config, with_encoder=holds_encoder(tensors))
+    try:
+        modules[PARTS.index(part)].load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        lines = [line.strip(" \t.") for line in str(error).splitlines()[1:]]
+        few = [re.sub(r'((?:"[^"]*", ){3})"(.*)', r"\1...", line) for line in lines[:4]]
+        return "; ".join(few + ["..."] * (len(lines) > 4))
+    return ""
+
+
+class _NoNoise(TorchFunctionMode):
+    """Leaves `normal_` out, which without storage does nothing but import torch's compiler: 2 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def blank_modules(config: ModelConfig, *, with_encoder: bool) -> tuple[Transformer, Tokenizer]:
+    """A model without storage; without `with_encoder` its tokenizer has none."""
+    with torch.device("meta"), _NoNoise():
+        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+    if not with_encoder:
+        del tokenizer.encoder, tokenizer.quant_conv
+    return transformer, tokenizer
+
+
+def _combined(*paths: Path) -> str:
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,70 +31,33 @@ from depthvar.config import (
 from depthvar.errors import InputError
 from depthvar.strict_json import read_json
 from depthvar.weights.file_kinds import kind_of
-from depthvar.weights.files import (
-    CALIBRATION_FILE,
-    CLASSES_FILE,
-    WEIGHTS_SUFFIXES,
-    WeightsFiles,
-    calibration_in,
-    choose_files,
-    tokenizer_names,
-)
-from depthvar.weights.tensor_files import (
-    Contents,
-    Part,
-    find_part,
-    part_of,
-    read_contents,
-    wrong_part,
-)
+from depthvar.weights.files import CLASSES_FILE, choose_files, file_names, weights_among
+from depthvar.weights.tensor_files import Part, WeightsFile, read_file
 
 _PATCH_NUMS = "patch_nums"
-_PREFERRED_TOKENIZERS = tokenizer_names("var-d16")
 
 
-@dataclass(frozen=True)
-class OwnModel:
-    """What a user's own VAR is and where; `notes` say what was assumed."""
-
-    config: ModelConfig
-    files: WeightsFiles
-    notes: tuple[str, ...]
-
-
-def read_own_model(name: str, place: str) -> OwnModel:
+def read_own_model(
+    name: str, place: Path
+) -> tuple[ModelConfig, WeightsFile, WeightsFile, tuple[str, ...]]:
     """The model in a folder, or of a transformer file, by its shapes.
 
-    Raises `InputError` for files that are missing, unreadable or more than can be told apart, and
-    for what shapes do not tell and nobody said.
+    Gives what it is, the files of its transformer and its tokenizer, which may be one, and notes of
+    what was assumed. Raises `InputError` for files that are missing, unreadable or more than can be
+    told apart, and for what shapes do not tell and nobody said.
     """
-    name = _own_name(name, Path(place))
-    folder = folder_of(place)
-    transformer, tokenizer, held = _parts(Path(place))
-    files = WeightsFiles(transformer, tokenizer, calibration_in(folder))
+    name, folder = _own_name(name, place), folder_of(str(place))
+    transformer, tokenizer = _find_files(place, folder)
     try:
-        config, notes = _config(name, folder, transformer, tokenizer, held)
+        sides = _sides(transformer, folder)
+        of_transformer = _transformer_config(_Sizes(transformer, "transformer"), sides)
+        of_tokenizer = _tokenizer_config(_Sizes(tokenizer, "tokenizer"), sides)
+        classes, notes = _class_names(folder, of_transformer.num_classes)
+        config = ModelConfig(name, of_transformer, of_tokenizer, classes)
     except InputError as error:
-        where = "" if str(folder) in str(error) else f"{transformer} with {tokenizer}: "
+        where = "" if str(folder) in str(error) else f"{transformer.path} with {tokenizer.path}: "
         raise InputError(f"{where}{error}") from None
-    return OwnModel(config, files, notes)
-
-
-def _config(
-    name: str, folder: Path, transformer: Path, tokenizer: Path, held: Mapping[Path, Contents]
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    tensors = part_of(held[transformer], "transformer", transformer)
-    sides = _sides(tensors, held[transformer].values, folder, transformer)
-    transformer_config = _transformer_config(tensors, sides, transformer)
-    tensors = part_of(held[tokenizer], "tokenizer", tokenizer)
-    classes, notes = _class_names(folder, transformer_config.num_classes)
-    config = ModelConfig(
-        name=name,
-        transformer=transformer_config,
-        tokenizer=_tokenizer_config(tensors, sides, tokenizer),
-        class_names=classes,
-    )
-    return config, notes
+    return config, transformer, tokenizer, notes
 
 
 def _own_name(name: str, place: Path) -> str:
@@ -116,128 +78,111 @@ def _own_name(name: str, place: Path) -> str:
 # Which files.
 
 
-def _parts(place: Path) -> tuple[Path, Path, dict[Path, Contents]]:
-    """The files of the transformer and of the tokenizer, which may be one, and what they hold."""
-    folder = place if place.is_dir() else place.parent
-    named = [place] if place.is_file() else []
-    held: dict[Path, Contents] = {}
-    holders: dict[Part, list[Path]] = {"transformer": [], "tokenizer": []}
+def _find_files(place: Path, folder: Path) -> tuple[WeightsFile, WeightsFile]:
+    """The files of the transformer and of the tokenizer, which may be one."""
+    names = weights_among(path.name for path in folder.iterdir())
+    files: list[WeightsFile] = []
     problems: list[InputError] = []
-    for path in dict.fromkeys([*named, *_weights_in(folder)]):
+    for path in dict.fromkeys(
+        [*([place] if place.is_file() else []), *(folder / n for n in names)]
+    ):
         try:
-            held[path] = read_contents(path)
-            for part in holders:
-                if find_part(held[path], part, path):
-                    holders[part].append(path)
+            files.append(read_file(path))
         except InputError as error:
-            if path in named:
+            if path == place:
                 raise
             problems.append(error)
-    if named and place not in holders["transformer"]:
-        raise wrong_part(place, "transformer", "a VAR", held[place].tensors)
-    transformer = named[0] if named else _only(holders, "transformer", folder, problems)
-    if transformer in holders["tokenizer"]:
-        return transformer, transformer, held
-    return transformer, _only(holders, "tokenizer", folder, problems), held
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name.endswith(WEIGHTS_SUFFIXES) and path.name != CALIBRATION_FILE
-    ]
+    if place.is_file() and not files[0].find("transformer"):
+        raise files[0].wrong_part("transformer", "a VAR")
+    transformer = files[0] if place.is_file() else _only(files, "transformer", folder, problems)
+    if transformer.find("tokenizer"):
+        return transformer, transformer
+    return transformer, _only(files, "tokenizer", folder, problems)
 
 
 def _only(
-    holders: Mapping[Part, Sequence[Path]], part: Part, folder: Path, problems: list[InputError]
-) -> Path:
+    files: Sequence[WeightsFile], part: Part, folder: Path, problems: Sequence[InputError]
+) -> WeightsFile:
     """The file that holds a part; `InputError` for none and several."""
-    found = holders[part]
-    preferred = [path for path in found if path.name in _PREFERRED_TOKENIZERS]
-    if len(preferred or found) == 1:
-        return (preferred or found)[0]
-    if found:
-        names = ", ".join(path.name for path in found)
-        known = [f"--model {model} --weights {folder}" for model in MODELS
-                 if choose_files(model, [path.name for path in _weights_in(folder)])]  # fmt: skip
-        choices = [f"--model {found[0]}", *known[:1]] if part == "transformer" else []
+    holders = [file for file in files if file.find(part)]
+    usual = [file for file in holders if file.path.name in file_names("var-d16")[1]]
+    if len(usual or holders) == 1:
+        return (usual or holders)[0]
+    names = ", ".join(file.path.name for file in holders or files) or "no weights"
+    if holders:
+        held = [path.name for path in folder.iterdir()]
+        known = [f" or --model {m} --weights {folder}" for m in MODELS if choose_files(m, held)][:1]
+        choice = f"choose by --model {holders[0].path}{''.join(known)}"
         raise InputError(
             f"{folder} holds the {part} of a VAR in each of {names}, wanted one: "
-            + (f"choose by {' or '.join(choices)}" if choices else "put the others elsewhere")
+            f"{choice if part == 'transformer' else 'put the others elsewhere'}"
         )
     kind = kind_of(folder)
     if kind is not None:
         raise InputError(f"{folder} is {kind.what}, wanted a folder of weights: {kind.to_do}")
     if problems:
         raise problems[0]
-    names = ", ".join(path.name for path in _weights_in(folder)) or "no weights"
     raise InputError(
-        f"{folder} holds {names}, wanted the {part} of a VAR as {', '.join(WEIGHTS_SUFFIXES)}: "
-        "put it there, or check --model and --weights"
+        f"{folder} holds {names}, wanted the {part} of a VAR: put it there, or check --model and "
+        "--weights"
     )
 
 
 # What they are.
 
 
-def _size(tensors: Mapping[str, Tensor], name: str, axis: int, path: Path) -> int:
-    shape = tensors[name].shape if name in tensors else ()
-    if axis >= len(shape):
-        raise InputError(
-            f"{path} is no complete VAR: {name} "
-            f"{f'has the shape {tuple(shape)}' if shape else 'is missing'}: save its whole state "
-            "dict"
-        )
-    return int(shape[axis])
+class _Sizes:
+    """The sizes that a part's tensors have; `InputError` for one that is not there."""
+
+    def __init__(self, file: WeightsFile, part: Part) -> None:
+        self.path, self.tensors = file.path, file.part(part)
+
+    def __call__(self, name: str, axis: int = 0) -> int:
+        """Size of a tensor along an axis."""
+        shape = self.tensors[name].shape if name in self.tensors else ()
+        if axis >= len(shape):
+            held = f"has the shape {tuple(shape)}" if shape else "is missing"
+            raise InputError(
+                f"{self.path} is no complete VAR: {name} {held}: save its whole state dict"
+            )
+        return int(shape[axis])
+
+    def count(self, pattern: str) -> int:
+        """How many numbers, from 0 on, names have at the place of `#`."""
+        matcher = re.compile(re.escape(pattern).replace("\\#", r"(\d+)"))
+        return max((int(m[1]) + 1 for m in map(matcher.match, self.tensors) if m), default=0)
 
 
-def _count(tensors: Iterable[str], pattern: str) -> int:
-    """How many numbers, from 0 on, names have at the place of `#`."""
-    matcher = re.compile(re.escape(pattern).replace("\\#", r"(\d+)"))
-    return max((int(m[1]) + 1 for name in tensors if (m := matcher.match(name))), default=0)
-
-
-def _transformer_config(
-    tensors: Mapping[str, Tensor], sides: tuple[int, ...], path: Path
-) -> TransformerConfig:
-    def size(name: str, axis: int) -> int:
-        return _size(tensors, name, axis, path)
-
-    width = size("word_embed.weight", 0)
+def _transformer_config(size: _Sizes, sides: tuple[int, ...]) -> TransformerConfig:
+    width = size("word_embed.weight")
     return TransformerConfig(
-        num_classes=size("class_emb.weight", 0) - 1,
+        num_classes=size("class_emb.weight") - 1,
         sides=sides,
-        num_blocks=_count(tensors, "blocks.#."),
+        num_blocks=size.count("blocks.#."),
         width=width,
         num_heads=size("blocks.0.attn.scale_mul_1H11", 1),
-        codebook_size=size("head.weight", 0),
+        codebook_size=size("head.weight"),
         code_channels=size("word_embed.weight", 1),
-        mlp_ratio=size("blocks.0.ffn.fc1.weight", 0) // width,
-        shared_adaln="shared_ada_lin.1.weight" in tensors,
+        mlp_ratio=size("blocks.0.ffn.fc1.weight") // width,
+        shared_adaln="shared_ada_lin.1.weight" in size.tensors,
     )
 
 
-def _tokenizer_config(
-    tensors: Mapping[str, Tensor], sides: tuple[int, ...], path: Path
-) -> TokenizerConfig:
-    def size(name: str, axis: int = 0) -> int:
-        return _size(tensors, name, axis, path)
-
-    levels = _count(tensors, "decoder.up.#.")
-    widths = [size(f"decoder.up.{i}.block.0.conv1.weight") for i in range(levels)]
+def _tokenizer_config(size: _Sizes, sides: tuple[int, ...]) -> TokenizerConfig:
+    levels = range(size.count("decoder.up.#."))
+    widths = [size(f"decoder.up.{i}.block.0.conv1.weight") for i in levels]
     base = math.gcd(*widths)
-    if "encoder.conv_in.weight" in tensors:
+    if "encoder.conv_in.weight" in size.tensors:
         base = math.gcd(base, size("encoder.conv_in.weight"))
     return TokenizerConfig(
         sides=sides,
-        phi_of_scale=phi_of_scale(len(sides), _count(tensors, "quantize.quant_resi.qresi_ls.#.")),
+        phi_of_scale=phi_of_scale(len(sides), size.count("quantize.quant_resi.qresi_ls.#.")),
         codebook_size=size("quantize.embedding.weight"),
         code_channels=size("quantize.embedding.weight", 1),
         image_channels=size("decoder.conv_out.weight"),
         base_width=base,
         multipliers=tuple(width // base for width in widths),
-        num_res_blocks=_count(tensors, "decoder.up.0.block.#.") - 1,
+        num_res_blocks=size.count("decoder.up.0.block.#.") - 1,
     )
 
 
@@ -255,22 +200,20 @@ def phi_of_scale(num_scales: int, num_phis: int) -> tuple[int, ...]:
 # What shapes do not tell.
 
 
-def _sides(
-    tensors: Mapping[str, Tensor], values: Mapping[str, object], folder: Path, path: Path
-) -> tuple[int, ...]:
+def _sides(file: WeightsFile, folder: Path) -> tuple[int, ...]:
     """Sides of the scales: as somebody wrote them down, or the only ones that can be."""
-    scales = _size(tensors, "lvl_embed.weight", 0, path)
-    tokens = _size(tensors, "pos_1LC", 1, path)
+    size = _Sizes(file, "transformer")
+    scales, tokens = size("lvl_embed.weight"), size("pos_1LC", 1)
 
     def fit(sides: Sequence[int]) -> bool:
         return len(sides) == scales and sum(side * side for side in sides) == tokens
 
-    told = _told_sides(tensors, values, folder)
+    told = _told_sides(size.tensors, file.values, folder)
     for where, sides in told.items():
         if not fit(sides):
             raise InputError(
                 f"{where} gives the sides {list(sides)}, wanted {scales} sides whose squares add "
-                f"up to {tokens} as the weights in {path} have them: correct it"
+                f"up to {tokens} as the weights in {file.path} have them: correct it"
             )
     for sides in (*told.values(), *(m.sides for m in MODELS.values() if fit(m.sides))):
         return sides
@@ -278,7 +221,7 @@ def _sides(
     if len(possible) == 1:
         return (1, *possible[0])
     raise InputError(
-        f"{path} has {scales} scales of {tokens} tokens, which "
+        f"{file.path} has {scales} scales of {tokens} tokens, which "
         f"{'several lists' if possible else 'no list'} of sides from 1 up can be, wanted the one "
         f"it was trained with: write it into {folder / CONFIG_FILE} as "
         f'{{"{_PATCH_NUMS}": [1, 2, ...]}}'
@@ -296,9 +239,7 @@ def _told_sides(
     if "lvl_1L" in tensors and not tensors["lvl_1L"].is_floating_point():
         counts = torch.bincount(tensors["lvl_1L"].flatten().long()).tolist()
         told["lvl_1L"] = [math.isqrt(count) for count in counts]
-    for name, value in values.items():
-        if name.rpartition(".")[2] == _PATCH_NUMS:
-            told[name] = value
+    told |= {name: v for name, v in values.items() if name.rpartition(".")[2] == _PATCH_NUMS}
     return {
         where: tuple(sides)
         for where, sides in told.items()
@@ -308,20 +249,25 @@ def _told_sides(
 
 def _side_lists(scales: int, tokens: int, least: int = 1) -> Iterator[tuple[int, ...]]:
     """All ascending lists of sides whose squares add up to `tokens`."""
-    if scales == 0:
-        if tokens == 0:
-            yield ()
-        return
-    for side in range(least, math.isqrt(max(tokens, 0) // scales) + 1):
-        for rest in _side_lists(scales - 1, tokens - side * side, side):
-            yield (side, *rest)
+    if scales == 0 and tokens == 0:
+        yield ()
+    elif scales > 0:
+        for side in range(least, math.isqrt(max(tokens, 0) // scales) + 1):
+            for rest in _side_lists(scales - 1, tokens - side * side, side):
+                yield (side, *rest)
 
 
 def _class_names(folder: Path, num_classes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the classes, and a note where they are assumed."""
     path = folder / CLASSES_FILE
     if path.is_file():
-        names = _lines(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is not readable as UTF-8 text ({error}): correct it"
+            ) from error
+        names = tuple(line.strip() for line in text.rstrip().splitlines())
         if len(names) != num_classes or not all(names):
             raise InputError(
                 f"{path} holds {len(names)} lines, wanted the names of {num_classes} classes, one "
@@ -338,11 +284,3 @@ def _class_names(folder: Path, num_classes: int) -> tuple[tuple[str, ...], tuple
         f"{path}, one a line, by class id"
     )
     return names, (note,)
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): correct it") from error
-    return tuple(line.strip() for line in text.rstrip().splitlines())

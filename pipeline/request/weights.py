@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,25 +87,16 @@ def _fetched(storage: Storage, model: str, file: str | None, cache: Path) -> Pat
             "--weights, which may name the transformer's file"
         )
     infos = storage.filesystem.get_file_info([f"{storage.root}/{name}" for name in names])
-    state = [
-        str(storage),
-        *sorted((n, i.size, i.mtime_ns) for n, i in zip(names, infos, strict=True)),
-    ]
+    facts = sorted((n, i.size, i.mtime_ns) for n, i in zip(names, infos, strict=True))
+    state = [str(storage), *facts]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     entry = cache / "weights" / key
-    with _alone(entry):
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with open(entry.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; the lock dies with its process
         if not _is_sound(entry):
             _download(storage, {name: listing[name] for name in names}, entry)
     return entry
-
-
-@contextmanager
-def _alone(entry: Path) -> Iterator[None]:
-    """One process at a time works on an entry; the lock dies with its process."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with open(entry.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _is_sound(entry: Path) -> bool:
@@ -128,10 +117,8 @@ def _download(storage: Storage, sizes: dict[str, int], entry: Path) -> None:
     for leftover in (unfinished, entry):
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir()
-    hashes = {}
-    with tqdm(
-        total=sum(sizes.values()), desc="fetch weights", unit="B", unit_scale=True, leave=False
-    ) as bar:
+    hashes, total = {}, sum(sizes.values())
+    with tqdm(total=total, desc="fetch weights", unit="B", unit_scale=True, leave=False) as bar:
         for name, size in sizes.items():
             digest = hashlib.sha256()
             with storage.open_input(name) as source, open(unfinished / name, "xb") as target:
@@ -139,8 +126,6 @@ def _download(storage: Storage, sizes: dict[str, int], entry: Path) -> None:
                     digest.update(block)
                     target.write(block)
                     bar.update(len(block))
-                target.flush()
-                os.fsync(target.fileno())
             hashes[name] = digest.hexdigest()
             if (unfinished / name).stat().st_size != size:
                 raise OSError(f"{name} ended early, wanted {size:,} bytes")

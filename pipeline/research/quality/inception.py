@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from depthvar.errors import InputError
-from depthvar.weights.tensor_files import read_tensors
+from depthvar.weights.tensor_files import read_file
 
 NUM_FEATURES = 2048
 _PACKAGE = "torch_fidelity"
@@ -51,7 +51,7 @@ class InceptionNetwork:
         if not weights.is_file():
             raise InputError(f"{weights} is no file, wanted {_WEIGHTS}: check --inception-weights")
         network = library_network()
-        tensors = read_tensors(weights)
+        tensors = read_file(weights).tensors
         if _FIRST not in tensors or tensors.get(_LAST, torch.empty(0)).shape != (1008, 2048):
             raise InputError(
                 f"{weights} holds no Inception network for FID, wanted {_WEIGHTS}: other Inception "

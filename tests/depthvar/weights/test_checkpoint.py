@@ -26,7 +26,7 @@ from depthvar.weights.checkpoint import (
 )
 from depthvar.weights.files import CALIBRATION_FILE, TRANSFORMER_FILE
 from depthvar.weights.find import find_model
-from depthvar.weights.tensor_files import read_tensors
+from depthvar.weights.tensor_files import read_file
 from tests.published_weights import (
     BUFFERS,
     TOKENIZER_FILE,
@@ -67,8 +67,8 @@ def with_calibration(folder: Path, target: Path) -> Path:
 def test_a_model_folder_is_loaded_whole(digits: Path):
     model = load(digits, with_encoder=True)
     stored = {
-        **read_tensors(digits / "transformer.safetensors"),
-        **read_tensors(digits / "tokenizer.safetensors"),
+        **read_file(digits / "transformer.safetensors").tensors,
+        **read_file(digits / "tokenizer.safetensors").tensors,
     }
     loaded = states(model)
     assert loaded.keys() == stored.keys()
@@ -90,7 +90,7 @@ def test_published_names_with_their_buffers_load_at_small_size(digits: Path, tmp
     config = model_config("digits")
     tensors = random_tensors(small_transformer_shapes(config))
     torch.save(tensors, tmp_path / "mine.pth")
-    tokenizer = read_tensors(digits / "tokenizer.safetensors")
+    tokenizer = read_file(digits / "tokenizer.safetensors").tensors
     tokenizer["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 512)
     save_file(tokenizer, tmp_path / "tokenizer.safetensors")
     model = load(tmp_path / "mine.pth", dtype=torch.float64)

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
+from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.weights import files as weights_files
-from depthvar.weights.files import (
-    choose_files,
-    fetched_weights,
-    find_weights,
-    sha256_of,
-    tokenizer_names,
-    transformer_names,
-)
+from depthvar.weights.files import choose_files, file_names, files_in, find_place, sha256_of
 
 PTH = ("var_d16.pth", "vae_ch160v4096z32.pth")
 OURS = ("transformer.safetensors", "tokenizer.safetensors")
@@ -31,41 +25,41 @@ def fill(folder: Path, *names: str) -> Path:
     return folder
 
 
-def found_names(model: str, weights: Path | str | None) -> tuple[str, str, bool]:
-    _, files = find_weights(model, None if weights is None else str(weights))
-    return files.transformer.name, files.tokenizer.name, files.calibration is not None
+def found_names(model: str, weights: Path | str | None) -> tuple[str, str]:
+    place = find_place(model, None if weights is None else str(weights))
+    transformer, tokenizer = files_in(model_config(model, place), place)
+    return transformer.name, tokenizer.name
 
 
 def test_a_folder_may_hold_published_files_or_ours(tmp_path: Path):
     everything = (*PTH, "var_d20.pth", "var_d36.pth", "README.md")
-    assert found_names("var-d16", fill(tmp_path / "a", *everything)) == (*PTH, False)
+    assert found_names("var-d16", fill(tmp_path / "a", *everything)) == PTH
     assert found_names("var-d20", tmp_path / "a")[0] == "var_d20.pth"
     assert found_names("var-d36-512", tmp_path / "a")[0] == "var_d36.pth"
-    assert found_names("var-d16", fill(tmp_path / "b", *OURS)) == (*OURS, False)
-    assert found_names("digits", fill(tmp_path / "b", "calibration.safetensors")) == (*OURS, True)
+    assert found_names("var-d16", fill(tmp_path / "b", *OURS)) == OURS
+    assert found_names("digits", fill(tmp_path / "b", "calibration.safetensors")) == OURS
     assert found_names("var-d30", fill(tmp_path / "c", "var_d30.safetensors", PTH[1])) == (
         "var_d30.safetensors",
         PTH[1],
-        False,
     )
 
 
 def test_a_file_is_the_transformer_with_the_tokenizer_beside_it(tmp_path: Path):
     fill(tmp_path, "mine.pth", *PTH)
-    assert found_names("var-d16", tmp_path / "mine.pth") == ("mine.pth", PTH[1], False)
+    assert found_names("var-d16", tmp_path / "mine.pth") == ("mine.pth", PTH[1])
 
 
 def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path):
     fill(tmp_path / "a", "var_d20.pth", PTH[1])
     wanted = "holds .*var_d20.pth, wanted the transformer of var-d16 as var_d16.safetensors or"
     with pytest.raises(InputError, match=wanted):
-        find_weights("var-d16", str(tmp_path / "a"))
+        found_names("var-d16", str(tmp_path / "a"))
     fill(tmp_path / "b", "var_d16.pth")
     with pytest.raises(InputError, match=r"wanted the tokenizer of var-d16 as vae_ch160v4096z32"):
-        find_weights("var-d16", str(tmp_path / "b"))
+        found_names("var-d16", str(tmp_path / "b"))
     fill(tmp_path / "c")
     with pytest.raises(InputError, match="holds no weights, wanted the transformer of digits"):
-        find_weights("digits", str(tmp_path / "c"))
+        found_names("digits", str(tmp_path / "c"))
 
 
 def test_published_models_need_the_hub_client_where_no_weights_are_given(
@@ -73,7 +67,7 @@ def test_published_models_need_the_hub_client_where_no_weights_are_given(
 ):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"FoundationVision/var .* needs huggingface_hub: pip"):
-        find_weights("var-d36-512", None)
+        found_names("var-d36-512", None)
 
 
 def test_a_path_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,9 +75,9 @@ def test_a_path_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for path in (str(tmp_path / "none"), "models/typo", "./a/b", "nothing", "a/b/c"):
         with pytest.raises(InputError, match="does not exist, wanted a folder or a file"):
-            fetched_weights("var-d16", path)
+            find_place("var-d16", path)
     with pytest.raises(InputError, match="fetch the files first"):
-        fetched_weights("var-d16", "s3://user:secret@bucket/weights")
+        find_place("var-d16", "s3://user:secret@bucket/weights")
 
 
 def test_a_copy_of_a_model_needs_its_own_files_alone():
@@ -135,45 +129,45 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
 
 
 def test_a_repository_is_fetched_when_it_is_named(hub, tmp_path: Path):
-    assert found_names("var-d16", None) == (*PTH, False)
-    assert found_names("var-d16", "FoundationVision/var") == (*PTH, False)
-    assert found_names("var-d16", "hf://FoundationVision/var@v1.0") == (*PTH, False)
+    assert found_names("var-d16", None) == PTH
+    assert found_names("var-d16", "FoundationVision/var") == PTH
+    assert found_names("var-d16", "hf://FoundationVision/var@v1.0") == PTH
     assert [(call["repo"], call["revision"]) for call in hub] == [
         ("FoundationVision/var", None),
         ("FoundationVision/var", None),
         ("FoundationVision/var", "v1.0"),
     ]
-    names = {*transformer_names("var-d16"), *tokenizer_names("var-d16")}
+    names = {name for names in file_names("var-d16") for name in names}
     for call in hub:
         assert set(call["allow_patterns"]) == names | {"calibration.safetensors", "config.json"}
 
 
 def test_a_repository_of_a_user_s_own_model_is_fetched_with_files_of_any_name(hub):
-    fetched_weights("shoes", "me/shoes")
+    find_place("shoes", "me/shoes")
     assert {"*.pth", "*.safetensors", "classes.txt", "config.json"} <= set(hub[0]["allow_patterns"])
 
 
 def test_nothing_is_fetched_for_a_local_path_or_for_a_bundled_model(hub, tmp_path: Path):
     fill(tmp_path / "here" / "FoundationVision" / "var", *PTH)
-    assert found_names("var-d16", "FoundationVision/var") == (*PTH, False)
+    assert found_names("var-d16", "FoundationVision/var") == PTH
     with pytest.raises(InputError, match="FoundationVision/other does not exist"):
-        fetched_weights("var-d16", "FoundationVision/other")
-    find_weights("digits", None)
+        find_place("var-d16", "FoundationVision/other")
+    found_names("digits", None)
     assert hub == []
 
 
 def test_a_repository_that_cannot_be_fetched_is_told(hub):
     for weights in ("no/connection", "hf://no/connection"):
         with pytest.raises(InputError, match=r"cannot be fetched.*offline mode is enabled\)"):
-            fetched_weights("var-d16", weights)
+            find_place("var-d16", weights)
     with pytest.raises(InputError, match="wanted hf://owner/repository"):
-        fetched_weights("var-d16", "hf://var")
+        find_place("var-d16", "hf://var")
 
 
 def test_a_repository_without_the_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="pip install huggingface_hub,"):
-        fetched_weights("var-d16", "FoundationVision/var")
+        find_place("var-d16", "FoundationVision/var")
 
 
 def test_a_damaged_file_of_the_hub_cache_is_told(tmp_path: Path):

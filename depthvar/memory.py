@@ -33,7 +33,7 @@ _DRAW_BYTES = 8 * 4 + 8 + 1
 _MAPS_IN_A_RES_BLOCK = 6
 
 
-PROCESS_BYTES = 285_000_000
+PROCESS_BYTES = 195_000_000
 """Bytes of a worker's process on a CPU besides its tensors and files (Python 3.11, torch 2.13)."""
 LIBRARY_BYTES = 325_000_000
 """Resident bytes of mapped library files, at most: the kernel may map as little as half of it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
+from depthvar.training.data import REAL_SETS, ImageSet
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
@@ -23,6 +26,7 @@ from depthvar.weights.files import CALIBRATION_FILE
 from depthvar.weights.find import find_model
 from jobs.study import main
 from pipeline.request.flags import load_config
+from pipeline.research.quality import features
 from pipeline.research.quality.features import digit_features, real_arrays, to_safetensors
 from pipeline.research.study.measure import (
     PolicySamples,
@@ -167,6 +171,22 @@ def test_a_model_of_something_else_is_refused(tmp_path: Path):
         resolve_study(config(out=str(tmp_path), model="var-d16", weights=str(tmp_path)))
 
 
+@pytest.fixture
+def few_real_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every set of real images with 20 of each class: what is done with them is the same."""
+
+    def few_of(name: str, split: str) -> ImageSet:
+        whole = REAL_SETS[name](split)
+        rows = [(whole.labels_N == c).nonzero()[:20, 0] for c in range(10)]
+        chosen = torch.cat(rows).sort().values
+        return ImageSet(whole.images_NCHW[chosen], whole.labels_N[chosen], whole.class_names)
+
+    monkeypatch.setattr(features, "REAL_SETS", {name: partial(few_of, name) for name in REAL_SETS})
+    judge_of.cache_clear()
+    yield
+    judge_of.cache_clear()
+
+
 def write_scenes_model(folder: Path) -> Path:
     """A model of the scenes with random weights."""
     model = scenes_model_config()
@@ -176,6 +196,7 @@ def write_scenes_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("few_real_images")
 def test_scenes_of_digits_are_judged_by_a_network_of_their_own(tmp_path: Path):
     model = write_scenes_model(tmp_path / "model")
     study = resolve_study(config(out=str(tmp_path / "out"), model=str(model)))
@@ -184,7 +205,7 @@ def test_scenes_of_digits_are_judged_by_a_network_of_their_own(tmp_path: Path):
     assert not resolve_study(config(out=str(tmp_path / "digits"))).trains_features
     judge = judge_of(study.real_set, to_safetensors(digit_features()))
     images, labels = real_arrays("digit-scenes", "train")
-    copies = PolicySamples(images[:200], labels[:200], np.ones((200, 1)), np.ones((200, 1)))
+    copies = PolicySamples(images[::2], labels[::2], np.ones((100, 1)), np.ones((100, 1)))
     measured = judge.measure(copies)
     assert measured["precision"] == 1
     assert measured["frechet_distance"] < judge.frechet(judge.read(copies).features_NF + 1)
@@ -243,6 +264,7 @@ def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
         assert share == pytest.approx(1 / float(cell.budget.rstrip("x")), rel=0.15), cell.name
 
 
+@pytest.mark.usefixtures("few_real_images")
 def test_cas_of_filtered_samples_is_the_mean_of_as_many_classifiers_as_the_cell_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -288,12 +310,13 @@ def write_shallow_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("few_real_images")
 def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path: Path):
     model = write_shallow_model(tmp_path / "model")
     argv = [f"--out={tmp_path / 'study'}", f"--config={tmp_path / 'study.yaml'}"]
     argv.append(f"--model={model}")
     (tmp_path / "study.yaml").write_text(
-        "samples: 120\nbatch_size: 10\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
+        "samples: 100\nbatch_size: 5\nseeds: [4, 5]\ncas_runs: 0\ntiming_rounds: 1\nprocesses: 1\n"
         "methods:\n"
         "  full: {policy: full, budgets: {1x: null}}\n"
         "  depthvar: {policy: depthvar, budgets: {3x: 2}, signals: [3x]}\n"

@@ -88,19 +88,26 @@ def _small_set() -> ImageSet:
     return ImageSet(whole.images_NCHW[::40], whole.labels_N[::40], whole.class_names)
 
 
+def _shallow(config: ModelConfig) -> ModelConfig:
+    """With two blocks: stages, processes and files are those of any number."""
+    return replace(config, transformer=replace(config.transformer, num_blocks=2))
+
+
 def _recipe() -> Recipe:
+    """Two steps of each stage, so that one begins from averaged gradients, and one of tuning."""
+    two = replace(SHORT, steps=2, batch=4)
+    one = replace(two, steps=1)
     return Recipe(
-        tokenizer=TokenizerRecipe(schedule=SHORT, tuning=replace(SHORT, steps=2)),
-        transformer=TransformerRecipe(
-            schedule=replace(SHORT, steps=3), tuning=replace(SHORT, steps=2)
-        ),
+        tokenizer=TokenizerRecipe(schedule=two, tuning=one),
+        transformer=TransformerRecipe(schedule=two, tuning=one),
         calibration_samples=10,
     )
 
 
 def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
-    config, data = model_config("digits"), _small_set()
-    folder = train_model(config, data, data, _recipe(), tmp_path, processes=2, threads=1)
+    config, data = _shallow(replace(model_config("digits"), name="shallow")), _small_set()
+    held_out = ImageSet(data.images_NCHW[::5], data.labels_N[::5], data.class_names)
+    folder = train_model(config, data, held_out, _recipe(), tmp_path, processes=2, threads=1)
     assert_as_the_umask_has_it(tmp_path, current_umask())
     model = load_model(find_model(str(folder)))
     batch = Sampler(model, make_policy("depthvar"), SamplingSettings(1.0, 0, 1.0))(
@@ -167,7 +174,7 @@ def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):
         tokenizer_from="digits",
         precision="float32",
     )
-    config = scenes_model_config()
+    config = _shallow(scenes_model_config())
     folder = train_model(config, few, None, recipe, tmp_path, processes=1, threads=1)
     ours, theirs = (
         load_model(find_model(name), with_encoder=True).tokenizer
@@ -197,7 +204,8 @@ def test_products_are_in_the_precision_of_the_run(precision):
 
 
 def test_processes_average_their_gradients(tmp_path):
-    torch.multiprocessing.spawn(_average_ranks, (str(tmp_path / "store"),), nprocs=2)
+    arguments = (str(tmp_path / "store"),)  # forked: these need no start of their own
+    torch.multiprocessing.start_processes(_average_ranks, arguments, nprocs=2, start_method="fork")
 
 
 def _average_ranks(rank: int, store: str) -> None:

@@ -36,13 +36,14 @@ def test_tokens_change_only_in_a_commit_that_says_why(policy: str):
     assert token_hashes(policy) == json.loads(GOLDEN.read_text())[policy]
 
 
-@pytest.mark.parametrize(("policy", "least"), [("full", 0.97), ("depthvar", 0.95)])
-def test_its_images_are_read_as_their_labels(policy: str, least: float):
+@pytest.mark.parametrize("policy", ["full", "depthvar"])
+def test_its_images_are_read_as_their_labels(policy: str):
+    """At most 2 of 120 are not: a model that lost 7% of them would pass once in a hundred times."""
     model = load_model(find_model("digits"))
     sampler = Sampler(model, make_policy(policy), model.config.sampling)
-    labels = [i % 10 for i in range(200)]
+    labels = [i % 10 for i in range(120)]
     batches = [
-        sampler(labels[i : i + 50], seed=3, indices=range(i, i + 50)) for i in range(0, 200, 50)
+        sampler(labels[i : i + 40], seed=3, indices=range(i, i + 40)) for i in range(0, 120, 40)
     ]
     read = digit_features().read(np.concatenate([batch.images_BHWC for batch in batches])).labels
-    assert np.mean(read == labels) >= least
+    assert (read != labels).sum() <= 2

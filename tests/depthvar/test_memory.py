@@ -83,7 +83,7 @@ def _sampler(
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
-@pytest.mark.parametrize(("width", "codes"), [(256, 256), (64, 2048)])
+@pytest.mark.parametrize(("width", "codes"), [(128, 128), (32, 1024)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes, precision):
     sampler = _sampler(policy, width, codes, base_width=16, precision=precision)

@@ -255,7 +255,7 @@ def test_names_and_options_of_a_study_are_what_stands_in_its_file(tmp_path: Path
 def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
     """With budgets that are what they are called."""
     file = Path(__file__).parents[3] / "jobs" / f"{name}.yaml"
-    argv = ["--config", str(file), "--out", str(tmp_path)]
+    argv = ["--config", str(file), "--out", str(tmp_path / "study")]
     if name == "study_scenes":
         argv += ["--model", str(write_scenes_model(tmp_path / "model"))]
     study = resolve_study(load_config(StudyConfig, argv, prog="study", description=""))

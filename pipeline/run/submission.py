@@ -111,7 +111,8 @@ async def _show(job: Submission) -> None:
 
 def _client(url: str) -> JobSubmissionClient:
     os.environ[DASHBOARD_VARIABLE] = url  # Ray prefers its variables to the address it is given
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("dashboard_sdk", "job.sdk"):  # they set their own level, and tell of packages
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     where = f"no job can be handed in at {without_secrets(url)}"
     try:
         return JobSubmissionClient(url)

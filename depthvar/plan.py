@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from depthvar.errors import InputError
-from depthvar.policy import MAX_COMPENSATION, Blending, BlockOrder, DepthPolicy
+from depthvar.knobs import BlockOrder
+from depthvar.policy import MAX_COMPENSATION, Blending, DepthPolicy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -16,6 +16,7 @@ ROOMS = (
     "depthvar.host",
     "depthvar.imagenet",
     "depthvar.config",
+    "depthvar.knobs",
     "depthvar.policy",
     "depthvar.plan",
     "depthvar.cost",

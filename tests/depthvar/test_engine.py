@@ -321,8 +321,9 @@ def adaptive_policy(preset: str) -> DepthPolicy:
     return make_policy(preset, reference_scale=1)
 
 
-EVERYTHING = make_policy("depthvar", reference_scale=1, skipped_keys_values="proxy")
-RECORDED = [*map(adaptive_policy, ADAPTIVE), EVERYTHING, make_policy("full")]
+AT_RANDOM = DepthPolicy("random", reference_scale=1, schedule="linear", ranking="random")
+ALL_KEYS = replace(adaptive_policy("depthvar"), skipped_keys_values="proxy")
+RECORDED = [*map(adaptive_policy, ADAPTIVE), AT_RANDOM, ALL_KEYS, make_policy("full")]
 
 
 @pytest.mark.parametrize("policy", RECORDED, ids=label_of)

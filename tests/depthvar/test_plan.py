@@ -408,7 +408,8 @@ def test_planning_needs_no_torch():
 
 def test_dither_spends_the_budget_exactly_with_depths_one_block_apart():
     sides, blocks = (1, 2, 3, 4, 5, 6, 8), 16
-    policy = make_policy("uniform", reference_scale=2, dither=True, allocation="reference")
+    uniform = make_policy("uniform", reference_scale=2)
+    policy = replace(uniform, dither=True, allocation="reference")
     plan = DepthPlan.build(sides, blocks, policy)
     for scale, side in zip(plan.scales[3:], sides[3:], strict=True):
         wanted = 9 * blocks / side**2

@@ -106,7 +106,7 @@ def test_every_pair_of_policy_fields_equals_the_dense_reference_in_float64(numbe
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_equals_the_dense_reference_in_float64(preset, guided):
-    for shape in (PRESETS.index(preset) % 2, 2 + guided):
+    for shape in (list(PRESETS).index(preset) % 2, 2 + guided):
         policy = make_policy(preset)
         if policy.reference_scale is not None:
             policy = replace(policy, reference_scale=1)
@@ -214,7 +214,8 @@ def test_a_sample_depends_on_seed_index_and_label():
 
 def test_tokens_are_drawn_with_the_sample_s_own_numbers():
     model = tiny_model(1)
-    sampler = Sampler(model, make_policy("random-depth", reference_scale=1), GUIDED)
+    policy = DepthPolicy(reference_scale=1, schedule="linear", ranking="random")
+    sampler = Sampler(model, policy, GUIDED)
     indices, num_tokens = [4, 12, 7], model.config.transformer.num_tokens
     got = sampler.tokens(LABELS, seed=3, indices=indices)
     want = sampler.tokens_from_uniforms(

@@ -41,12 +41,13 @@ from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
 from depthvar.host.processes import end_with_parent
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
 from pipeline.request.flags import FileOnly, JobConfig
 from pipeline.request.generation import PolicyOptions
 from pipeline.request.job import checked_options
 from pipeline.request.paths import LocalPath, ModelName, Weights
 from pipeline.request.weights import fetch_model
+from pipeline.research.study.policies import study_policy
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _cell(
 ) -> Cell:
     is_method = section == "methods"
     try:
-        policy = make_policy(
+        policy = study_policy(
             method.policy,
             reference_scale=method.budgets[budget],
             **checked_options(method.options),

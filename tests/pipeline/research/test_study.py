@@ -37,6 +37,7 @@ from pipeline.research.study.measure import (
     sample_policies,
     spread_within_classes,
 )
+from pipeline.research.study.policies import study_policy
 from pipeline.research.study.protocol import StudyConfig, ask_signals, read_json_file, resolve_study
 from tests.killed_jobs import assert_no_process_outlives
 from tests.tiny_models import random_fit, tiny_model
@@ -101,6 +102,27 @@ def test_surprise_is_large_for_improbable_tokens_and_knows_no_skipped_scale():
 def test_spread_is_the_variance_around_the_class_mean():
     features = np.array([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0], [10.0, 5.0]])
     assert spread_within_classes(features, np.array([0, 0, 1, 1])) == pytest.approx((2 + 8) / 2)
+
+
+# Policies that studies ask for.
+
+
+def test_the_baselines_at_random_are_presets_of_studies():
+    pruning = study_policy("random-pruning", reference_scale=2)
+    hard = make_policy("hard-pruning", reference_scale=2)
+    assert pruning == replace(hard, preset="random-pruning", ranking="random")
+    depth = study_policy("random-depth")
+    assert (depth.schedule, depth.ranking, depth.compensation) == ("linear", "random", True)
+    with pytest.raises(InputError, match="unknown policy 'random-depth', wanted one of full"):
+        make_policy("random-depth")
+
+
+def test_a_study_varies_every_field():
+    changes = {"dither": True, "min_depth": 2, "rotation": 0.25, "proxy": "raw"}
+    varied = study_policy("depthvar", reference_scale=2, **changes)
+    assert varied == replace(make_policy("depthvar", reference_scale=2), **changes)
+    with pytest.raises(InputError, match="unknown policy option 'gain', wanted some of alloc"):
+        study_policy("depthvar", gain=0.5)
 
 
 # The configuration.

@@ -112,7 +112,7 @@ def test_the_plan_holds_what_decides_a_byte_and_nothing_else(plan: JobPlan, tmp_
         {"top_p": 0.5},
         {"policy": "full"},
         {"reference_scale": 2},
-        {"policy_options": {"min_depth": 2}},
+        {"policy_options": {"blending": "mean"}},
         {"precision": "bfloat16"},
         {"batch_size": 4},
         {"samples_per_shard": 9},

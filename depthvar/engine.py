@@ -14,23 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.plan import DepthPlan
+from depthvar.plan import DepthPlan, ScalePlan
 
 ConditionT = TypeVar("ConditionT", contravariant=True)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 
 
 class Backbone(Protocol[ConditionT]):
     """What the engine needs of a transformer; `condition` is the backbone's own business."""
 
     def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Tensor:
-        """Residual stream of some tokens after a block."""
+        """What a block adds to the residual stream of some tokens: a tensor of the caller's own."""
         ...
 
     def keys_values(
@@ -68,18 +70,14 @@ class KeyValueCache:
         self._values[block][:, :, begin:end] = v_GHKD
         self._filled[block] = end
 
-    def take_over(self, other: KeyValueCache) -> None:
-        """Copy what another cache has kept so far."""
-        for block, filled in enumerate(other._filled):
-            self._keys[block][:, :, :filled] = other._keys[block][:, :, :filled]
-            self._values[block][:, :, :filled] = other._values[block][:, :, :filled]
-        self._filled = list(other._filled)
+    def kept(self, block: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that a block has so far, as views (G, H, tokens, D)."""
+        end = self._filled[block]
+        return self._keys[block][:, :, :end], self._values[block][:, :, :end]
 
     def attend(self, block: int, q_GHKD: Tensor) -> Tensor:
         """Attention of queries over everything the block has kept."""
-        end = self._filled[block]
-        keys, values = self._keys[block][:, :, :end], self._values[block][:, :, :end]
-        return F.scaled_dot_product_attention(q_GHKD, keys, values, scale=1.0)
+        return F.scaled_dot_product_attention(q_GHKD, *self.kept(block), scale=1.0)
 
 
 @dataclass(frozen=True)
@@ -115,13 +113,26 @@ class _ScaleTensors:
     code_weights_T: Tensor
     compensation_T1: Tensor
 
+    @classmethod
+    def of(
+        cls, scale: ScalePlan, previous: ScalePlan, device: torch.device, dtype: torch.dtype
+    ) -> _ScaleTensors:
+        compensation_T = torch.as_tensor(scale.compensation, dtype=dtype, device=device)
+        return cls(
+            identity_T=torch.arange(scale.count, device=device),
+            rank_of_slot_T=torch.as_tensor(scale.rank_of_slot, device=device),
+            parents_T=parent_positions(scale.side, previous.side, device),
+            code_weights_T=torch.as_tensor(scale.code_weights, device=device),
+            compensation_T1=compensation_T[:, None],
+        )
+
 
 @dataclass(frozen=True)
 class _Parents:
-    """Where the slots of a scale find the change of the scale before: (G, T, 1)."""
+    """Where the slots of a scale find the changes of the scale before: (G, T)."""
 
-    previous: ScaleTrace
-    slots_GT1: Tensor
+    changes: tuple[Tensor | None, ...]
+    slots_GT: Tensor
 
 
 class DepthEngine(Generic[ConditionT]):
@@ -138,33 +149,21 @@ class DepthEngine(Generic[ConditionT]):
         device: torch.device,
         dtype: torch.dtype,
         proxy_fit: ProxyFit | None = None,
-        keep_changes: bool = False,
     ) -> None:
         assert plan.policy.proxy != "calibrated" or proxy_fit is not None
         self._backbone = backbone
         self._plan = plan
-        self._fit = proxy_fit
-        self._keep_changes = keep_changes
-        self._tensors = []
-        for i, scale in enumerate(plan.scales):
-            previous_side = plan.scales[max(i - 1, 0)].side
-            compensation = torch.as_tensor(scale.compensation, dtype=dtype, device=device)
-            code_weights = torch.as_tensor(scale.code_weights(plan.policy.blending), device=device)
-            self._tensors.append(
-                _ScaleTensors(
-                    identity_T=torch.arange(scale.count, device=device),
-                    rank_of_slot_T=torch.as_tensor(scale.rank_of_slot, device=device),
-                    parents_T=parent_positions(scale.side, previous_side, device),
-                    code_weights_T=code_weights,
-                    compensation_T1=compensation[:, None],
-                )
-            )
+        self._fit = proxy_fit if plan.policy.proxy == "calibrated" else None
+        self._tensors = [
+            _ScaleTensors.of(scale, previous, device, dtype)
+            for previous, scale in pairwise((plan.scales[0], *plan.scales))
+        ]
 
-    def upsampled(self, index: int, values_BT: Tensor) -> Tensor:
+    def upsample(self, index: int, values_BT: Tensor) -> Tensor:
         """Values (B, T, ...) of the scale before at the tokens of this one that they cover."""
-        return values_BT[:, self._tensors[index].parents_T]
+        return values_BT.index_select(1, self._tensors[index].parents_T)
 
-    def code_weights_raster(self, index: int, trace: ScaleTrace) -> Tensor:
+    def code_weights(self, index: int, trace: ScaleTrace) -> Tensor:
         """Weight of the drawn code of every token of a scale (B, T), raster order, float64.
 
         Where the streams of a sample are ranked apart, the mean of theirs.
@@ -184,48 +183,56 @@ class DepthEngine(Generic[ConditionT]):
         previous: ScaleTrace | None,
         given_BT: Tensor,
     ) -> ScaleTrace:
-        """All blocks of one scale; input in raster order.
+        """All blocks of one scale; input and output in raster order.
 
         `given_BT` is what the tokens are ranked by where the policy ranks by something that the
         engine does not see.
         """
-        scale, tensors = self._plan.scales[index], self._tensors[index]
-        streams = x_GTC.shape[0] // given_BT.shape[0]
-        if not scale.adaptive:
-            identity_GT = tensors.identity_T.expand(x_GTC.shape[:2])
-            x_GTC, total_GT, changes = self._run_blocks(index, x_GTC, condition, cache, None)
-            change_BT = _sum_of_streams(total_GT, streams)
-            return ScaleTrace(x_GTC, total_GT, change_BT, changes, identity_GT)
-        assert previous is not None
-        order_GT = self._order(index, x_GTC, previous, given_BT)
-        slot_of_raster_GT = order_GT.argsort(dim=1)
-        parent_GT = previous.slot_of_raster_GT.gather(1, tensors.parents_T[order_GT])
-        parents = _Parents(previous, parent_GT[:, :, None])
-        slots_GTC = x_GTC.take_along_dim(order_GT[:, :, None], dim=1)
-        slots_GTC, total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, parents)
-        if self._plan.policy.proxy == "output":
-            restored = self.upsampled(index, previous.hidden_GTC)
-            restored = restored.take_along_dim(order_GT[:, :, None], dim=1)
-            slots_GTC[:, scale.kept :] = restored[:, scale.kept :]
-        change_GT = total_GT.gather(1, slot_of_raster_GT)
-        hidden_GTC = slots_GTC.take_along_dim(slot_of_raster_GT[:, :, None], dim=1)
-        change_BT = _sum_of_streams(change_GT, streams)
-        return ScaleTrace(hidden_GTC, change_GT, change_BT, changes, slot_of_raster_GT)
+        scale, policy = self._plan.scales[index], self._plan.policy
+        if scale.ranked:
+            assert previous is not None
+            order_GT = self._order(index, x_GTC, previous, given_BT)
+            slots_GTC = _permute(x_GTC, order_GT)
+        else:
+            order_GT = self._tensors[index].identity_T.expand(x_GTC.shape[:2])
+            slots_GTC = x_GTC.clone()
+        parents = self._parents(index, order_GT, previous)
+        total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, parents)
+        if policy.proxy == "output" and scale.kept < scale.count:
+            assert previous is not None
+            restored_GTC = self.upsample(index, previous.hidden_GTC)
+            slots_GTC[:, scale.kept :] = _permute(restored_GTC, order_GT[:, scale.kept :])
+        slot_of_raster_GT = order_GT
+        if scale.ranked:
+            slot_of_raster_GT = order_GT.argsort(dim=1)
+            total_GT = total_GT.gather(1, slot_of_raster_GT)
+            slots_GTC = _permute(slots_GTC, slot_of_raster_GT)
+        change_BT = _sum_of_streams(total_GT, len(given_BT))
+        return ScaleTrace(slots_GTC, total_GT, change_BT, changes, slot_of_raster_GT)
 
     def _order(self, index: int, x_GTC: Tensor, previous: ScaleTrace, given_BT: Tensor) -> Tensor:
         """Raster position of the token in every slot (G, T)."""
-        policy, tensors = self._plan.policy, self._tensors[index]
+        policy, batch = self._plan.policy, len(given_BT)
         if policy.ranking == "distance":
             ranking = (x_GTC - x_GTC.mean(dim=1, keepdim=True)).square().sum(dim=2)
         elif policy.ranking == "change":
-            ranking = self.upsampled(index, previous.change_GT)
+            ranking = self.upsample(index, previous.change_GT)
         else:
             ranking = given_BT
-        streams = x_GTC.shape[0] // given_BT.shape[0]
-        if policy.ranking in ("change", "distance") and not policy.separate_ranking:
-            ranking = _sum_of_streams(ranking, streams)
-        order = ranking.argsort(dim=1, stable=True)[:, tensors.rank_of_slot_T]
-        return order if policy.separate_ranking else order.repeat(streams, 1)
+        if len(ranking) > batch and not policy.separate_ranking:
+            ranking = _sum_of_streams(ranking, batch)
+        order = ranking.argsort(dim=1, stable=True)[:, self._tensors[index].rank_of_slot_T]
+        return order.repeat(len(x_GTC) // len(order), 1)
+
+    def _parents(
+        self, index: int, order_GT: Tensor, previous: ScaleTrace | None
+    ) -> _Parents | None:
+        """What the skipped tokens of a scale take, if it is the changes of the scale before."""
+        if not (self._plan.scales[index].adaptive and self._plan.policy.proxies_changes):
+            return None
+        assert previous is not None
+        raster_GT = self._tensors[index].parents_T[order_GT]
+        return _Parents(previous.changes, previous.slot_of_raster_GT.gather(1, raster_GT))
 
     def _run_blocks(
         self,
@@ -234,87 +241,78 @@ class DepthEngine(Generic[ConditionT]):
         condition: ConditionT,
         cache: KeyValueCache,
         parents: _Parents | None,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """The loop over the blocks: output, total absolute change (G, T), changes; slot order."""
-        scale, policy = self._plan.scales[index], self._plan.policy
-        x_GTC = x_GTC.clone()
-        total_GT = x_GTC.new_zeros(x_GTC.shape[:2], dtype=_real(x_GTC.dtype))
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Run the blocks on `x_GTC`, in slot order and in place.
+
+        Returns the mean absolute change (G, T), summed over the blocks, and the change at every
+        block that the next scale takes.
+        """
+        total_GT = x_GTC.new_zeros(x_GTC.shape[:2], dtype=_at_least_float32(x_GTC.dtype))
         changes: list[Tensor | None] = []
-        for block, active in enumerate(scale.prefix):
-            tail_GKC = x_GTC[:, active:]
-            kept = torch.zeros_like(x_GTC) if self._is_asked_for(index, block) else None
-            proxy = self._proxy(index, block, active, parents)
-            if policy.skipped_keys_values == "proxy" and active < scale.count:
-                cache.append(block, *self._backbone.keys_values(block, tail_GKC, condition))
-            if active:
-                change = self._change(index, block, x_GTC[:, :active], condition, cache)
-                x_GTC[:, :active] += change
-                total_GT[:, :active] += _magnitude(change)
-                if kept is not None:
-                    kept[:, :active] = change
-            if proxy is not None:
-                tail_GKC += proxy
-                total_GT[:, active:] += _magnitude(proxy)
-                if kept is not None:
-                    kept[:, active:] = proxy
-            changes.append(kept)
-        return x_GTC, total_GT, tuple(changes)
+        for block in range(self._plan.num_blocks):
+            parts = self._changes(index, block, x_GTC, condition, cache, parents)
+            change_GKC = torch.cat(parts, dim=1) if len(parts) == 2 else parts[0] if parts else None
+            if change_GKC is not None:
+                changed = slice(change_GKC.shape[1])
+                x_GTC[:, changed] += change_GKC
+                total_GT[:, changed] += _sum_of_magnitudes(change_GKC)
+            changes.append(change_GKC if self._plan.keeps_change(index, block) else None)
+        return total_GT / x_GTC.shape[2], tuple(changes)
 
-    def _change(
-        self, index: int, block: int, x_GKC: Tensor, condition: ConditionT, cache: KeyValueCache
-    ) -> Tensor:
-        """What a block adds to its active tokens."""
+    def _changes(
+        self,
+        index: int,
+        block: int,
+        x_GTC: Tensor,
+        condition: ConditionT,
+        cache: KeyValueCache,
+        parents: _Parents | None,
+    ) -> list[Tensor]:
+        """What a block adds to its active tokens, and what stands in for that in the others."""
+        scale, policy = self._plan.scales[index], self._plan.policy
+        active, changes = scale.prefix[block], []
+        if active < scale.count and policy.skipped_keys_values == "proxy":
+            cache.append(block, *self._backbone.keys_values(block, x_GTC[:, active:], condition))
+        if active:
 
-        def attend(q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor) -> Tensor:
-            cache.append(block, k_GHKD, v_GHKD)
-            return cache.attend(block, q_GHKD)
+            def attend(q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor) -> Tensor:
+                cache.append(block, k_GHKD, v_GHKD)
+                return cache.attend(block, q_GHKD)
 
-        change_GKC = self._backbone.run_block(block, x_GKC, condition, attend) - x_GKC
-        if self._plan.policy.compensation and self._plan.scales[index].adaptive:
-            change_GKC *= self._tensors[index].compensation_T1[: x_GKC.shape[1]]
-        return change_GKC
-
-    def _proxy(
-        self, index: int, block: int, active: int, parents: _Parents | None
-    ) -> Tensor | None:
-        """What stands in for the change of the tokens after the first `active`, if anything."""
-        if parents is None or active == self._plan.scales[index].count:
-            return None
-        if self._plan.policy.proxy not in ("raw", "calibrated"):
-            return None
-        earlier_GTC = parents.previous.changes[block]
-        assert earlier_GTC is not None
-        proxy_GKC = earlier_GTC.take_along_dim(parents.slots_GT1[:, active:], dim=1)
-        if self._plan.policy.proxy == "calibrated":
-            assert self._fit is not None
-            slope_C, offset_C = (
-                self._fit.slope_SLC[index, block],
-                self._fit.offset_SLC[index, block],
-            )
-            proxy_GKC = torch.addcmul(offset_C, proxy_GKC, slope_C)
-        return proxy_GKC
-
-    def _is_asked_for(self, index: int, block: int) -> bool:
-        """Whether this block's change is kept: the next scale will need it as a proxy."""
-        if self._keep_changes:
-            return True
-        if index + 1 >= len(self._plan.scales):
-            return False
-        following = self._plan.scales[index + 1]
-        uses_changes = self._plan.policy.proxy in ("raw", "calibrated")
-        return uses_changes and following.prefix[block] < following.count
+            change_GKC = self._backbone.run_block(block, x_GTC[:, :active], condition, attend)
+            if policy.compensation and scale.adaptive:
+                change_GKC *= self._tensors[index].compensation_T1[:active]
+            changes.append(change_GKC)
+        if active < scale.count and parents is not None:
+            earlier_GTC = parents.changes[block]
+            assert earlier_GTC is not None
+            proxy_GKC = _permute(earlier_GTC, parents.slots_GT[:, active:])
+            if self._fit is not None:
+                slope_SLC, offset_SLC = self._fit.slope_SLC, self._fit.offset_SLC
+                proxy_GKC = torch.addcmul(
+                    offset_SLC[index, block], proxy_GKC, slope_SLC[index, block]
+                )
+            changes.append(proxy_GKC)
+        return changes
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
-    """Precision of sums over blocks: at least float32."""
+def _permute(values_GTC: Tensor, order_GK: Tensor) -> Tensor:
+    """The rows of every stream at some places of its own: (G, K, C)."""
+    return values_GTC.take_along_dim(order_GK[:, :, None], dim=1)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _magnitude(change_GKC: Tensor) -> Tensor:
-    """Mean absolute value over the channels (G, K)."""
-    return change_GKC.abs().mean(dim=2, dtype=_real(change_GKC.dtype))
+def _sum_of_magnitudes(change_GKC: Tensor) -> Tensor:
+    """Sum of the absolute values over the channels (G, K), at least float32, in one pass."""
+    dtype = _at_least_float32(change_GKC.dtype)
+    sum_GK: Tensor = torch.linalg.vector_norm(change_GKC, 1, dim=2, dtype=dtype)
+    return sum_GK
 
 
-def _sum_of_streams(values_GT: Tensor, streams: int) -> Tensor:
+def _sum_of_streams(values_GT: Tensor, batch: int) -> Tensor:
     """The guided streams of a sample share one ranking: (G, T) to (B, T)."""
-    return values_GT.view(streams, -1, values_GT.shape[1]).sum(0, dtype=_real(values_GT.dtype))
+    by_stream = values_GT.view(-1, batch, values_GT.shape[1])
+    return by_stream.sum(0, dtype=_at_least_float32(values_GT.dtype))

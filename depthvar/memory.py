@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 
 from depthvar.config import ModelConfig, TokenizerConfig
 from depthvar.plan import DepthPlan
@@ -19,9 +18,9 @@ _WIDE = 4
 
 # Alive at once, in units of one value per token and channel. In the stream's precision: of all
 # tokens the embedded input, the slots and what passes them on, of the active ones the stream after
-# attention and what adds to it. In the model's: attention's output, and of the feed-forward the
+# attention and the change. In the model's: attention's output, and of the feed-forward the
 # norm and two hidden layers of 4.
-_STREAMS_OF_ALL = 4
+_STREAMS_OF_ALL = 3
 _STREAMS_OF_ACTIVE = 2
 _BRANCHES_OF_ACTIVE = 1 + 1 + 2 * 4
 # Bytes alive per token and code while drawing: guided and sorted logits, the cut ones,
@@ -154,7 +153,10 @@ def _sampling_bytes(
     shape, rows = config.transformer, batch_size * streams
     branch = rows * shape.width * size
     stream = rows * shape.width * max(size, _WIDE)
-    kept = _kept_changes(plan)
+    kept = [
+        scale.count * sum(plan.keeps_change(i, block) for block in range(plan.num_blocks))
+        for i, scale in enumerate(plan.scales)
+    ]
     moments = []
     for i, scale in enumerate(plan.scales):
         earlier = kept[i - 1] if i else 0
@@ -165,17 +167,6 @@ def _sampling_bytes(
         moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
     modulation = 6 * shape.num_blocks * stream
     return modulation + max(moments)
-
-
-def _kept_changes(plan: DepthPlan) -> list[int]:
-    """Tokens x blocks whose changes a scale keeps, to be proxies at the next one."""
-    if plan.policy.proxy not in ("raw", "calibrated"):
-        return [0] * len(plan.scales)
-    kept = [
-        sum(active < later.count for active in later.prefix) * scale.count
-        for scale, later in pairwise(plan.scales)
-    ]
-    return [*kept, 0]
 
 
 def _decoding_bytes(config: TokenizerConfig, batch_size: int, size: int) -> int:

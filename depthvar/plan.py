@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from depthvar.errors import InputError
 from depthvar.knobs import BlockOrder
-from depthvar.policy import MAX_COMPENSATION, Blending, DepthPolicy
+from depthvar.policy import MAX_COMPENSATION, DepthPolicy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -83,21 +83,29 @@ class ScalePlan:
 
     scores: depth score S of every slot. depths: blocks every slot runs. prefix: number of active
     slots at every block. rank_of_slot: which rank of the ranking map (0 = lowest) sits in a slot;
-    the rotation is in it. compensation: factor on the branches that a slot runs.
+    the rotation is in it. code_weights: weight of the drawn code of every slot, in [0, 1].
+    compensation: factor on the branches that a slot runs. ranked: whether slots differ, so that it
+    matters which token sits in which; where they do not, they stand in raster order.
     """
 
     side: int
-    adaptive: bool
+    ranked: bool
     scores: Floats
     depths: Ints
     prefix: tuple[int, ...]
     rank_of_slot: Ints
+    code_weights: Floats
     compensation: Floats
 
     @property
     def count(self) -> int:
         """Tokens of the scale."""
         return self.side * self.side
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether some token does not run every block."""
+        return min(self.prefix) < self.count
 
     @property
     def kept(self) -> int:
@@ -108,14 +116,6 @@ class ScalePlan:
     def token_layers(self) -> int:
         """Blocks run, summed over the tokens, for one stream."""
         return sum(self.prefix)
-
-    def code_weights(self, blending: Blending) -> Floats:
-        """Weight of the drawn code of every slot, in [0, 1]."""
-        if blending == "none":
-            return np.ones(self.count)
-        if blending == "pruned":
-            return (self.depths > 0).astype(np.float64)
-        return self.scores.copy()
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,12 @@ class DepthPlan:
         depths = [scale.token_layers / scale.count for scale in self.scales]
         return tuple(depths + [0.0] * (len(self.sides) - len(depths)))
 
+    def keeps_change(self, scale: int, block: int) -> bool:
+        """Whether the next scale takes the change that this one's tokens make at a block."""
+        if not self.policy.proxies_changes or scale + 1 >= len(self.scales):
+            return False
+        return self.scales[scale + 1].prefix[block] < self.scales[scale + 1].count
+
     def cached_tokens(self, scale: int, block: int) -> int:
         """Tokens of one scale whose keys and values a block keeps."""
         plan = self.scales[scale]
@@ -208,10 +214,8 @@ def _plan_scale(
     index: int, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy
 ) -> ScalePlan:
     count, reference = sides[index] ** 2, policy.reference_scale
-    adaptive = reference is not None and index > reference
     scores, percentiles, shift = np.ones(count), np.zeros(count), 0
-    if adaptive:
-        assert reference is not None
+    if reference is not None and index > reference:
         mean = mean_depth(sides, index, policy)
         scores = schedule_scores(policy, mean, count)[::-1]
         scores = np.maximum(scores, policy.min_depth / num_blocks)
@@ -222,15 +226,20 @@ def _plan_scale(
     depths = np.floor(scores * num_blocks + percentiles + 1e-9).astype(np.int64)
     depths = np.minimum(depths, num_blocks)
     place = {block: i for i, block in enumerate(block_order(num_blocks, policy.block_order))}
+    code_weights = {
+        "none": np.ones(count),
+        "pruned": (depths > 0).astype(np.float64),
+    }.get(policy.blending, scores)
     compensation = np.ones(count)
     if policy.compensation:
         compensation = np.minimum(MAX_COMPENSATION, np.sqrt(num_blocks / np.maximum(depths, 1)))
     return ScalePlan(
         side=sides[index],
-        adaptive=adaptive and bool((depths < num_blocks).any()),
+        ranked=bool(np.ptp(depths) or np.ptp(code_weights)),
         scores=scores,
         depths=depths,
         prefix=tuple(int((depths > place[block]).sum()) for block in range(num_blocks)),
         rank_of_slot=(count - 1 - np.arange(count) - shift) % count,
+        code_weights=code_weights,
         compensation=compensation,
     )

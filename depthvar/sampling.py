@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +60,8 @@ class SampledTokens:
 
 
 @dataclass
-class ScalesBegun:
-    """A batch on its way through the scales: what the scales drawn so far leave for the next."""
+class BatchState:
+    """A batch on its way through the scales: what those drawn so far leave for the next."""
 
     condition: Condition
     cache: KeyValueCache
@@ -80,18 +80,8 @@ class Sampler:
     its batch.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        policy: DepthPolicy,
-        settings: SamplingSettings,
-        *,
-        keep_changes: bool = False,
-    ) -> None:
-        """`InputError` when the policy does not fit the model or lacks its calibration.
-
-        `keep_changes` makes every trace hold the change at every block, for calibration.
-        """
+    def __init__(self, model: LoadedModel, policy: DepthPolicy, settings: SamplingSettings) -> None:
+        """`InputError` when the policy does not fit the model or lacks its calibration."""
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             raise InputError(
                 f"policy {policy.preset!r} uses calibrated proxies and {model.config.name} has no "
@@ -108,7 +98,6 @@ class Sampler:
             device=model.device,
             dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
-            keep_changes=keep_changes,
         )
 
     def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
@@ -161,19 +150,30 @@ class Sampler:
         *,
         on_scale: ScaleHook | None = None,
         forced: Sequence[Tensor] | None = None,
-        begun: ScalesBegun | None = None,
     ) -> SampledTokens:
         """Draw all scales with the given uniform numbers, one per token in scale order.
 
         `forced` are the tokens of every scale that later scales see in place of the drawn ones
         (teacher forcing); what is returned are the drawn tokens.
-        `begun` are the first scales of the same batch as `begin` drew them, which are not drawn
-        again; all of them must be at full depth under this policy too.
         """
-        state = self._take_over(begun) if begun else self._new_state(labels_B)
-        for i in range(len(state.tokens), len(self.plan.scales)):
-            tokens_BT = forced[i] if forced else None
-            self._draw_scale(i, state, uniforms_BN, ranking_BN, on_scale, tokens_BT)
+        state = self.begin(labels_B)
+        for i in range(len(self.plan.scales)):
+            forced_BT = forced[i] if forced else None
+            self.draw_scale(state, uniforms_BN, ranking_BN, on_scale=on_scale, forced_BT=forced_BT)
+        return self.finish(state)
+
+    @torch.inference_mode()
+    def begin(self, labels_B: Tensor) -> BatchState:
+        """A batch before its first scale."""
+        return BatchState(
+            self._model.transformer.condition(self._stream_labels(labels_B)),
+            self.new_cache(len(labels_B)),
+            self._empty_feature_map(len(labels_B)),
+        )
+
+    @torch.inference_mode()
+    def finish(self, state: BatchState) -> SampledTokens:
+        """A batch after its last scale."""
         changes = [change_BT.mean(dim=1) for change_BT in state.changes]
         log_probs = [log_prob_BT.mean(dim=1) for log_prob_BT in state.log_probs]
         skipped = [torch.zeros_like(changes[0])] * (len(self.config.sides) - len(changes))
@@ -185,40 +185,20 @@ class Sampler:
         )
 
     @torch.inference_mode()
-    def begin(
+    def draw_scale(
         self,
-        labels_B: Tensor,
+        state: BatchState,
         uniforms_BN: Tensor,
         ranking_BN: Tensor,
         *,
-        num_scales: int,
-        begun: ScalesBegun | None = None,
-    ) -> ScalesBegun:
-        """Draw the first scales only, for policies that go on from there.
-
-        Policies with one reference scale R share the scales 0..R: comparing many of them on the
-        same noise need not draw those again. A policy with proxies needs a sampler that has
-        `keep_changes`. `begun` are fewer scales of the same batch, to go on from.
-        """
-        state = self._take_over(begun) if begun else self._new_state(labels_B)
-        for i in range(len(state.tokens), num_scales):
-            self._draw_scale(i, state, uniforms_BN, ranking_BN)
-        return state
-
-    def _draw_scale(
-        self,
-        i: int,
-        state: ScalesBegun,
-        uniforms_BN: Tensor,
-        ranking_BN: Tensor,
         on_scale: ScaleHook | None = None,
         forced_BT: Tensor | None = None,
     ) -> None:
-        """One scale: embed, run the blocks, draw, and add the codes to the feature map."""
+        """The next scale: embed, run the blocks, draw, and add the codes to the feature map."""
         model, quantizer = self._model.transformer, self._model.tokenizer.quantize
-        scale, policy = self.plan.scales[i], self.plan.policy
+        i, policy = len(state.tokens), self.plan.policy
         begin = sum(earlier.count for earlier in self.plan.scales[:i])
-        here = slice(begin, begin + scale.count)
+        here = slice(begin, begin + self.plan.scales[i].count)
         # Every scale after the first starts from the feature map at its own size.
         codes_BTZ = quantizer.input_of_scale(i, state.feature_map_BZHW) if i else None
         x_GTC = model.embed(i, self._for_streams(codes_BTZ), state.condition)
@@ -232,9 +212,8 @@ class Sampler:
             on_scale(i, logits_BTV, trace)
         # The code vectors, weighted as the policy says, add to the feature map.
         codes_BTZ = quantizer.embedding(drawn.tokens_BT if forced_BT is None else forced_BT)
-        if scale.adaptive and policy.blending != "none":
-            weight_BT = self._engine.code_weights_raster(i, trace)
-            weight_BT1 = weight_BT[:, :, None].to(codes_BTZ.dtype)
+        if self.plan.scales[i].adaptive and policy.blending != "none":
+            weight_BT1 = self._engine.code_weights(i, trace)[:, :, None].to(codes_BTZ.dtype)
             codes_BTZ = codes_BTZ * weight_BT1
             if policy.uses_expected_codes:
                 expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
@@ -248,37 +227,18 @@ class Sampler:
     def _given_ranking(self, i: int, drawn: Drawn | None, random_BT: Tensor) -> Tensor:
         """What a scale's tokens are ranked by (B, T) where the engine does not see it."""
         ranking = self.plan.policy.ranking
-        is_given = ranking in ("entropy", "log-probability", "spread")
-        if drawn is None or not is_given or not self.plan.scales[i].adaptive:
+        if drawn is None or not self.plan.scales[i].adaptive:
             return random_BT
         if ranking == "entropy":
             signal_BT = drawn.entropy()
         elif ranking == "spread":
             signal_BT = drawn.spread(self._model.tokenizer.quantize.embedding.weight)
-        else:
+        elif ranking == "log-probability":
             signal_BT = -drawn.log_prob_BT
+        else:
+            return random_BT
         # Tokens with one distribution tie, whatever the last bits of its sums.
-        return self._engine.upsampled(i, signal_BT.float())
-
-    def _new_state(self, labels_B: Tensor) -> ScalesBegun:
-        return ScalesBegun(
-            self._model.transformer.condition(self._stream_labels(labels_B)),
-            self._new_cache(len(labels_B)),
-            self._empty_feature_map(len(labels_B)),
-        )
-
-    def _take_over(self, begun: ScalesBegun) -> ScalesBegun:
-        """The same scales, to be gone on with under this sampler's plan."""
-        assert not any(scale.adaptive for scale in self.plan.scales[: len(begun.tokens)])
-        cache = self._new_cache(begun.feature_map_BZHW.shape[0])
-        cache.take_over(begun.cache)
-        return replace(
-            begun,
-            cache=cache,
-            tokens=list(begun.tokens),
-            changes=list(begun.changes),
-            log_probs=list(begun.log_probs),
-        )
+        return self._engine.upsample(i, signal_BT.float())
 
     @torch.inference_mode()
     def decode(self, feature_map_BZHW: Tensor) -> Tensor:
@@ -316,7 +276,8 @@ class Sampler:
         conditional_BTV, unconditional_BTV = logits_GTV.chunk(2)
         return (1 + strength) * conditional_BTV - strength * unconditional_BTV
 
-    def _new_cache(self, batch: int) -> KeyValueCache:
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for a batch of this sampler."""
         shape = self.config.transformer
         return KeyValueCache(
             self.plan,

@@ -10,9 +10,10 @@ Shape legend: G stream rows, T tokens of a scale, C width, S scales, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthvar.config import SamplingSettings
@@ -66,22 +67,26 @@ def calibrate(
     Returns the fit and the share of energy it explains, per scale and block (S, L).
     """
     config = model.config
-    sampler = Sampler(model, make_policy("full"), settings, keep_changes=True)
+    sampler = Sampler(model, make_policy("full"), settings)
     regression = ProxyRegression(len(config.sides), config.num_blocks, config.transformer.width)
-    previous: ScaleTrace | None = None
+    earlier: list[Tensor] = []
+    later: list[Tensor] = []
+
+    def note(block: nn.Module, given: object, change_GTC: Tensor) -> None:
+        later.append(change_GTC)
 
     def on_scale(scale: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
-        nonlocal previous
-        later = [change for change in trace.changes if change is not None]
-        if scale and previous is not None:
+        if scale:
             parents_T = parent_positions(
-                config.sides[scale], config.sides[scale - 1], later[0].device
+                config.sides[scale], config.sides[scale - 1], logits_BTV.device
             )
-            earlier = [c[:, parents_T] for c in previous.changes if c is not None]
-            regression.add(scale, earlier, later)
-        previous = trace
+            regression.add(scale, [change_GTC[:, parents_T] for change_GTC in earlier], later)
+        earlier[:] = later
+        later.clear()
 
-    with tqdm(total=num_samples, desc="calibrate", unit="image") as bar:
+    with ExitStack() as noting, tqdm(total=num_samples, desc="calibrate", unit="image") as bar:
+        for block in model.transformer.typed_blocks():
+            noting.callback(block.register_forward_hook(note).remove)
         for start in range(0, num_samples, batch_size):
             indices = range(start, min(start + batch_size, num_samples))
             sampler.tokens(

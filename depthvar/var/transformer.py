@@ -10,7 +10,6 @@ Source: Tian et al., arXiv 2404.02905, and the public `var_d*.pth` files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthvar.config import TransformerConfig
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
+from depthvar.engine import Attend
 
 _MAX_LOG_SCALE = math.log(100.0)
 
@@ -140,12 +137,11 @@ class Block(nn.Module):
         return self.attn.keys_values(self._normed(x_GKC, modulation[2], modulation[4]))
 
     def forward(self, x_GKC: Tensor, modulation: tuple[Tensor, ...], attend: Attend) -> Tensor:
-        """Residual stream before the block to the stream after it, at least float32."""
+        """What the block adds to the residual stream, at least float32."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        attended_GKC: Tensor = self.attn(self._normed(x_GKC, scale1, shift1), attend)
-        x_GKC = x_GKC + attended_GKC * gamma1
-        fed_GKC: Tensor = self.ffn(self._normed(x_GKC, scale2, shift2))
-        return x_GKC + fed_GKC * gamma2
+        attended_GKC = self.attn(self._normed(x_GKC, scale1, shift1), attend) * gamma1
+        fed_GKC = self.ffn(self._normed(x_GKC + attended_GKC, scale2, shift2))
+        return torch.addcmul(attended_GKC, fed_GKC, gamma2)
 
 
 class HeadNorm(nn.Module):
@@ -219,9 +215,9 @@ class Transformer(nn.Module):
         return _at_least_float32(self.word_embed(codes_GTZ)) + self._positions(scale)
 
     def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Tensor:
-        """Residual stream of some tokens after one block."""
-        out: Tensor = self.blocks[block](x_GKC, condition.blocks[block], attend)
-        return out
+        """What one block adds to the residual stream of some tokens."""
+        change_GKC: Tensor = self.blocks[block](x_GKC, condition.blocks[block], attend)
+        return change_GKC
 
     def keys_values(self, block: int, x_GKC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that the block does not compute, each (G, H, K, D)."""
@@ -253,7 +249,7 @@ class Transformer(nn.Module):
             return (q.to(v.dtype) @ k.to(v.dtype).mT + bias_TT.to(v.dtype)).softmax(-1) @ v
 
         for block in kept_blocks:
-            x_BTC = self.run_block(block, x_BTC, condition, attend)
+            x_BTC = x_BTC + self.run_block(block, x_BTC, condition, attend)
         return self.logits(x_BTC, condition)
 
 

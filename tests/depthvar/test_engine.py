@@ -88,7 +88,7 @@ class RotaryText:
     def _combined(self, block: int, x_GKC: Tensor, text_GMC: Tensor, attended: Tensor) -> Tensor:
         looks = torch.softmax(x_GKC @ self.weights[block, 3] @ text_GMC.mT, dim=-1)
         added = torch.tanh(attended) + looks @ text_GMC
-        return x_GKC + torch.cat([added[:, :, :-1], torch.zeros_like(added[:, :, -1:])], dim=-1)
+        return torch.cat([added[:, :, :-1], torch.zeros_like(added[:, :, -1:])], dim=-1)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class DenseRotaryText:
         def attend(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             return reference.masked_attention(q, keys, values, kept_GM)
 
-        return self.blocks.run_block(block, x_GTC, self.text_GMC, attend)
+        return x_GTC + self.blocks.run_block(block, x_GTC, self.text_GMC, attend)
 
 
 def rotary_text(num_blocks: int) -> tuple[RotaryText, Tensor]:
@@ -136,7 +136,7 @@ def test_a_backbone_with_rotary_positions_and_text_equals_the_dense_reference(nu
             close = {"rtol": 0, "atol": 1e-9}
             torch.testing.assert_close(traces[i].hidden_GTC[rows], want.hidden_GTC, **close)
             torch.testing.assert_close(traces[i].change_BT[sample], want.change_T, **close)
-            weights_T = engine.code_weights_raster(i, traces[i])[sample]
+            weights_T = engine.code_weights(i, traces[i])[sample]
             torch.testing.assert_close(weights_T, want.code_weights_T, **close)
 
 
@@ -176,10 +176,10 @@ def var_cache(model: LoadedModel, plan: DepthPlan, rows: int) -> KeyValueCache:
 
 
 def all_tokens_permuted(plan: DepthPlan) -> DepthPlan:
-    """The same plan at full depth, sent through the adaptive path with slots turned around."""
+    """The same plan at full depth, its tokens ranked all the same, with slots turned around."""
     scales = [plan.scales[0]]
     for scale in plan.scales[1:]:
-        scales.append(replace(scale, adaptive=True, rank_of_slot=scale.rank_of_slot[::-1].copy()))
+        scales.append(replace(scale, ranked=True, rank_of_slot=scale.rank_of_slot[::-1].copy()))
     return replace(plan, scales=tuple(scales))
 
 
@@ -215,7 +215,7 @@ def test_full_depth_runs_the_backbone_s_blocks_in_order_and_nothing_else():
         return (q @ k.mT).masked_fill(hidden_from, -torch.inf).softmax(-1) @ v
 
     for block in range(5):
-        x = backbone.run_block(block, x, text_GMC, attend)
+        x = x + backbone.run_block(block, x, text_GMC, attend)
     got = torch.cat([trace.hidden_GTC for trace in traces], dim=1)
     torch.testing.assert_close(got, x, rtol=0, atol=1e-10)
 
@@ -436,27 +436,28 @@ def test_the_cache_gives_attention_over_what_was_appended_and_nothing_else():
             torch.testing.assert_close(cache.attend(block, queries), want, rtol=0, atol=1e-12)
 
 
-def kept_changes(policy: DepthPolicy, *, keep_changes: bool) -> list[ScaleTrace]:
+def traces_of(policy: DepthPolicy) -> list[ScaleTrace]:
     plan = DepthPlan.build((1, 2, 3, 5), 5, policy)
     backbone, text_GMC = rotary_text(5)
-    engine = DepthEngine(backbone, plan, device=CPU, dtype=torch.float64, keep_changes=keep_changes)
+    engine = DepthEngine(backbone, plan, device=CPU, dtype=torch.float64)
     cache = KeyValueCache(plan, rows=6, heads=1, head_dim=12, like=text_GMC)
     return run_scales(engine, plan, cache, text_GMC, batch=3)
 
 
-def test_keeping_changes_keeps_those_of_every_block_and_they_add_up_to_the_output():
-    traces = kept_changes(DepthPolicy(), keep_changes=True)
-    inputs = inputs_of(DepthPlan.build((1, 2, 3, 5), 5, DepthPolicy()), 3)
-    for (x_GTC, _), trace in zip(inputs, traces, strict=True):
-        total = x_GTC + sum(trace.changes)
-        torch.testing.assert_close(trace.hidden_GTC, total, rtol=0, atol=1e-12)
+def test_the_changes_that_are_kept_are_all_that_is_added_to_the_stream():
+    policy = make_policy("depthvar-paper", reference_scale=0)
+    traces = traces_of(policy)
+    inputs = inputs_of(DepthPlan.build((1, 2, 3, 5), 5, policy), 3)
+    for (x_GTC, _), trace in zip(inputs[:-1], traces[:-1], strict=True):
+        total_GTC = sum(trace.changes).take_along_dim(trace.slot_of_raster_GT[:, :, None], dim=1)
+        torch.testing.assert_close(trace.hidden_GTC, x_GTC + total_GTC, rtol=0, atol=1e-12)
 
 
 def test_no_change_is_kept_that_no_one_asks_for():
     for policy in (make_policy("full"), make_policy("uniform", reference_scale=1)):
-        for trace in kept_changes(policy, keep_changes=False):
+        for trace in traces_of(policy):
             assert trace.changes == (None,) * 5
-    raw = kept_changes(make_policy("depthvar-paper", reference_scale=1), keep_changes=False)
+    raw = traces_of(make_policy("depthvar-paper", reference_scale=1))
     assert raw[0].changes == (None,) * 5
     assert any(change is not None for change in raw[1].changes)
     assert raw[3].changes == (None,) * 5
@@ -473,7 +474,7 @@ class BackAndForth:
 
     def run_block(self, block: int, x: Tensor, condition: None, attend: Attend) -> Tensor:
         step_C = torch.tensor([self.step] * 5 + [0.0] * 7, dtype=x.dtype)
-        return x + (step_C if block % 2 == 0 else -step_C)
+        return (step_C if block % 2 == 0 else -step_C).expand_as(x)
 
 
 @pytest.mark.parametrize(

@@ -152,11 +152,44 @@ def test_a_budget_above_the_kept_depth_is_spent_as_uniform_depth_spends_it():
 
 
 def test_pruned_tokens_alone_are_blended_or_every_token_by_its_score():
-    policy = DepthPolicy(reference_scale=1, schedule="step", kept_depth=0.5)
-    scale = DepthPlan.build((1, 2, 4), 4, policy).scales[2]  # a mean of 1/4: half the tokens
-    assert scale.code_weights("pruned").tolist() == [1.0] * 8 + [0.0] * 8
-    assert scale.code_weights("mean").tolist() == [0.5] * 8 + [0.0] * 8
-    assert scale.code_weights("none").tolist() == [1.0] * 16
+    def weights(blending: str) -> list[float]:
+        policy = DepthPolicy(reference_scale=1, schedule="step", kept_depth=0.5, blending=blending)
+        scale = DepthPlan.build((1, 2, 4), 4, policy).scales[2]  # a mean of 1/4: half the tokens
+        return scale.code_weights.tolist()
+
+    assert weights("pruned") == [1.0] * 8 + [0.0] * 8
+    assert weights("mean") == weights("score") == [0.5] * 8 + [0.0] * 8
+    assert weights("none") == [1.0] * 16
+
+
+def test_scales_whose_slots_are_all_alike_are_not_ranked():
+    def ranked(sides: tuple[int, ...] = (1, 2, 3, 4), **fields: object) -> list[bool]:
+        policy = DepthPolicy(reference_scale=1, **fields)
+        return [scale.ranked for scale in DepthPlan.build(sides, 4, policy).scales]
+
+    assert ranked() == [False] * 4
+    assert ranked(blending="mean") == [False] * 4
+    assert ranked(schedule="octaves") == [False, False, True, False]  # 4/9 and 4/16 of 4 blocks
+    assert ranked(schedule="linear") == [False, False, True, True]
+    # One block each, but not one score, by which codes are weighted.
+    assert ranked((1, 2, 4), schedule="linear", steepness=0.1, min_depth=1) == [False] * 3
+    assert ranked((1, 2, 4), schedule="linear", steepness=0.1, min_depth=1, blending="score") == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_changes_are_kept_for_the_tokens_that_the_next_scale_skips():
+    policy = DepthPolicy(reference_scale=1, schedule="linear", proxy="raw")
+    plan = DepthPlan.build((1, 2, 3, 4), 4, policy)  # as written out above
+    kept = [[plan.keeps_change(i, block) for block in range(4)] for i in range(4)]
+    assert kept == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
+    uniform = DepthPlan.build((1, 2, 4), 4, DepthPolicy(reference_scale=1, proxy="calibrated"))
+    assert [uniform.keeps_change(1, block) for block in range(4)] == [False, True, True, True]
+    for proxy in ("none", "output"):
+        plan = DepthPlan.build((1, 2, 4), 4, replace(policy, proxy=proxy, schedule="step"))
+        assert not any(plan.keeps_change(1, block) for block in range(4))
 
 
 def test_least_allocation_gives_every_later_token_the_least_depth():

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import Sampler
@@ -31,6 +29,7 @@ from pipeline.research.quality.features import (
     train_features,
 )
 from pipeline.research.quality.metrics import frechet_distance, precision_recall, reach
+from pipeline.research.study.shared_scales import shared_scales, taken_over
 
 MAX_CAS_SAMPLES = 5_000
 POOR_SHARE = 0.05
@@ -50,11 +49,6 @@ class PolicySamples:
     mean_log_prob_NS: np.ndarray
 
 
-def full_scales(plan: DepthPlan) -> int:
-    """Scales at the beginning of a plan that every token runs in full depth."""
-    return len(list(takewhile(lambda scale: not scale.adaptive, plan.scales)))
-
-
 def sample_policies(
     model: LoadedModel,
     policies: Mapping[str, DepthPolicy],
@@ -72,8 +66,8 @@ def sample_policies(
     """
     config = model.config
     samplers = {name: Sampler(model, policy, config.sampling) for name, policy in policies.items()}
-    by_shared_scales = sorted(samplers, key=lambda name: full_scales(samplers[name].plan))
-    beginner = Sampler(model, make_policy("full"), config.sampling, keep_changes=True)
+    shared = {name: shared_scales(sampler.plan) for name, sampler in samplers.items()}
+    beginner = Sampler(model, make_policy("full"), config.sampling)
     made: dict[str, list[PolicySamples]] = {name: [] for name in policies}
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
@@ -83,13 +77,15 @@ def sample_policies(
             for uniforms in (token_uniforms, ranking_uniforms)
         ]
         on_device_B = torch.from_numpy(labels_B).to(model.device)
-        begun = None
-        for name in by_shared_scales:
+        begun = beginner.begin(on_device_B)
+        for name in sorted(shared, key=lambda name: shared[name]):
             sampler = samplers[name]
-            begun = beginner.begin(
-                on_device_B, *noise, num_scales=full_scales(sampler.plan), begun=begun
-            )
-            sampled = sampler.tokens_from_uniforms(on_device_B, *noise, begun=begun)
+            while len(begun.tokens) < shared[name]:
+                beginner.draw_scale(begun, *noise)
+            state = taken_over(begun, sampler)
+            while len(state.tokens) < len(sampler.plan.scales):
+                sampler.draw_scale(state, *noise)
+            sampled = sampler.finish(state)
             made[name].append(
                 PolicySamples(
                     sampler.decode(sampled.feature_map_BZHW).cpu().numpy(),

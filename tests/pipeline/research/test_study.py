@@ -32,13 +32,13 @@ from pipeline.research.study.measure import (
     PolicySamples,
     badness,
     best_of_each_class,
-    full_scales,
     judge_of,
     sample_policies,
     spread_within_classes,
 )
 from pipeline.research.study.policies import study_policy
 from pipeline.research.study.protocol import StudyConfig, ask_signals, read_json_file, resolve_study
+from pipeline.research.study.shared_scales import shared_scales
 from tests.killed_jobs import assert_no_process_outlives
 from tests.tiny_models import random_fit, tiny_model
 
@@ -68,14 +68,16 @@ def test_shared_scales_change_no_image_and_no_signal():
             assert np.array_equal(ours.mean_log_prob_NS[start:stop], alone.mean_log_prob_BS)
 
 
-def test_scales_before_the_first_shallow_token_are_counted():
+def test_scales_before_the_first_shallow_token_are_shared_but_those_that_proxies_come_from():
     sides = (1, 2, 3, 4)
     for policy, count in (
         (make_policy("full"), 4),
         (make_policy("skip-scales"), 3),
         (make_policy("uniform", reference_scale=1), 2),
+        (make_policy("hard-pruning", reference_scale=1), 2),
+        (make_policy("depthvar-paper", reference_scale=1), 1),
     ):
-        assert full_scales(DepthPlan.build(sides, 4, policy)) == count
+        assert shared_scales(DepthPlan.build(sides, 4, policy)) == count
 
 
 def samples(labels: list[int], log_probs: list[list[float]]) -> PolicySamples:

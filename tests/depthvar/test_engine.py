@@ -371,6 +371,24 @@ def blocks_see(policy: DepthPolicy) -> list[int]:
     return seen
 
 
+def test_scales_whose_tokens_all_have_one_depth_are_neither_ranked_nor_permuted():
+    """Octaves with nothing to share out do, operation for operation, what uniform depth does."""
+
+    def operations(schedule: str) -> list[str]:
+        policy = DepthPolicy(reference_scale=1, schedule=schedule, compensation=True)
+        plan = DepthPlan.build((1, 2, 4), 4, policy)
+        backbone, text_GMC = rotary_text(4)
+        engine = DepthEngine(backbone, plan, device=CPU, dtype=torch.float64)
+        cache = KeyValueCache(plan, rows=6, heads=1, head_dim=12, like=text_GMC)
+        with Recorder() as recorder:
+            run_scales(engine, plan, cache, text_GMC, batch=3)
+        return [op for op in recorder.operations if "randn" not in op]
+
+    assert operations("octaves") == operations("constant")
+    assert not [op for op in operations("octaves") if "sort" in op or "gather" in op]
+    assert [op for op in operations("linear") if "sort" in op]
+
+
 def test_blocks_run_on_exactly_the_tokens_that_the_plan_counts():
     policy = make_policy("depthvar-paper", reference_scale=1)
     plan = DepthPlan.build((1, 2, 3, 5), 6, policy)

@@ -188,7 +188,8 @@ def why_not_finite(model: LoadedModel) -> str:
             "with; take another checkpoint, or a smaller --cfg if that is far from its default"
         )
     wider = "float32" if model.dtype == torch.bfloat16 else "bfloat16 or float32"
-    return f"the weights fit its precision, what they compute may not: try --precision {wider}"
+    narrow = str(model.dtype).removeprefix("torch.")
+    return f"the weights fit {narrow}, what they compute may not: try --precision {wider}"
 
 
 def _damage(path: Path, names: Sequence[str], held: str) -> str:

@@ -22,19 +22,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthvar.errors import naming
-from depthvar.training.recipe import Schedule
+from depthvar.training.data import ImageSet, random_batch
+from depthvar.training.recipe import Augmentation, Schedule
 
-LossFunction = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
-"""(step, random stream of this step and process) -> (loss, numbers to log)."""
+LossFunction = Callable[[Tensor, Tensor, int, torch.Generator], tuple[Tensor, dict[str, float]]]
+"""(images, labels, step, random stream of this step and process) -> (loss, numbers to log)."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of the data-parallel training processes."""
+    """One of the data-parallel processes of a training run, and the run's folder."""
 
     rank: int
     world: int
     device: torch.device
+    folder: Path
     precision: torch.dtype = torch.bfloat16
 
     def average(self, tensors: list[Tensor]) -> None:
@@ -95,29 +97,30 @@ def _move_average(average: dict[str, Tensor], model: nn.Module, decay: float) ->
 def train(
     name: str,
     model: nn.Module,
-    loss_of_step: LossFunction,
+    loss_of_batch: LossFunction,
+    data: ImageSet,
+    how: Augmentation,
     schedule: Schedule,
     process: Process,
-    folder: Path,
     *,
     seed: int,
     after_step: Callable[[int, torch.Generator], None] | None = None,
-) -> dict[str, Tensor]:
-    """Train `model` in place and return its exponential moving average as a state dict.
+) -> None:
+    """Train `model` in place; it ends with the exponential moving average of its weights.
 
-    Progress goes to `folder/name.jsonl`, the resumable state to `folder/name.pt`.
+    Progress goes to `name.jsonl` in the run's folder, the resumable state to `name.pt`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = _optimiser(parameters, schedule)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    state_path, start = folder / f"{name}.pt", 0
+    state_path, start = process.folder / f"{name}.pt", 0
     if state_path.exists():
         state = torch.load(state_path, map_location=process.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         average, start = state["average"], state["step"]
     first = process.rank == 0
-    log = (folder / f"{name}.jsonl").open("a") if first else nullcontext()
+    log = (process.folder / f"{name}.jsonl").open("a") if first else nullcontext()
     bar = tqdm(total=schedule.steps, initial=start, desc=name, unit="step", disable=not first)
     begun = time.monotonic()
     with log as log_file, bar:
@@ -127,7 +130,9 @@ def train(
             )
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step)
-            loss, numbers = loss_of_step(step, generator)
+            size = schedule.batch // process.world
+            images, labels = random_batch(data, size, how, generator, process.device)
+            loss, numbers = loss_of_batch(images, labels, step, generator)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             process.average(_gradients(parameters))
@@ -150,4 +155,4 @@ def train(
                     "step": step + 1,
                 }
                 save_state(state_path, saved)
-    return average
+    model.load_state_dict(average)

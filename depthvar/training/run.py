@@ -218,16 +218,14 @@ def _train_in_process(
     if world > 1:
         backend, address = "nccl" if on_gpu else "gloo", f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
-    process = Process(rank, world, device, getattr(torch, recipe.precision))
+    process = Process(rank, world, device, folder, getattr(torch, recipe.precision))
     how, seed = recipe.augmentation, recipe.seed
     tokenizer = _new_tokenizer(config, recipe).to(device)
-    train_tokenizer(tokenizer, data, recipe.tokenizer, how, process, folder, seed=seed)
+    train_tokenizer(tokenizer, data, recipe.tokenizer, how, process, seed=seed)
     transformer = Transformer(config.transformer)
     initialise(transformer, torch.Generator().manual_seed(seed))
     transformer.to(device)
-    train_transformer(
-        transformer, tokenizer, data, recipe.transformer, how, process, folder, seed=seed + 2
-    )
+    train_transformer(transformer, tokenizer, data, recipe.transformer, how, process, seed=seed + 2)
     if rank == 0:
         states = {"tokenizer": tokenizer.state_dict(), "transformer": transformer.state_dict()}
         save_state(folder / _TRAINED, states)

@@ -10,14 +10,13 @@ Shape legend: B images, Z code channels, H W sides, T tokens of one scale, S sca
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from depthvar.config import TokenizerConfig
-from depthvar.training.data import ImageSet, random_batch
+from depthvar.training.data import ImageSet
 from depthvar.training.loop import Process, train
 from depthvar.training.recipe import Augmentation, TokenizerRecipe
 from depthvar.var.tokenizer import Tokenizer
@@ -100,7 +99,6 @@ def train_tokenizer(
     recipe: TokenizerRecipe,
     how: Augmentation,
     process: Process,
-    folder: Path,
     *,
     seed: int,
 ) -> None:
@@ -108,9 +106,9 @@ def train_tokenizer(
     usage = Usage(model.config, process.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        size = recipe.schedule.batch // process.world
-        target, _ = random_batch(data, size, how, generator, process.device)
+    def loss_of_batch(
+        target: Tensor, labels: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
         with process.autocast():
             latent = model.encode(target)
         maps, code_loss = quantize(model, latent, usage)
@@ -129,18 +127,9 @@ def train_tokenizer(
         revive = early and step % recipe.revive_every == 0
         _track_codes(model, usage, process, generator, revive=revive)
 
-    average = train(
-        "tokenizer",
-        model,
-        loss_of_step,
-        recipe.schedule,
-        process,
-        folder,
-        seed=seed,
-        after_step=after_step,
-    )
-    model.load_state_dict(average)
-    _tune_decoder(model, data, recipe, how, process, folder, seed=seed + 1)
+    arguments = data, how, recipe.schedule, process
+    train("tokenizer", model, loss_of_batch, *arguments, seed=seed, after_step=after_step)
+    _tune_decoder(model, data, recipe, how, process, seed=seed + 1)
 
 
 def _tune_decoder(
@@ -149,7 +138,6 @@ def _tune_decoder(
     recipe: TokenizerRecipe,
     how: Augmentation,
     process: Process,
-    folder: Path,
     *,
     seed: int,
 ) -> None:
@@ -159,9 +147,9 @@ def _tune_decoder(
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)
 
-    def decoder_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        size = recipe.tuning.batch // process.world
-        target, _ = random_batch(data, size, sharp, generator, process.device)
+    def decoder_loss(
+        target: Tensor, labels: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad(), process.autocast():
             latent = model.encode(target)
         _, _, feature_map = model.tokenize(latent)
@@ -170,5 +158,4 @@ def _tune_decoder(
         loss = _reconstruction_loss(images.float(), target)
         return loss, {"pixel_loss": loss.item()}
 
-    tuned = train("decoder", model, decoder_loss, recipe.tuning, process, folder, seed=seed)
-    model.load_state_dict(tuned)
+    train("decoder", model, decoder_loss, data, sharp, recipe.tuning, process, seed=seed)

@@ -9,13 +9,12 @@ Shape legend: B images, T tokens of an image, Z code channels, V codes.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.training.data import ImageSet, random_batch
+from depthvar.training.data import ImageSet
 from depthvar.training.loop import Process, train
 from depthvar.training.recipe import Augmentation, Schedule, TransformerRecipe
 from depthvar.var.tokenizer import Tokenizer
@@ -29,7 +28,6 @@ def train_transformer(
     recipe: TransformerRecipe,
     how: Augmentation,
     process: Process,
-    folder: Path,
     *,
     seed: int,
 ) -> None:
@@ -38,15 +36,14 @@ def train_transformer(
     tokenizer.requires_grad_(False)
 
     def cycle(name: str, schedule: Schedule, how: Augmentation, ramp: float, seed: int) -> None:
-        size = schedule.batch // process.world
-
-        def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-            images, labels_B = random_batch(data, size, how, generator, process.device)
+        def loss_of_batch(
+            images: Tensor, labels_B: Tensor, step: int, generator: torch.Generator
+        ) -> tuple[Tensor, dict[str, float]]:
             with process.autocast():
                 latent = tokenizer.encode(images)
             tokens, codes_BTZ, _ = tokenizer.tokenize(latent)
             target_BT = torch.cat(tokens, dim=1)
-            dropped_B = torch.rand(size, generator=generator) < recipe.label_drop
+            dropped_B = torch.rand(len(labels_B), generator=generator) < recipe.label_drop
             labels_B = torch.where(dropped_B.to(process.device), model.config.num_classes, labels_B)
             reached = min(1.0, step / (ramp * schedule.steps)) if ramp else 1.0
             survives_L = torch.rand(model.config.num_blocks, generator=generator)
@@ -56,8 +53,7 @@ def train_transformer(
             loss = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten())
             return loss, {"loss": loss.item()}
 
-        average = train(name, model, loss_of_step, schedule, process, folder, seed=seed)
-        model.load_state_dict(average)
+        train(name, model, loss_of_batch, data, how, schedule, process, seed=seed)
 
     cycle("transformer", recipe.schedule, how, recipe.layer_drop_ramp, seed)
     sharper = replace(how, plain_share=recipe.tuning_plain_share)

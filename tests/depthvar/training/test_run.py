@@ -12,35 +12,49 @@ from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
 from depthvar.training.data import REAL_SETS, ImageSet, digits
 from depthvar.training.loop import Process, train
-from depthvar.training.recipe import Recipe, Schedule, TokenizerRecipe, TransformerRecipe
+from depthvar.training.recipe import (
+    Augmentation,
+    Recipe,
+    Schedule,
+    TokenizerRecipe,
+    TransformerRecipe,
+)
 from depthvar.training.run import _claim, train_model
 from depthvar.weights.checkpoint import load_model
 from depthvar.weights.find import find_model
 from tests.file_modes import assert_as_the_umask_has_it, current_umask
 from tests.killed_jobs import assert_no_process_outlives
 
-ALONE = Process(0, 1, torch.device("cpu"))
+ALONE = Process(0, 1, torch.device("cpu"), Path())
+BLANK = ImageSet(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
 SHORT = Schedule(steps=6, batch=8, learning_rate=1e-2, warmup_steps=2, save_every=3)
 
 
-def _fit_line(
-    folder: Path, schedule: Schedule, *, after_step=None
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _fit_line(folder: Path, schedule: Schedule, *, after_step=None) -> nn.Module:
+    """The averaged model; what the trained one was stands in the folder."""
     model = nn.Linear(3, 1)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     true = torch.tensor([1.0, -2.0, 0.5])
 
-    def loss_of_step(step, generator):
+    def loss_of_batch(images, labels, step, generator):
         x = torch.randn(16, 3, generator=generator)
         loss = (model(x)[:, 0] - x @ true).square().mean()
         return loss, {"loss": loss.item()}
 
     folder.mkdir(exist_ok=True)
-    average = train(
-        "line", model, loss_of_step, schedule, ALONE, folder, seed=1, after_step=after_step
+    train(
+        "line",
+        model,
+        loss_of_batch,
+        BLANK,
+        Augmentation(),
+        schedule,
+        replace(ALONE, folder=folder),
+        seed=1,
+        after_step=after_step,
     )
-    return model, average
+    return model
 
 
 class StoppedError(Exception):
@@ -49,7 +63,7 @@ class StoppedError(Exception):
 
 def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
     schedule = replace(SHORT, steps=40)
-    whole, whole_average = _fit_line(tmp_path / "whole", schedule)
+    whole = _fit_line(tmp_path / "whole", schedule)
 
     def stop(step, generator):
         if step == 20:
@@ -58,17 +72,18 @@ def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
     with pytest.raises(StoppedError):
         _fit_line(tmp_path / "cut", schedule, after_step=stop)
     assert torch.load(tmp_path / "cut" / "line.pt", weights_only=True)["step"] == 18
-    resumed, resumed_average = _fit_line(tmp_path / "cut", schedule)
+    resumed = _fit_line(tmp_path / "cut", schedule)
     assert torch.equal(resumed.weight, whole.weight)
-    assert all(torch.equal(resumed_average[key], whole_average[key]) for key in whole_average)
+    ends = [torch.load(tmp_path / run / "line.pt", weights_only=True) for run in ("whole", "cut")]
+    assert all(
+        torch.equal(ends[0]["model"][key], ends[1]["model"][key]) for key in ends[0]["model"]
+    )
 
 
 def test_training_fits_what_it_is_given(tmp_path):
     schedule = replace(SHORT, steps=400, learning_rate=0.05, weight_decay=0.0, ema_decay=0.9)
-    _, average = _fit_line(tmp_path, schedule)
-    torch.testing.assert_close(
-        average["weight"][0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0
-    )
+    model = _fit_line(tmp_path, schedule)
+    torch.testing.assert_close(model.weight[0], torch.tensor([1.0, -2.0, 0.5]), atol=0.02, rtol=0)
     rows = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 400
     assert rows[-1]["loss"] < rows[0]["loss"] / 100
@@ -142,9 +157,6 @@ def _assert_other_runs_are_refused(run: Path, config: ModelConfig, data: ImageSe
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-BLANK = ImageSet(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
-
-
 def test_a_run_begun_before_pixels_were_hashed_goes_on(tmp_path):
     _claim(tmp_path, model_config("digits"), BLANK, _recipe())
     path = tmp_path / "recipe.json"
@@ -213,7 +225,7 @@ def _average_ranks(rank: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     a, b = torch.full((2, 3), float(rank)), torch.full((5,), 10.0 * rank)
-    Process(rank, 2, torch.device("cpu")).average([a, b])
+    Process(rank, 2, torch.device("cpu"), Path()).average([a, b])
     assert torch.equal(a, torch.full((2, 3), 0.5))
     assert torch.equal(b, torch.full((5,), 5.0))
     torch.distributed.destroy_process_group()

@@ -9,13 +9,10 @@ Score, precision and recall, with --inception-weights and --reference.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from tqdm import tqdm
 
 from depthvar.errors import InputError
 from depthvar.paths import check_input_file
@@ -83,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=config.device,
     )
     try:
-        evaluation = evaluate(dataset, request, Listener(_bar, _print_scores, say))
+        evaluation = evaluate(dataset, request, Listener(_print_scores, say))
     except ShardError as error:
         raise InputError(str(error)) from error
     write_report(config, evaluation.to_json())
@@ -108,12 +105,6 @@ def origin_text(evaluation: Evaluation, where: str) -> str:
         settings = evaluation.settings
         lines.append(f"cas: {settings['cas_runs']} runs on {settings['cas_samples']:,} images")
     return "\n".join(lines + [f"note: {note}" for note in evaluation.notes])
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, unit=what, desc="evaluate", file=sys.stderr) as bar:
-        yield bar.update
 
 
 if __name__ == "__main__":

@@ -8,21 +8,32 @@ Shape legend: N images of a set, F features, K classes, B images of a batch, H W
 
 from __future__ import annotations
 
+import sys
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from depthvar.config import real_set_of
 from depthvar.errors import InputError
 from pipeline.dataset.loader import Dataset, iterate_samples, requested_samples, stacked
+from pipeline.research.quality.features import (
+    MAX_CAS_SAMPLES,
+    ClassifierRecipe,
+    Readings,
+    cas,
+    digit_arrays,
+    digit_features,
+)
+from pipeline.research.quality.inception import InceptionNetwork
 from pipeline.research.quality.metrics import (
     Moments,
     frechet_distance,
@@ -35,15 +46,11 @@ from pipeline.research.quality.metrics import (
 MIN_SAMPLES = 10
 """Below this nothing is computed; a Frechet distance wants thousands."""
 NEIGHBOURS = 3
-MAX_CAS_SAMPLES = 5_000
 SCORE_SPLIT = 5_000
 """Images of one split of the Inception Score, as in OpenAI's evaluator."""
 _BATCH_DIGITS, _BATCH_INCEPTION = 250, 50
 _TIMED_STEPS = 20  # of CAS, from which the time of all is told
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""(what is counted, how many there are) -> a context that gives the function to count on."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +95,16 @@ class Evaluation:
 
 
 class Network(Protocol):
-    """What FID needs of a network."""
+    """What reads images: the digits' classifier or the Inception network."""
 
-    def read(self, images_NHWC: np.ndarray, /) -> Any:
-        """Features `features_NF` and probabilities `probabilities_NK` of uint8 RGB images."""
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """No progress bar."""
-    yield lambda count: None
+    def read(self, images_NHWC: np.ndarray, /) -> Readings:
+        """Features and probabilities of uint8 images."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what while it happens: progress, numbers once they are known, lines of text."""
+    """Who is told what while it happens: numbers once they are known, lines of text."""
 
-    progress: Progress = silent
     found: Callable[[Mapping[str, float]], object] = lambda scores: None
     said: Callable[[str], object] = lambda line: None
 
@@ -149,25 +149,10 @@ def shows_digits(dataset: Dataset) -> bool:
 def _evaluate_digits(
     dataset: Dataset, request: EvaluationRequest, count: int, listener: Listener
 ) -> Evaluation:
-    from pipeline.research.quality.features import (  # torch comes with it
-        Readings,
-        digit_arrays,
-        digit_features,
-    )
-
     cas_samples = _cas_samples(request, count)
     network = digit_features()
     scores = _Scores(listener)
-    images, labels, readings = [], [], []
-    for batch_BHWC, labels_B in _batches(dataset, count, _BATCH_DIGITS, listener.progress):
-        readings.append(network.read(batch_BHWC))
-        images.append(batch_BHWC)
-        labels.append(labels_B)
-    labels_N = np.concatenate(labels)
-    made = Readings(
-        np.concatenate([r.features_NF for r in readings]),
-        np.concatenate([r.probabilities_NK for r in readings]),
-    )
+    made, labels_N = _read_images(dataset, network, count, _BATCH_DIGITS)
     scores.add(label_accuracy=float((made.labels == labels_N).mean()))
     real = network.read(digit_arrays("train")[0])
     scores.add(frechet_distance=frechet_distance(real.features_NF, made.features_NF))
@@ -175,8 +160,8 @@ def _evaluate_digits(
     scores.add(precision=precision, recall=recall)
     settings = {}
     if cas_samples:
-        images_NHWC = np.concatenate(images)[:cas_samples]
-        runs = _cas_runs(images_NHWC, labels_N[:cas_samples], request.cas_runs, listener)
+        shown = stacked(list(islice(iterate_samples(dataset), cas_samples)))
+        runs = _cas_runs(*shown, request.cas_runs, listener)
         deviation = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
         scores.add(cas=float(np.mean(runs)), cas_std=deviation)
         settings = {"cas_samples": cas_samples, "cas_runs": request.cas_runs}
@@ -193,8 +178,6 @@ def _evaluate_digits(
 
 def _cas_samples(request: EvaluationRequest, count: int) -> int:
     """Images to train on, 0 for no CAS."""
-    from pipeline.research.quality.features import ClassifierRecipe
-
     least = ClassifierRecipe().batch
     if request.cas_runs == 0 and request.cas_samples is not None:
         raise InputError("got --cas-samples without trainings for CAS, wanted both: add --cas-runs")
@@ -217,42 +200,28 @@ def _cas_runs(
 
     How long all of it takes is said after the first few steps, from their time.
     """
-    from pipeline.research.quality.features import (
-        ClassifierRecipe,
-        accuracy,
-        digit_arrays,
-        train_classifier,
-    )
-
-    recipe, held_out = ClassifierRecipe(), digit_arrays("held-out")
-    runs, steps, begun_s = [], 0, 0.0
+    num_steps = ClassifierRecipe().steps
+    steps, begun_s = 0, 0.0
 
     def after_step() -> None:
         nonlocal steps, begun_s
-        advance(1)
+        bar.update()
         steps += 1
         if steps == 1:
             begun_s = time.perf_counter()  # the first step sets things up
         elif steps == 1 + _TIMED_STEPS:
             step_s = (time.perf_counter() - begun_s) / _TIMED_STEPS
-            all_s = step_s * num_runs * recipe.steps
+            all_s = step_s * num_runs * num_steps
             duration = f"{all_s / 60:,.0f} min" if all_s >= 90 else f"{all_s:.0f} s"
             listener.said(
-                f"cas: {num_runs} x {recipe.steps} steps of training, about {duration} in all"
+                f"cas: {num_runs} x {num_steps} steps of training, about {duration} in all"
             )
 
-    with listener.progress("step of cas", num_runs * recipe.steps) as advance:
-        for run in range(num_runs):
-            model = train_classifier(
-                images_NHWC,
-                labels_N,
-                num_classes=10,
-                seed=run,
-                recipe=recipe,
-                after_step=after_step,
-            )
-            runs.append(accuracy(model, *held_out))
-    return runs
+    with _bar("step of cas", num_runs * num_steps) as bar:
+        return [
+            cas(images_NHWC, labels_N, real_set="digits", seed=run, after_step=after_step)
+            for run in range(num_runs)
+        ]
 
 
 def _evaluate_with_inception(
@@ -285,8 +254,6 @@ def _evaluate_with_inception(
             " network, or the bundled digits"
         )
     reference = Reference.open(request.reference, plan.image_side)
-    from pipeline.research.quality.inception import InceptionNetwork
-
     network = InceptionNetwork(request.inception_weights, device=request.device)
     return inception_evaluation(dataset, network, reference, count, listener)
 
@@ -301,37 +268,32 @@ def inception_evaluation(
     """Inception Score, FID, and precision and recall where the reference holds images."""
     listener = listener or Listener()
     scores = _Scores(listener)
-    features, probabilities, labels = [], [], []
-    for images_BHWC, labels_B in _batches(dataset, count, _BATCH_INCEPTION, listener.progress):
-        readings = network.read(images_BHWC)
-        features.append(readings.features_NF)
-        probabilities.append(readings.probabilities_NK)
-        labels.append(labels_B)
-    made_NF = np.concatenate(features)
-    notes = list(_notes(dataset, count, np.concatenate(labels)))
+    made, labels_N = _read_images(dataset, network, count, _BATCH_INCEPTION)
+    notes = list(_notes(dataset, count, labels_N))
     splits = max(1, count // SCORE_SPLIT)
-    score, score_std = inception_score(np.concatenate(probabilities), splits=splits)
+    score, score_std = inception_score(made.probabilities_NK, splits=splits)
     scores.add(inception_score=score, inception_score_std=score_std)
     real_NF = None
     if reference.num_images:
-        with listener.progress("reference image", reference.num_images) as advance:
+        with _bar("reference image", reference.num_images) as bar:
             parts = []
             for images_BHWC in reference.batches(_BATCH_INCEPTION):
                 parts.append(network.read(images_BHWC).features_NF)
-                advance(len(images_BHWC))
+                bar.update(len(images_BHWC))
         real_NF = np.concatenate(parts)
     real = reference.moments
     if real is None:
         assert real_NF is not None, "a reference has moments or images"
         real = moments(real_NF)
-    if real.mean_F.size != made_NF.shape[1]:
+    num_features = made.features_NF.shape[1]
+    if real.mean_F.size != num_features:
         raise InputError(
-            f"{reference.path} holds {real.mean_F.size} features, wanted {made_NF.shape[1]}: "
+            f"{reference.path} holds {real.mean_F.size} features, wanted {num_features}: "
             "use reference statistics of the pooled Inception features"
         )
-    scores.add(fid=frechet_from_moments(real, moments(made_NF)))
+    scores.add(fid=frechet_from_moments(real, moments(made.features_NF)))
     if real_NF is not None and len(real_NF) > NEIGHBOURS:
-        precision, recall = precision_recall(real_NF, made_NF, neighbours=NEIGHBOURS)
+        precision, recall = precision_recall(real_NF, made.features_NF, neighbours=NEIGHBOURS)
         scores.add(precision=precision, recall=recall)
     else:
         notes.append("the reference has no images (arr_0): no precision and recall")
@@ -435,15 +397,23 @@ def _opened_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         yield stream, shape
 
 
-def _batches(
-    dataset: Dataset, count: int, size: int, progress: Progress
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `count` images in key order with their labels, `size` at a time."""
+def _read_images(
+    dataset: Dataset, network: Network, count: int, batch_size: int
+) -> tuple[Readings, np.ndarray]:
+    """What a network makes of the first `count` images in key order, and their labels."""
     samples = islice(iterate_samples(dataset), count)
-    with progress("image", count) as advance:
-        while batch := list(islice(samples, size)):
-            yield stacked(batch)
-            advance(len(batch))
+    labels, readings = [], []
+    with _bar("image", count) as bar:
+        while batch := list(islice(samples, batch_size)):
+            images_BHWC, labels_B = stacked(batch)
+            readings.append(network.read(images_BHWC))
+            labels.append(labels_B)
+            bar.update(len(batch))
+    return Readings.joined(readings), np.concatenate(labels)
+
+
+def _bar(unit: str, total: int) -> tqdm[NoReturn]:
+    return tqdm(total=total, unit=unit, desc="evaluate", file=sys.stderr)
 
 
 def _notes(dataset: Dataset, count: int, labels_N: np.ndarray) -> tuple[str, ...]:

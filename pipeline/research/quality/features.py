@@ -10,7 +10,7 @@ Shape legend: N images of a set, B of a batch, F features, K classes, C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -28,6 +28,8 @@ from depthvar.training.recipe import Augmentation
 NUM_FEATURES = 96
 FEATURE_SEED = 0
 FEATURE_FILE = "digit_features.safetensors"
+MAX_CAS_SAMPLES = 5_000
+"""Images that a classifier for CAS is trained on, unless told otherwise."""
 _READ_BATCH = 250
 
 
@@ -45,7 +47,7 @@ class ClassifierRecipe:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What a classifier makes of images: float32 features and probabilities of the classes."""
+    """What a network makes of images: float32 features and probabilities of the classes."""
 
     features_NF: np.ndarray
     probabilities_NK: np.ndarray
@@ -55,6 +57,14 @@ class Readings:
         """The most probable class of each image, int64."""
         labels: np.ndarray = self.probabilities_NK.argmax(axis=1)
         return labels
+
+    @staticmethod
+    def joined(parts: Sequence[Readings]) -> Readings:
+        """Those of several batches in a row, as one."""
+        return Readings(
+            np.concatenate([part.features_NF for part in parts]),
+            np.concatenate([part.probabilities_NK for part in parts]),
+        )
 
 
 class Classifier(nn.Module):
@@ -90,13 +100,11 @@ class Classifier(nn.Module):
     def read(self, images_NHWC: np.ndarray) -> Readings:
         """Features and probabilities of uint8 images, in batches of a fixed size."""
         self.eval()
-        features, probabilities = [], []
-        for start in range(0, len(images_NHWC), _READ_BATCH):
-            batch_BCHW = _channels_first(images_NHWC[start : start + _READ_BATCH])
+        parts = []
+        for batch_BCHW in _channels_first(images_NHWC).split(_READ_BATCH):
             features_BF = self.features(to_float(batch_BCHW))
-            features.append(features_BF.numpy())
-            probabilities.append(self.head(features_BF).softmax(1).numpy())
-        return Readings(np.concatenate(features), np.concatenate(probabilities))
+            parts.append(Readings(features_BF.numpy(), self.head(features_BF).softmax(1).numpy()))
+        return Readings.joined(parts)
 
 
 class ShuffledArrays:
@@ -211,6 +219,24 @@ def real_arrays(real_set: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 def digit_arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Real digits of a split of `training.data.digits`, as `real_arrays` gives them."""
     return real_arrays("digits", split)
+
+
+def cas(
+    images_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    real_set: str,
+    seed: int,
+    after_step: Callable[[], object] | None = None,
+) -> float:
+    """Classification accuracy score: of one classifier that is trained on these images alone.
+
+    It is tested on the held-out real images of a set of 10 classes.
+    """
+    classifier = train_classifier(
+        images_NHWC, labels_N, num_classes=10, seed=seed, after_step=after_step
+    )
+    return accuracy(classifier, *real_arrays(real_set, "held-out"))
 
 
 def train_features(real_set: str, after_step: Callable[[], object] | None = None) -> Classifier:

@@ -77,7 +77,7 @@ class HeldOutImages:
 
     @classmethod
     def of_set(cls, model: LoadedModel, real_set: str) -> HeldOutImages:
-        """Those of one of `training.data.REAL_SETS`."""
+        """The held-out images of one of `training.data.REAL_SETS`."""
         return cls(model, *real_arrays(real_set, "held-out"))
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ class HeldOutImages:
         return [tokens_NT[indices.start : indices.stop] for tokens_NT in self.tokens]
 
     def _run(self, sampler: Sampler, indices: range) -> list[_ScaleRun]:
-        """A policy on some images."""
+        """Run a policy on some images: what it gives at every scale."""
         scales: list[_ScaleRun] = []
 
         def note(scale: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:

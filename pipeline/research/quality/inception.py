@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,12 @@ from torch import nn
 
 from depthvar.errors import InputError
 from depthvar.weights.tensor_files import read_file
+from pipeline.research.quality.features import Readings
 
 NUM_FEATURES = 2048
 _PACKAGE = "torch_fidelity"
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
 _FIRST, _LAST = "Conv2d_1a_3x3.conv.weight", "fc.weight"
-
-
-@dataclass(frozen=True, eq=False)
-class InceptionReadings:
-    """Features (N, 2048) and class probabilities without the bias (N, 1008), float32."""
-
-    features_NF: np.ndarray
-    probabilities_NK: np.ndarray
 
 
 class InceptionNetwork:
@@ -73,13 +65,13 @@ class InceptionNetwork:
         self._device = device
 
     @torch.inference_mode()
-    def read(self, images_NHWC: np.ndarray) -> InceptionReadings:
-        """Features and probabilities of one batch of uint8 images (N, H, W, 3)."""
+    def read(self, images_NHWC: np.ndarray) -> Readings:
+        """Features (N, 2048) and probabilities (N, 1008) of one batch of uint8 RGB images."""
         images = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2)
         with torch.backends.cudnn.flags(allow_tf32=False):
             features, logits = self._network(images.to(self._device))
         # Without the bias, as the original score and OpenAI's evaluator have it.
-        return InceptionReadings(features.cpu().numpy(), logits.softmax(1).cpu().numpy())
+        return Readings(features.cpu().numpy(), logits.softmax(1).cpu().numpy())
 
 
 def library_network() -> Any:

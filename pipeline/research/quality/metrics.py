@@ -1,15 +1,18 @@
 """How close two sets of images are, from their features: pure functions of NumPy arrays.
 
-Shape legend: N images of a set, F features, K classes.
+Shape legend: N images of a set, B of a chunk, F features, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
+
+_CHUNK_MIB = 256
+"""Memory for the distances that are held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,39 +56,44 @@ def frechet_from_moments(a: Moments, b: Moments) -> float:
     return max(0.0, apart + float(spread))
 
 
+class Manifold:
+    """The union of balls around a set's features, each reaching to a near other feature.
+
+    Source: Kynkaanniemi et al., "Improved Precision and Recall Metric" (arXiv 1904.06991).
+    """
+
+    def __init__(self, features_NF: np.ndarray, *, neighbours: int = 3) -> None:
+        """A ball ends at the `neighbours`-th nearest other feature."""
+        features_NF = _checked(features_NF, at_least=neighbours + 1)
+        self._centre_F = features_NF.mean(axis=0)  # distances keep their digits near the origin
+        self._features_NF = features_NF - self._centre_F
+        self._squared_radii_N = _map_distances(
+            self._features_NF,
+            self._features_NF,
+            lambda squares_BN: np.partition(squares_BN, neighbours)[:, neighbours],  # 0 is itself
+        )
+
+    def share_inside(self, features_NF: np.ndarray) -> float:
+        """Share of other features that lie in a ball, in [0, 1]."""
+        is_inside_N = _map_distances(
+            _checked(features_NF, at_least=1) - self._centre_F,
+            self._features_NF,
+            lambda squares_BN: (squares_BN <= self._squared_radii_N).any(axis=1),
+        )
+        return float(is_inside_N.mean())
+
+
 def precision_recall(
-    real_NF: np.ndarray,
-    generated_NF: np.ndarray,
-    *,
-    neighbours: int = 3,
-    chunk: int = 1000,
-    real_reach_N: np.ndarray | None = None,
+    real_NF: np.ndarray, generated_NF: np.ndarray, *, neighbours: int = 3
 ) -> tuple[float, float]:
     """Precision and recall of generated features, each in [0, 1].
 
     Precision is the share of generated features within the real manifold, recall the share of real
-    ones within the generated manifold. A manifold is the union of balls around a set's features,
-    each reaching to its `neighbours`-th nearest other one. `chunk` rows of distances are held at a
-    time. `real_reach_N` is what `reach` gives for the real features, for those who compare with
-    them often. Source: Kynkaanniemi et al., "Improved Precision and Recall Metric" (arXiv
-    1904.06991).
+    ones within the generated manifold.
     """
-    real_NF = _checked(real_NF, at_least=neighbours + 1)
-    generated_NF = _checked(generated_NF, at_least=neighbours + 1)
-    centre_F = real_NF.mean(axis=0)  # distances keep their digits near the origin
-    real_NF -= centre_F
-    generated_NF -= centre_F
-    if real_reach_N is None:
-        real_reach_N = _reach(real_NF, neighbours, chunk)
-    precision = _share_inside(generated_NF, real_NF, real_reach_N, chunk)
-    generated_reach_N = _reach(generated_NF, neighbours, chunk)
-    return precision, _share_inside(real_NF, generated_NF, generated_reach_N, chunk)
-
-
-def reach(features_NF: np.ndarray, *, neighbours: int = 3, chunk: int = 1000) -> np.ndarray:
-    """Squared distance of every feature to its `neighbours`-th nearest other one (N,)."""
-    features_NF = _checked(features_NF, at_least=neighbours + 1)
-    return _reach(features_NF - features_NF.mean(axis=0), neighbours, chunk)
+    real = Manifold(real_NF, neighbours=neighbours)
+    generated = Manifold(generated_NF, neighbours=neighbours)
+    return real.share_inside(generated_NF), generated.share_inside(real_NF)
 
 
 def inception_score(probabilities_NK: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
@@ -94,17 +102,15 @@ def inception_score(probabilities_NK: np.ndarray, *, splits: int = 10) -> tuple[
     `splits` of equal size up to one image; every split should hold a fair mixture of the classes.
     Source: Salimans et al., "Improved Techniques for Training GANs" (arXiv 1606.03498).
     """
+    from scipy.special import rel_entr
+
     probabilities_NK = _checked(probabilities_NK, at_least=splits)
-    edges = [i * len(probabilities_NK) // splits for i in range(splits + 1)]
-    scores = [_split_score(probabilities_NK[start:stop]) for start, stop in pairwise(edges)]
+    edges = [i * len(probabilities_NK) // splits for i in range(1, splits)]
+    scores = [
+        np.exp(rel_entr(part_NK, part_NK.mean(axis=0)).sum(axis=1).mean())
+        for part_NK in np.split(probabilities_NK, edges)
+    ]
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def _split_score(probabilities_NK: np.ndarray) -> float:
-    share_K = probabilities_NK.mean(axis=0)
-    tiny = np.finfo(np.float64).tiny  # 0 log 0 = 0
-    logs_NK = np.log(np.maximum(probabilities_NK, tiny)) - np.log(np.maximum(share_K, tiny))
-    return float(np.exp((probabilities_NK * logs_NK).sum(axis=1).mean()))
 
 
 def _root(covariance_FF: np.ndarray) -> np.ndarray:
@@ -116,38 +122,20 @@ def _root(covariance_FF: np.ndarray) -> np.ndarray:
     return root_FF
 
 
-def _reach(features_NF: np.ndarray, neighbours: int, chunk: int) -> np.ndarray:
-    reach_N = np.empty(len(features_NF))
-    for start, squares in _squared_distances(features_NF, features_NF, chunk):
-        rows = np.arange(len(squares))
-        squares[rows, start + rows] = np.inf  # a feature is no neighbour of itself
-        kth = np.partition(squares, neighbours - 1, axis=1)[:, neighbours - 1]
-        reach_N[start : start + len(squares)] = kth
-    return reach_N
+def _map_distances(
+    rows_NF: np.ndarray, columns_NF: np.ndarray, function: Callable[[np.ndarray], Any]
+) -> np.ndarray:
+    """What a function makes of the squared distances of every row to all columns, in chunks."""
+    from sklearn.metrics import pairwise_distances_chunked
 
-
-def _share_inside(
-    points_NF: np.ndarray, manifold_NF: np.ndarray, reach_N: np.ndarray, chunk: int
-) -> float:
-    """Share of the points that lie in a ball of the manifold."""
-    inside = 0
-    for _, squares in _squared_distances(points_NF, manifold_NF, chunk):
-        inside += int((squares <= reach_N).any(axis=1).sum())
-    return inside / len(points_NF)
-
-
-def _squared_distances(
-    rows_NF: np.ndarray, columns_NF: np.ndarray, chunk: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Squared distances of some rows to all columns, with the number of the first row."""
-    squares_N = (columns_NF**2).sum(axis=1)
-    for start in range(0, len(rows_NF), chunk):
-        part = rows_NF[start : start + chunk]
-        distances = part @ columns_NF.T
-        distances *= -2
-        distances += squares_N
-        distances += (part**2).sum(axis=1)[:, None]
-        yield start, np.maximum(distances, 0, out=distances)
+    chunks = pairwise_distances_chunked(
+        rows_NF,
+        columns_NF,
+        reduce_func=lambda squares_BN, _: function(squares_BN),
+        working_memory=_CHUNK_MIB,
+        squared=True,
+    )
+    return np.concatenate(list(chunks))
 
 
 def _checked(values_NF: np.ndarray, *, at_least: int) -> np.ndarray:

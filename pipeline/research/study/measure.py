@@ -20,18 +20,13 @@ from depthvar.weights.checkpoint import LoadedModel
 from pipeline.research.quality.features import (
     Classifier,
     Readings,
-    accuracy,
     digit_features,
     from_safetensors,
     real_arrays,
-    to_safetensors,
-    train_classifier,
-    train_features,
 )
-from pipeline.research.quality.metrics import frechet_distance, precision_recall, reach
+from pipeline.research.quality.metrics import Manifold, frechet_distance
 from pipeline.research.study.shared_scales import shared_scales, taken_over
 
-MAX_CAS_SAMPLES = 5_000
 POOR_SHARE = 0.05
 """A sample is poor when the probability of its label is among this share of lowest ones."""
 
@@ -99,18 +94,10 @@ def sample_policies(
     return {name: joined(parts) for name, parts in made.items()}
 
 
-def use_one_thread() -> None:
-    """Run this process's tensor operations on one CPU thread: their last bits depend on it."""
-    torch.set_num_threads(1)
-
-
 def joined(parts: Sequence[PolicySamples]) -> PolicySamples:
     """Several sets of one policy in a row, as one."""
     return PolicySamples(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("images_NHWC", "labels_N", "mean_change_NS", "mean_log_prob_NS")
-        )
+        **{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
     )
 
 
@@ -122,7 +109,7 @@ class Judge:
         self._network = network
         self._real_NF = self._network.read(images_NHWC).features_NF
         self._real_spread = spread_within_classes(self._real_NF, labels_N)
-        self._real_reach_N = reach(self._real_NF)
+        self._real = Manifold(self._real_NF)
 
     def read(self, samples: PolicySamples) -> Readings:
         """Features and probabilities of the images."""
@@ -140,15 +127,12 @@ class Judge:
         real images.
         """
         readings = self.read(samples)
-        precision, recall = precision_recall(
-            self._real_NF, readings.features_NF, real_reach_N=self._real_reach_N
-        )
         spread = spread_within_classes(readings.features_NF, samples.labels_N)
         return {
             "label_accuracy": float((readings.labels == samples.labels_N).mean()),
             "frechet_distance": self.frechet(readings.features_NF),
-            "precision": precision,
-            "recall": recall,
+            "precision": self._real.share_inside(readings.features_NF),
+            "recall": Manifold(readings.features_NF).share_inside(self._real_NF),
             "diversity": spread / self._real_spread,
         }
 
@@ -177,17 +161,12 @@ class Judge:
 
 @lru_cache(maxsize=1)
 def judge_of(real_set: str, features: bytes | None) -> Judge:
-    """The one of this process: reading the real images takes seconds.
+    """The judge against a set, made once in a process: reading the real images takes seconds.
 
     `features` is the safetensors file of a feature network; None stands for the shipped one.
     """
     network = digit_features() if features is None else from_safetensors(features)
     return Judge(real_set, network)
-
-
-def trained_features(real_set: str) -> bytes:
-    """The safetensors file of a feature network trained on a set of real images."""
-    return to_safetensors(train_features(real_set))
 
 
 def badness(samples: PolicySamples) -> dict[str, np.ndarray]:
@@ -209,27 +188,7 @@ def best_of_each_class(samples: PolicySamples, values_N: np.ndarray, drop: float
         order = of_class[np.argsort(values_N[of_class], kind="stable")]
         kept.append(order[: round(len(order) * (1 - drop))])
     rows = np.sort(np.concatenate(kept))
-    return PolicySamples(
-        samples.images_NHWC[rows],
-        samples.labels_N[rows],
-        samples.mean_change_NS[rows],
-        samples.mean_log_prob_NS[rows],
-    )
-
-
-def cas(samples: PolicySamples, *, run: int, real_set: str) -> float:
-    """Classification accuracy score of digits (arXiv 1905.10887): one classifier's accuracy.
-
-    It is trained on at most `MAX_CAS_SAMPLES` of these images alone, and tested on the held-out
-    real images of the set; `run` is its seed.
-    """
-    classifier = train_classifier(
-        samples.images_NHWC[:MAX_CAS_SAMPLES],
-        samples.labels_N[:MAX_CAS_SAMPLES],
-        num_classes=10,
-        seed=run,
-    )
-    return accuracy(classifier, *real_arrays(real_set, "held-out"))
+    return PolicySamples(**{name: values[rows] for name, values in vars(samples).items()})
 
 
 def spread_within_classes(features_NF: np.ndarray, labels_N: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The study of depth policies: every policy on the same noise, several seeds, measured alike.
+"""What a study of depth policies is: every policy on the same noise, several seeds, measured alike.
 
 A study's folder holds one file per finished piece of work, named after what went into it, so that
 the same command goes on where it stopped and a changed configuration never meets old numbers:
@@ -13,35 +13,27 @@ the same command goes on where it stopped and a changed configuration never meet
     signals/{cell}-{seed}-{digest}.json         what the recorded signals say of them
     times/{digest}.json                         seconds per image of all policies, taken in turn
 
-`pipeline.research.study.report` makes table, Parquet and plots from them.
+`pipeline.research.study.work` makes them, `pipeline.research.study.report` table, Parquet and plots
+from them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import multiprocessing
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from multiprocessing.managers import SyncManager
-from queue import Empty
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from depthvar.config import MODELS, ModelConfig, real_set_of
 from depthvar.cost import Cost, image_cost
 from depthvar.errors import InputError
-from depthvar.host.processes import end_with_parent
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
+from depthvar.weights.find import FoundModel
 from pipeline.request.flags import FileOnly, JobConfig
 from pipeline.request.generation import PolicyOptions
 from pipeline.request.job import checked_options
@@ -50,21 +42,13 @@ from pipeline.request.weights import fetch_model
 from pipeline.research.study.policies import study_policy
 from pipeline.storage import Storage
 
-if TYPE_CHECKING:
-    from depthvar.weights.checkpoint import LoadedModel
-    from depthvar.weights.find import FoundModel
-    from pipeline.research.quality.held_out import HeldOutImages
-    from pipeline.research.study.measure import Judge, PolicySamples
-
 FORMAT = "depthvar-study/1"
 FULL = "full"
 DISTANCE = "distance_to_full"
 HEADROOM_IMAGES = 500
 AT_RANDOM = "at random"
 _BATCHES_OF_PART = 10
-_FILTER_SHARES = (0.05, 0.10)
 _SAMPLES_FILE = re.compile(r".+-[0-9]+-[0-9a-f]{10}-[0-9]+\.npz")
-_FILTER_SIGNALS = ("surprise", "change")
 
 Section = Literal["methods", "ablations"]
 
@@ -157,6 +141,11 @@ class Cell:
         """Readable and fit for a file name."""
         return re.sub(r"[^a-z0-9.]+", "-", f"{self.section} {self.method} {self.budget}".lower())
 
+    @property
+    def share(self) -> float:
+        """Share of the token-layers of full depth."""
+        return self.depth.token_layers / self.depth.full_token_layers
+
 
 @dataclass(frozen=True)
 class Study:
@@ -174,6 +163,10 @@ class Study:
         size = self.config.batch_size * _BATCHES_OF_PART
         everything = range(cell.num_samples)
         return [everything[start : start + size] for start in everything[::size]]
+
+    def lacks(self, name: str) -> bool:
+        """Whether a file of the study is still to be made."""
+        return self.storage.size(name) is None
 
     def samples_file(self, cell: Cell, seed: int, part: range) -> str:
         """Name of the file that holds some of a cell's images."""
@@ -199,7 +192,7 @@ class Study:
         return f"{kind}/{cell.name}-{seed}-{digest}"
 
     def _digest(self, **inputs: Any) -> str:
-        """Names what the weights and some inputs give."""
+        """A short name for what follows from the weights and these inputs."""
         return _digest({"format": FORMAT, "weights": self.weights.sha256, **inputs})
 
     def losses_file(self, cell: Cell) -> str:
@@ -250,11 +243,6 @@ class Study:
 
 def _digest(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
-
-
-Pairs = list[tuple[Cell, int]]
-Parts = list[tuple[Cell, int, range]]
-Task = Callable[[Study, Any, Callable[[int], object]], None]
 
 
 def resolve_study(config: StudyConfig) -> Study:
@@ -345,280 +333,9 @@ def _cell(
     )
 
 
-def run_study(study: Study) -> None:
-    """Do what is not done yet: sample, measure, ask the signals, take the times."""
-    config = study.config
-    pairs = [(cell, seed) for cell in study.cells for seed in config.seeds]
-    missing = [
-        (cell, seed, part)
-        for cell, seed in pairs
-        for part in study.parts(cell)
-        if study.storage.size(study.samples_file(cell, seed, part)) is None
-    ]
-    images = sum(len(part) for _, _, part in missing)
-    _in_processes(study, _sample_group, _groups(missing), "sample", "image", images)
-    full = study.full
-    comparable = [pair for pair in pairs if pair[0].num_samples <= full.num_samples]
-    _for_each(study, "distances", _take_distances, comparable)
-    if study.trains_features and study.storage.size(study.features_file) is None:
-        _in_processes(study, _train_features, [None], "features", "network", 1)
-    _for_each(study, "measures", _measure, pairs)
-    todo = [
-        cell for cell in study.with_losses if study.storage.size(study.losses_file(cell)) is None
-    ]
-    shares = [todo[i :: config.processes] for i in range(min(config.processes, len(todo)))]
-    _in_processes(study, _take_losses, shares, "losses", "cell", len(todo))
-    if config.headroom_after is not None and study.storage.size(study.headroom_file) is None:
-        asked = [config.headroom_after]
-        _in_processes(study, _ask_headroom, asked, "headroom", "image", HEADROOM_IMAGES)
-    runs = [
-        (cell, seed, run)
-        for run in range(max(cell.cas_runs for cell in study.cells))
-        for cell, seed in pairs
-        if run < cell.cas_runs and study.storage.size(study.cas_file(cell, seed, run)) is None
-    ]
-    _in_processes(study, _train_classifier, runs, "cas", "run", len(runs))
-    unasked = [p for p in pairs if p[0].signals and _is_missing(study, "signals", *p)]
-    filters = len(unasked) * (len(_FILTER_SIGNALS) + 1) * len(_FILTER_SHARES)
-    _in_processes(study, ask_signals, [[pair] for pair in unasked], "signals", "filter", filters)
-    if study.storage.size(study.times_file) is None:
-        rounds = config.timing_rounds
-        total = (rounds + 1) * len(study.timed)  # one that is not counted comes first
-        _in_processes(study, _take_times, [rounds], "times", "batch", total)
-
-
-def _for_each(study: Study, kind: str, task: Task, pairs: Pairs) -> None:
-    """Run a task for every cell and seed that lacks the file of its kind."""
-    todo = [pair for pair in pairs if _is_missing(study, kind, *pair)]
-    _in_processes(study, task, [[pair] for pair in todo], kind, "cell", len(todo))
-
-
-def _is_missing(study: Study, kind: str, cell: Cell, seed: int) -> bool:
-    return study.storage.size(study.file(kind, cell, seed)) is None
-
-
-def _groups(parts: Parts) -> list[Parts]:
-    """The same images of all cells go together: they share what they run in full depth."""
-
-    def key(part: tuple[Cell, int, range]) -> tuple[int, int, int]:
-        cell, seed, indices = part
-        return -cell.num_samples, seed, indices.start
-
-    return [list(group) for _, group in groupby(sorted(parts, key=key), key=key)]
-
-
-def _in_processes(
-    study: Study, task: Task, arguments: Sequence[Any], what: str, unit: str, total: int
-) -> None:
-    """Run a task on every argument in the study's processes, under one progress bar.
-
-    One process is this one: nothing is started for it.
-    """
-    if not arguments:
-        return
-    if study.config.processes == 1:
-        with tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
-            for argument in arguments:
-                _run_task(task, study, argument, bar.update)
-        return
-    context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(initializer=end_with_parent)
-    pool = ProcessPoolExecutor(
-        min(study.config.processes, len(arguments)),
-        mp_context=context,
-        initializer=end_with_parent,
-    )
-    with manager, pool, tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
-        counts = manager.Queue()
-        waiting: set[Future[None]] = {
-            pool.submit(_run_task, task, study, argument, counts.put) for argument in arguments
-        }
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.5)
-                _drain(counts, bar)
-                for future in done:
-                    future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        _drain(counts, bar)
-
-
-def _drain(counts: Any, bar: Any) -> None:
-    while True:
-        try:
-            bar.update(counts.get_nowait())
-        except Empty:
-            return
-
-
-def _run_task(task: Task, study: Study, argument: object, advance: Callable[[int], object]) -> None:
-    from pipeline.research.study.measure import use_one_thread
-
-    use_one_thread()
-    task(study, argument, advance)
-
-
-def _model(study: Study) -> LoadedModel:
-    from depthvar.weights.checkpoint import load_model
-
-    return load_model(study.weights)
-
-
-def _sample_group(study: Study, parts: Parts, advance: Callable[[int], object]) -> None:
-    from pipeline.research.study.measure import sample_policies
-
-    cells = {cell.name: cell for cell, _, _ in parts}
-    _, seed, indices = parts[0]
-    made = sample_policies(
-        _model(study),
-        {name: cell.policy for name, cell in cells.items()},
-        indices=indices,
-        seed=seed,
-        batch_size=study.config.batch_size,
-        after_batch=advance,
-    )
-    for name, samples in made.items():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **vars(samples))
-        file = study.samples_file(cells[name], seed, indices)
-        study.storage.publish_bytes(buffer.getvalue(), file)
-
-
-def load_samples(study: Study, cell: Cell, seed: int) -> PolicySamples:
-    """What a finished cell made."""
-    from pipeline.research.study.measure import PolicySamples, joined
-
-    parts = []
-    for part in study.parts(cell):
-        data = study.storage.read(study.samples_file(cell, seed, part))
-        with np.load(io.BytesIO(data)) as arrays:
-            parts.append(PolicySamples(**arrays))
-    return joined(parts)
-
-
-def _take_distances(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
-    from depthvar.timing import pixel_distance
-
-    for cell, seed in pairs:
-        samples, full = load_samples(study, cell, seed), load_samples(study, study.full, seed)
-        distance = pixel_distance(samples.images_NHWC, full.images_NHWC)
-        _publish_json(study, study.file("distances", cell, seed), {DISTANCE: distance})
-        advance(1)
-
-
-def _train_features(study: Study, _: None, advance: Callable[[int], object]) -> None:
-    from pipeline.research.study.measure import trained_features
-
-    study.storage.publish_bytes(trained_features(study.real_set), study.features_file)
-    advance(1)
-
-
-def _judge(study: Study) -> Judge:
-    from pipeline.research.study.measure import judge_of
-
-    trained = study.storage.read(study.features_file) if study.trains_features else None
-    return judge_of(study.real_set, trained)
-
-
-def _held_out(study: Study) -> HeldOutImages:
-    from depthvar.weights.checkpoint import load_model
-    from pipeline.research.quality.held_out import HeldOutImages
-
-    model = load_model(study.weights, with_encoder=True)
-    return HeldOutImages.of_set(model, study.real_set)
-
-
-def _take_losses(study: Study, cells: list[Cell], advance: Callable[[int], object]) -> None:
-    images = _held_out(study)
-    for cell in cells:
-        buffer = io.BytesIO()
-        np.save(buffer, images.losses(cell.policy))
-        study.storage.publish_bytes(buffer.getvalue(), study.losses_file(cell))
-        advance(1)
-
-
-def _ask_headroom(study: Study, after: int, advance: Callable[[int], object]) -> None:
-    images = _held_out(study)
-    found = images.headroom(after, num_images=HEADROOM_IMAGES, after_batch=advance)
-    _publish_json(study, study.headroom_file, [asdict(headroom) for headroom in found])
-
-
-def _measure(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
-    judge = _judge(study)
-    for cell, seed in pairs:
-        samples = load_samples(study, cell, seed)
-        _publish_json(study, study.file("measures", cell, seed), judge.measure(samples))
-        advance(1)
-
-
-def _train_classifier(
-    study: Study, run: tuple[Cell, int, int], advance: Callable[[int], object]
-) -> None:
-    from pipeline.research.study.measure import cas
-
-    cell, seed, number = run
-    accuracy = cas(load_samples(study, cell, seed), run=number, real_set=study.real_set)
-    _publish_json(study, study.cas_file(cell, seed, number), {"cas": accuracy})
-    advance(1)
-
-
-def ask_signals(study: Study, pairs: Pairs, advance: Callable[[int], object]) -> None:
-    """AUROC of every signal, and the quality when the worst by a signal are left out.
-
-    The comparison drops as many at random (by global index, which knows nothing of the image).
-    CAS is the mean of as many classifiers as the cell has.
-    """
-    from pipeline.research.study.measure import badness, best_of_each_class, cas
-
-    judge = _judge(study)
-    for cell, seed in pairs:
-        samples = load_samples(study, cell, seed)
-        suspects = {name: badness(samples)[name] for name in _FILTER_SIGNALS}
-        suspects[AT_RANDOM] = np.arange(len(samples.labels_N))
-        filtered: dict[str, dict[str, float]] = {}
-        for name, values_N in suspects.items():
-            for share in _FILTER_SHARES:
-                rest = best_of_each_class(samples, values_N, share)
-                quality = judge.measure(rest)
-                runs = [cas(rest, run=r, real_set=study.real_set) for r in range(cell.cas_runs)]
-                if runs:
-                    quality["cas"] = float(np.mean(runs))
-                filtered[f"{name} {share:.0%}"] = quality
-                advance(1)
-        content = {"auroc": judge.signals(samples), "without_worst": filtered}
-        _publish_json(study, study.file("signals", cell, seed), content)
-
-
-def _take_times(study: Study, rounds: int, advance: Callable[[int], object]) -> None:
-    from depthvar.timing import time_policies
-
-    laps = time_policies(
-        _model(study),
-        {cell.name: cell.policy for cell in study.timed},
-        rounds=rounds,
-        batch_size=study.config.batch_size,
-        after_batch=advance,
-    )
-    times = {name: [lap.image_s for lap in of_cell] for name, of_cell in laps.items()}
-    _publish_json(study, study.times_file, times)
-
-
-def _publish_json(study: Study, name: str, content: object) -> None:
-    study.storage.publish_bytes(json.dumps(content, indent=1).encode(), name)
-
-
 def read_json_file(study: Study, name: str) -> Any:
     """A finished file of the study."""
     return json.loads(study.storage.read(name))
-
-
-def read_losses(study: Study, cell: Cell) -> np.ndarray:
-    """What every real held-out image cost at every scale, in nats: (N, S)."""
-    losses_NS: np.ndarray = np.load(io.BytesIO(study.storage.read(study.losses_file(cell))))
-    return losses_NS
 
 
 def finished(study: Study, kind: str, cells: Iterable[Cell]) -> list[tuple[Cell, int]]:
@@ -627,5 +344,5 @@ def finished(study: Study, kind: str, cells: Iterable[Cell]) -> list[tuple[Cell,
         (cell, seed)
         for cell in cells
         for seed in study.config.seeds
-        if not _is_missing(study, kind, cell, seed)
+        if not study.lacks(study.file(kind, cell, seed))
     ]

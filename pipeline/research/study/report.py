@@ -26,7 +26,6 @@ from pipeline.research.study.protocol import (
     Study,
     finished,
     read_json_file,
-    read_losses,
 )
 
 RESULTS_NAME = "results.parquet"
@@ -93,8 +92,8 @@ class Findings:
             by_cell.setdefault(cell.name, {})[seed] = measured
         losses = {}
         for cell in study.with_losses:
-            if study.storage.size(study.losses_file(cell)) is not None:
-                losses_NS = read_losses(study, cell)
+            if not study.lacks(study.losses_file(cell)):
+                losses_NS = np.load(io.BytesIO(study.storage.read(study.losses_file(cell))))
                 losses[cell.name] = losses_NS.sum(axis=1) / study.model.transformer.num_tokens
         return cls(study, by_cell, losses)
 
@@ -108,7 +107,7 @@ class Findings:
         ]
 
     def find(self, section: str, method: str, budget: str | None = None) -> Cell | None:
-        """A finished cell."""
+        """The finished cell of a method, at a budget or its first; None where there is none."""
         for cell in self.cells(section):
             if cell.method == method and budget in (None, cell.budget):
                 return cell
@@ -195,7 +194,9 @@ def results_table(findings: Findings, times: dict[str, list[float]]) -> pa.Table
                         "token_layers": cell.depth.token_layers,
                         "full_token_layers": cell.depth.full_token_layers,
                         "flops": cell.cost.total_flops,
-                        "seconds_per_image": _median(times.get(cell.name)),
+                        "seconds_per_image": float(np.median(times[cell.name]))
+                        if cell.name in times
+                        else None,
                         **measured,
                         LOSS: float(findings.losses[cell.name].mean())
                         if cell.name in findings.losses
@@ -204,10 +205,6 @@ def results_table(findings: Findings, times: dict[str, list[float]]) -> pa.Table
                 )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: [row.get(name) for row in rows] for name in names})
-
-
-def _median(values: Sequence[float] | None) -> float | None:
-    return None if not values else float(np.median(values))
 
 
 def time_ratio(cell: Cell, full: Cell, times: dict[str, list[float]]) -> str:
@@ -284,23 +281,21 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
     columns += [_MEASURES[name][0] for name in shown]
     columns += [f"{_SHORT[name]} - {base}" for base in (FULL, *bases) for name in compared]
-    lines = [_row(columns), _row(["---"] * len(columns))]
+    rows = []
     for cell in by_budget(findings.cells("methods")):
-        share = cell.depth.token_layers / cell.depth.full_token_layers
-        values = [cell.budget, cell.method, f"{share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
-        values.append(time_ratio(cell, full, times))
+        values = [cell.budget, cell.method, *_cost_texts(cell), time_ratio(cell, full, times)]
         values += [findings.text(cell, measure) for measure in shown]
         for base in (full, *(findings.find("methods", name, cell.budget) for name in bases)):
             values += [findings.difference_text(cell, base, measure) for measure in compared]
-        lines.append(_row(values))
-    return "\n".join(lines) + "\n"
+        rows.append(values)
+    return _table(columns, rows)
 
 
 def by_budget(cells: Sequence[Cell]) -> list[Cell]:
     """Cells of one budget together, the largest budget first."""
-    most: dict[str, int] = {}
+    most: dict[str, float] = {}
     for cell in cells:
-        most[cell.budget] = max(most.get(cell.budget, 0), cell.depth.token_layers)
+        most[cell.budget] = max(most.get(cell.budget, 0), cell.share)
     return sorted(cells, key=lambda cell: -most[cell.budget])
 
 
@@ -310,17 +305,15 @@ def ablation_table(findings: Findings) -> str:
     columns = ["variant", "token-layers", "GFLOP", *(_MEASURES[name][0] for name in shown)]
     bases = findings.bases("ablations")
     columns += [f"{_SHORT[name]} - {base}" for base in bases for name in _ABLATED]
-    lines = [_row(columns), _row(["---"] * len(columns))]
+    rows = []
     for cell in findings.cells("ablations"):
-        share = cell.depth.token_layers / cell.depth.full_token_layers
-        values = [f"{cell.method} ({cell.budget})", f"{share:.1%}"]
-        values.append(f"{cell.cost.total_flops / 1e9:.2f}")
+        values = [f"{cell.method} ({cell.budget})", *_cost_texts(cell)]
         values += [findings.text(cell, measure) for measure in shown]
         for name in bases:
             base = findings.find("ablations", name, cell.budget)
             values += [findings.difference_text(cell, base, measure) for measure in _ABLATED]
-        lines.append(_row(values))
-    return "\n".join(lines) + "\n"
+        rows.append(values)
+    return _table(columns, rows)
 
 
 def signal_tables(study: Study, cell: Cell) -> str:
@@ -329,20 +322,20 @@ def signal_tables(study: Study, cell: Cell) -> str:
     read = [read_json_file(study, study.file("signals", cell, seed)) for _, seed in done]
     if not read:
         return ""
-    lines = [f"## Signals of {cell.method} at {cell.budget}\n\nAUROC:\n"]
-    lines += [_row(["signal", "read as another digit", "poorest 5%"]), _row(["---"] * 3)]
+    rows = []
     for signal in read[0]["auroc"]:
         verdicts = []
         for verdict in ("wrong", "poor"):
             values = [content["auroc"][signal].get(verdict) for content in read]
             found = [value for value in values if value is not None]
             verdicts.append(Interval.of(found).text(2) if len(found) == len(read) else "")
-        lines.append(_row([signal, *verdicts]))
+        rows.append([signal, *verdicts])
+    auroc = _table(["signal", "read as another digit", "poorest 5%"], rows)
     filters = [content["without_worst"] for content in read]
     measures = [m for m in _FILTERED if all(m in q for f in filters for q in f.values())]
     columns = ["left out: the worst by", *(_MEASURES[name][0] for name in measures)]
     columns += [f"{_SHORT[name]} - {AT_RANDOM}" for name in measures]
-    lines += ["", _row(columns), _row(["---"] * len(columns))]
+    rows = []
     for name in filters[0]:
         base = f"{AT_RANDOM} {name.rsplit(maxsplit=1)[-1]}"
         values = [name]
@@ -352,8 +345,9 @@ def signal_tables(study: Study, cell: Cell) -> str:
         for measure in measures:
             gains = [by_filter[name][measure] - by_filter[base][measure] for by_filter in filters]
             values.append("" if name == base else _difference_text(Interval.of(gains), measure))
-        lines.append(_row(values))
-    return "\n".join(lines) + "\n"
+        rows.append(values)
+    head = f"## Signals of {cell.method} at {cell.budget}\n\nAUROC:\n"
+    return "\n".join([head, auroc, _table(columns, rows)])
 
 
 def headroom_table(study: Study) -> str:
@@ -367,17 +361,26 @@ def headroom_table(study: Study) -> str:
         " third of each image's tokens at 2D and the others at D/2, by what chooses the third."
         " Where even the oracle costs more than uniform depth, no ranking makes this mix pay.\n"
     )
-    lines = [explained, _row(columns), _row(["---"] * len(columns))]
-    for entry in found:
-        values = [str(study.model.sides[entry["scale"]]), str(entry["depth"])]
-        values.append(f"{entry['uniform']:.3f}")
-        values += [f"{entry['mixed'][name]:.3f}" for name in mixes]
-        lines.append(_row([*values, f"{entry['neediest_quarter']:.0%}"]))
-    return "\n".join(lines) + "\n"
+    rows = [
+        [
+            str(study.model.sides[entry["scale"]]),
+            str(entry["depth"]),
+            f"{entry['uniform']:.3f}",
+            *(f"{entry['mixed'][name]:.3f}" for name in mixes),
+            f"{entry['neediest_quarter']:.0%}",
+        ]
+        for entry in found
+    ]
+    return explained + "\n" + _table(columns, rows)
 
 
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
+def _cost_texts(cell: Cell) -> list[str]:
+    return [f"{cell.share:.1%}", f"{cell.cost.total_flops / 1e9:.2f}"]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _text(interval: Interval | None, measure: str) -> str:
@@ -405,10 +408,10 @@ def budget_plot(findings: Findings) -> bytes:
         methods = dict.fromkeys(cell.method for cell in findings.cells("methods"))
         for number, method in enumerate(methods):
             cells = [c for c in findings.cells("methods") if c.method == method]
-            cells.sort(key=lambda c: c.depth.token_layers)
+            cells.sort(key=lambda c: c.share)
             intervals = [findings.interval(cell, measure) for cell in cells]
             points = [
-                (cell.depth.token_layers / cell.depth.full_token_layers, interval)
+                (cell.share, interval)
                 for cell, interval in zip(cells, intervals, strict=True)
                 if interval is not None
             ]

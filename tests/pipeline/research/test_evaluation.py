@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,12 @@ from pipeline.research.quality.evaluation import (
     evaluate,
     inception_evaluation,
 )
-from pipeline.research.quality.features import ClassifierRecipe, digit_arrays, digit_features
+from pipeline.research.quality.features import (
+    ClassifierRecipe,
+    Readings,
+    digit_arrays,
+    digit_features,
+)
 from pipeline.research.quality.inception import library_network
 from pipeline.research.quality.metrics import (
     frechet_distance,
@@ -109,7 +113,7 @@ def test_the_quick_numbers_are_told_before_any_training_and_its_time_from_its_fi
         for _ in range(60):
             after_step()
 
-    monkeypatch.setattr(features, "ClassifierRecipe", lambda: ClassifierRecipe(steps=60))
+    monkeypatch.setattr(evaluation, "ClassifierRecipe", lambda: ClassifierRecipe(steps=60))
     monkeypatch.setattr(features, "train_classifier", train)
     monkeypatch.setattr(features, "accuracy", lambda *_: 0.5)
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
@@ -192,21 +196,15 @@ def test_too_few_images_are_said_before_the_work(
         evaluate(real_dataset, request_)
 
 
-@dataclass(frozen=True)
-class ColourReadings:
-    features_NF: np.ndarray
-    probabilities_NK: np.ndarray
-
-
 class ColourNetwork:
     """Mean and spread of every channel as features, the shares of the colours as classes."""
 
-    def read(self, images_NHWC: np.ndarray) -> ColourReadings:
+    def read(self, images_NHWC: np.ndarray) -> Readings:
         assert images_NHWC.dtype == np.uint8
         assert images_NHWC.shape[3] == 3
         mean = images_NHWC.mean(axis=(1, 2))
         features = np.concatenate([mean, images_NHWC.std(axis=(1, 2))], axis=1)
-        return ColourReadings(features, mean / mean.sum(1, keepdims=True))
+        return Readings(features, mean / mean.sum(1, keepdims=True))
 
 
 @pytest.fixture

@@ -37,8 +37,9 @@ from pipeline.research.study.measure import (
     spread_within_classes,
 )
 from pipeline.research.study.policies import study_policy
-from pipeline.research.study.protocol import StudyConfig, ask_signals, read_json_file, resolve_study
+from pipeline.research.study.protocol import StudyConfig, read_json_file, resolve_study
 from pipeline.research.study.shared_scales import shared_scales
+from pipeline.research.study.work import ask_signals
 from tests.killed_jobs import assert_no_process_outlives
 from tests.tiny_models import random_fit, tiny_model
 
@@ -295,28 +296,35 @@ def test_cas_of_filtered_samples_is_the_mean_of_as_many_classifiers_as_the_cell_
     study = resolve_study(config(out=str(tmp_path), samples=200, batch_size=100))
     cell = replace(study.cells[0], cas_runs=2)
     made = samples([i % 10 for i in range(200)], [[0.1 * i - 20, 0.0] for i in range(200)])
-    made = replace(made, images_NHWC=np.zeros((200, 32, 32, 1), np.uint8))
+    images_NHWC = np.empty((200, 32, 32, 1), np.uint8)
+    images_NHWC[:] = np.arange(200)[:, None, None, None]
+    made = replace(made, images_NHWC=images_NHWC)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **vars(made))
     study.storage.publish_bytes(buffer.getvalue(), study.samples_file(cell, 7, range(200)))
     asked = []
 
-    def cas(rest: PolicySamples, *, run: int, real_set: str) -> float:
-        asked.append((len(rest.labels_N), float(rest.mean_log_prob_NS[:, 0].min()), run))
-        return 0.5 + run / 10
+    def cas(images: np.ndarray, labels: np.ndarray, *, real_set: str, seed: int) -> float:
+        asked.append((len(labels), int(images.min()), seed))
+        return 0.5 + seed / 10
 
-    monkeypatch.setattr("pipeline.research.study.measure.cas", cas)
+    monkeypatch.setattr("pipeline.research.study.work.cas", cas)
     steps: list[int] = []
-    ask_signals(study, [(cell, 7)], steps.append)
+    ask_signals(study, (cell, 7), steps.append)
     filtered = read_json_file(study, study.file("signals", cell, 7))["without_worst"]
     assert list(filtered) == [
         f"{name} {share}" for name in ("surprise", "change", "at random") for share in ("5%", "10%")
     ]
     assert all(quality["cas"] == pytest.approx(0.55) for quality in filtered.values())
     assert len(steps) == len(filtered)
-    assert [(count, run) for count, _, run in asked] == [(190, 0), (190, 1), (180, 0), (180, 1)] * 3
-    assert [worst for _, worst, _ in asked[:4]] == pytest.approx([-19.0, -19.0, -18.0, -18.0])
-    assert [worst for _, worst, _ in asked[-4:]] == pytest.approx([-20.0] * 4), "at random"
+    assert [(count, seed) for count, _, seed in asked] == [
+        (190, 0),
+        (190, 1),
+        (180, 0),
+        (180, 1),
+    ] * 3
+    assert [first for _, first, _ in asked[:4]] == [10, 10, 20, 20], "the least probable come first"
+    assert [first for _, first, _ in asked[-4:]] == [0] * 4, "at random"
 
 
 # A whole study, of a model of few blocks and on very few images.

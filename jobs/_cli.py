@@ -21,7 +21,7 @@ JOBS = {
     "verify": "check a dataset against its plan, and repair it",
     "evaluate": "measure a dataset's quality against real images",
     "export": "copy a dataset into another format",
-    "train": "train a classifier on a dataset and test it on real images",
+    "train-classifier": "train a classifier on a dataset and test it on real images",
     "benchmark": "time depth policies on this machine",
     "train-model": "train a small VAR model on a folder of labelled images",
     "calibrate": "fit the proxies of a model to its own samples",

@@ -31,7 +31,12 @@ COUNTS = ("--per-class", "--samples-per-shard", "--samples", "--real", "--runs")
 SMALL = {
     "plan": {"--samples-per-shard": "20", "--workers": "0"},
     "generate": {"--samples-per-shard": "20", "--workers": "0"},
-    "train": {"--batch-size": "2", "--steps": "16", "--runs": "1", "--loader-workers": "0"},
+    "train-classifier": {
+        "--batch-size": "2",
+        "--steps": "16",
+        "--runs": "1",
+        "--loader-workers": "0",
+    },
 }
 """A command runs with a fiftieth of the images, steps and runs, also where a default says how many,
 and in this process."""
@@ -107,7 +112,7 @@ def test_the_pages_show_the_commands_of_a_users_way():
         "evaluate",
         "export",
         "submit",
-        "train",
+        "train-classifier",
         "train-model",
     } <= shown
 
@@ -154,7 +159,9 @@ def test_the_commands_that_can_run_here_do_in_the_order_in_which_they_are_read(
     argvs = dict.fromkeys(tuple(scaled_down(shlex.split(c, comments=True))) for c in shown)
     for argv in argvs:
         assert run_named_job(argv) == 0, argv
-    assert {"plan", "generate", "verify", "evaluate", "train"} <= {argv[0] for argv in argvs}
+    assert {"plan", "generate", "verify", "evaluate", "train-classifier"} <= {
+        argv[0] for argv in argvs
+    }
     for page in (ROOT / "README.md", ROOT / "docs" / "dataset.md"):
         for code in blocks(page, "python"):
             found: dict[str, object] = {}

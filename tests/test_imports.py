@@ -41,7 +41,7 @@ ROOMS = (
     "pipeline.research.study",
 )
 RESEARCH = "pipeline.research."
-RESEARCH_JOBS = {"benchmark", "evaluate", "study", "train", "train_features"}
+RESEARCH_JOBS = {"benchmark", "evaluate", "study", "train_classifier", "train_features"}
 ENTRY = "_entry"
 
 

@@ -3,8 +3,8 @@
 `adm-npz` is what OpenAI's evaluator reads (github.com/openai/guided-diffusion, evaluations): arr_0
 with uint8 RGB images (N, H, W, 3) and, as its samplers write, arr_1 with the labels. `png-folder`
 is a folder of PNG files for each class, named as `class_folders` does, which torchvision's
-ImageFolder reads, and `depthvar train-model --data` and `depthvar train --test` with the classes'
-names.
+ImageFolder reads, and `depthvar train-model --data` and `depthvar train-classifier --test` with the
+classes' names.
 """
 
 from __future__ import annotations

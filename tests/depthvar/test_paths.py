@@ -16,7 +16,7 @@ import jobs.export
 import jobs.generate
 import jobs.plan
 import jobs.study
-import jobs.train
+import jobs.train_classifier
 import jobs.train_features
 import jobs.train_model
 import jobs.verify
@@ -272,10 +272,10 @@ EVERY_PATH: list[tuple[ModuleType, list[str], str, bool]] = [
     (jobs.evaluate, ["/nowhere/out"], "--inception-weights", LOCAL),
     (jobs.export, ["--format", "adm-npz", "--out", "/nowhere/x.npz"], "--dataset", STORE_TOO),
     (jobs.export, ["/nowhere/out", "--format", "adm-npz"], "--out", LOCAL),
-    (jobs.train, [], "--out", STORE_TOO),
-    (jobs.train, ["/nowhere/out"], "--test", STORE_TOO),
-    (jobs.train, ["/nowhere/out"], "--json", LOCAL),
-    (jobs.train, ["/nowhere/out", "--runs", "1"], "--model-out", LOCAL),
+    (jobs.train_classifier, [], "--out", STORE_TOO),
+    (jobs.train_classifier, ["/nowhere/out"], "--test", STORE_TOO),
+    (jobs.train_classifier, ["/nowhere/out"], "--json", LOCAL),
+    (jobs.train_classifier, ["/nowhere/out", "--runs", "1"], "--model-out", LOCAL),
     (jobs.train_features, [], "--out", LOCAL),
     (jobs.train_model, [], "--out", LOCAL),
     (jobs.train_model, GENERATE, "--data", LOCAL),

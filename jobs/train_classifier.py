@@ -1,4 +1,4 @@
-"""Train a classifier on a dataset, test it on others: `depthvar train OUT --test digits`.
+"""Train a classifier on a dataset, test it on others: `depthvar train-classifier OUT`.
 
 It trains from the shards alone; --real adds real digits, and no OUT leaves only these. Several
 numbers after --samples and --real give a table, a row for each pair. Every row takes the same
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _COLUMNS = ("synthetic", "real", "test accuracy", "seconds per run", "images/s")
 
 
-class TrainConfig(ReportConfig):
-    """What `depthvar train` can be told."""
+class TrainClassifierConfig(ReportConfig):
+    """What `depthvar train-classifier` can be told."""
 
     out: Annotated[Location | None, Positional()] = Field(
         None, description="dataset to train on (default: none, real digits alone)"
@@ -122,7 +122,9 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per row when it is done, and write the JSON file after each; exit code 0."""
-    config = load_config(TrainConfig, argv, prog="depthvar train", description=__doc__ or "")
+    config = load_config(
+        TrainClassifierConfig, argv, prog="depthvar train-classifier", description=__doc__ or ""
+    )
     check_report(config)
     _check_model_out(config)
     import torch
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _check_model_out(config: TrainConfig) -> None:
+def _check_model_out(config: TrainClassifierConfig) -> None:
     path = config.model_out
     if path is None:
         return
@@ -185,7 +187,7 @@ def _row(
     training_set: TrainingSet,
     held_out: HeldOut,
     recipe: ClassifierRecipe,
-    config: TrainConfig,
+    config: TrainClassifierConfig,
     bar: tqdm[Any],
 ) -> tuple[Row, Classifier]:
     """The numbers of all runs on one set, and the classifier of the last run."""
@@ -201,7 +203,7 @@ def _row(
     return Row(training_set, tuple(accuracies), elapsed_s, rate), model
 
 
-def _heading(config: TrainConfig, dataset: Dataset | None, held_out: HeldOut) -> str:
+def _heading(config: TrainClassifierConfig, dataset: Dataset | None, held_out: HeldOut) -> str:
     """What is trained on and tested on, and the head of the table."""
     lines = [f"test      {len(held_out.labels_N):,} {held_out.name}"]
     if held_out.reading is not None:
@@ -231,7 +233,7 @@ def _heading(config: TrainConfig, dataset: Dataset | None, held_out: HeldOut) ->
 
 
 def _numbers(
-    config: TrainConfig, dataset: Dataset | None, held_out: HeldOut, rows: Sequence[Row]
+    config: TrainClassifierConfig, dataset: Dataset | None, held_out: HeldOut, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """What the JSON file holds: the settings, then the rows that are done."""
     plan = None if dataset is None else dataset.plan

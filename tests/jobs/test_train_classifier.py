@@ -1,4 +1,4 @@
-"""jobs.train: from a dataset's shards to a table and a file of numbers."""
+"""jobs.train_classifier: from a dataset's shards to a table and a file of numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from depthvar.errors import InputError
-from jobs.train import main
+from jobs.train_classifier import main
 from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import downstream
 from tests.fake_shards import fake_digits, make_plan, write_images

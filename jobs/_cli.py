@@ -19,6 +19,7 @@ JOBS = {
     "generate": "make a labelled image dataset, or go on with one",
     "submit": "hand generate to a Ray cluster, and follow it",
     "verify": "check a dataset against its plan, and repair it",
+    "report": "show a dataset on one page: images, compute, throughput, state",
     "evaluate": "measure a dataset's quality against real images",
     "export": "copy a dataset into another format",
     "train-classifier": "train a classifier on a dataset and test it on real images",

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset.loader import Dataset, iterate_samples
+from pipeline.dataset.report.survey import spread
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 _MAX_CLASSES = 40
@@ -31,10 +32,7 @@ def write_contact_sheet(dataset: Dataset, per_class: int) -> None:
 
 def shown_classes(class_ids: Sequence[int]) -> tuple[int, ...]:
     """All classes, or an even choice of 40 where there are more."""
-    if len(class_ids) <= _MAX_CLASSES:
-        return tuple(class_ids)
-    picks = np.linspace(0, len(class_ids) - 1, _MAX_CLASSES).round().astype(int)
-    return tuple(class_ids[i] for i in picks)
+    return tuple(spread(class_ids, _MAX_CLASSES))
 
 
 def first_images(

@@ -1,0 +1,202 @@
+"""The survey as one HTML file: images as data URIs, figures as inline SVG, no script, no network.
+
+Equal datasets give equal bytes: nothing of the moment or the machine of the report goes in.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from pipeline.dataset.report import figures
+from pipeline.dataset.report.progress import Timeline, stage_seconds, worker_lines
+from pipeline.dataset.report.survey import Picture, Rows, Survey, spread
+from pipeline.shards.manifest import mixed_environments
+
+_TEMPLATE = "page.html.jinja"
+_SMALL_SIDE, _SHOWN_SIDE = 64, 192  # pixels: small images are kept, large ones shrink to this
+_MAX_ROWS = 200  # of a table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG with what it shows in words."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class ClassLine:
+    """A class in the table: its rows are those that were read, None where there are none."""
+
+    name: str
+    planned: int
+    committed: int
+    tflop: float
+    certainty: float | None
+    change: float | None
+
+
+def render(survey: Survey) -> bytes:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.dataset.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = data_uri
+    environment.filters["duration"] = duration
+    records = list(survey.records.values())
+    classes = survey.plan.total_counts.class_ids
+    values: dict[str, Any] = {
+        "survey": survey,
+        "plan": survey.plan,
+        "num_bytes": sum(r.files.tar.size + r.files.parquet.size for r in records),
+        "timeline": Timeline.of(records) if records else None,
+        "class_lines": list(_class_lines(survey)),
+        "num_classes": len(classes),
+        "workers": worker_lines(records)[:_MAX_ROWS],
+        "num_workers": len({record.worker for record in records}),
+        "num_blank": sum(record.num_blank for record in records),
+        "num_duplicates": sum(record.num_duplicates for record in records),
+        "num_again": sum(record.attempt > 1 for record in records),
+        "failures": spread(survey.failures, _MAX_ROWS),
+        "mixed": mixed_environments(records),
+        "made_with": records[0].made_with if records else {},
+        "settings": dict(_settings(survey.plan.settings_as_stored)),
+        "scope": _scope(survey.rows),
+        "is_small": survey.plan.image_side <= _SMALL_SIDE,
+        "is_shrunk": survey.plan.image_side > _SHOWN_SIDE,
+        **_figures(survey),
+    }
+    return (environment.get_template(_TEMPLATE).render(values) + "\n").encode()
+
+
+def _scope(rows: Rows | None) -> dict[str, int]:
+    """Of how many shards the rows and the images are, and from how many images these are chosen."""
+    if rows is None:
+        return {"row_shards": 0, "shards": 0, "candidates": 0}
+    with_images = rows.shard_N[rows.has_image_N]
+    return {
+        "row_shards": len(set(rows.shard_N.tolist())),
+        "shards": len(set(with_images.tolist())),
+        "candidates": len(with_images),
+    }
+
+
+def data_uri(picture: Picture) -> str:
+    """The image for the page: small ones without loss, large ones smaller and as JPEG."""
+    pixels = picture.image_HWC
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    buffer = io.BytesIO()
+    if image.width <= _SMALL_SIDE:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `3 min 20 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _class_lines(survey: Survey) -> Iterator[ClassLine]:
+    plan, rows = survey.plan, survey.rows
+    planned, committed = plan.total_counts.as_mapping(), survey.committed_counts()
+    flop = plan.compute.transformer_flops + plan.compute.decoder_flops
+    for class_id in spread(plan.total_counts.class_ids, _MAX_ROWS):
+        certainty = change = None
+        if rows is not None and (mine := rows.label_N == class_id).any():
+            certainty = float(rows.certainty_N[mine].mean())
+            change = float(rows.change_NS[mine].mean())
+        count = committed[class_id]
+        yield ClassLine(
+            plan.class_names[class_id],
+            planned[class_id],
+            count,
+            count * flop / 1e12,
+            certainty,
+            change,
+        )
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting by its dotted name; what other parts of the page show is left out."""
+    for name, value in values.items():
+        if name in ("class_names", "compute"):
+            continue
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _figures(survey: Survey) -> dict[str, list[Figure]]:
+    """The figures of every section; those that need rows or records only where there are some."""
+    compute = survey.plan.compute
+    saved = 1 - compute.flops_ratio
+    found = {
+        "compute_figures": [
+            Figure(
+                figures.depth_figure(compute.depth_per_scale),
+                "Transformer blocks that a token of each scale runs, mean over its tokens: "
+                + ", ".join(f"{depth:.3g}" for depth in compute.depth_per_scale),
+            ),
+            Figure(
+                figures.cost_figure(compute),
+                f"Operations of an image, guidance included: {saved:.0%} less than at full depth",
+            ),
+        ],
+        "signal_figures": [] if survey.rows is None else list(_signal_figures(survey.rows)),
+        "throughput_figures": [],
+    }
+    if survey.records:
+        timeline = Timeline.of(survey.records.values())
+        places = [timeline.place(failure.at) for failure in survey.failures]
+        mean = survey.num_samples / timeline.working_s
+        stages = stage_seconds(survey.records.values())
+        found["throughput_figures"] = [
+            Figure(
+                figures.throughput_figure(timeline, places),
+                f"Images per second of all workers together, {mean:.3g} in the mean",
+            ),
+            Figure(
+                figures.stages_figure(stages),
+                "Seconds of one worker for an image (encoding runs beside the others): "
+                + ", ".join(f"{name} {seconds:.3g}" for name, seconds in stages.items()),
+            ),
+        ]
+    return found
+
+
+def _signal_figures(rows: Rows) -> Iterator[Figure]:
+    for name, values_NS, label, what in (
+        ("certainty", rows.log_prob_NS, "log-probability, nat", "Log-probability of the tokens"),
+        ("change", rows.change_NS, "mean change", "Mean change, by which tokens are ranked"),
+    ):
+        by_image = values_NS.mean(axis=1)
+        yield Figure(
+            figures.histogram(name, by_image, label),
+            f"{what}, mean over the scales: {by_image.min():.3g} to {by_image.max():.3g}",
+        )
+        yield Figure(
+            figures.by_scale(f"{name}-scale", values_NS, label), f"{what}, scale by scale"
+        )

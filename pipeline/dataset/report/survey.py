@@ -1,0 +1,255 @@
+"""What the report is about, read from a dataset that may be unfinished and may be huge.
+
+Every commit record is read. Of rows and images only those of a few shards, spread evenly: classes
+take turns in every shard, so a shard is a fair sample of the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from pipeline.request.job_plan import JobPlan, key_of
+from pipeline.shards.manifest import (
+    LEDGER_NAME,
+    OLD_LEDGER_NAME,
+    CommitRecord,
+    committed_shards,
+    parquet_name,
+    tar_name,
+)
+from pipeline.shards.samples import ShardError, decode_image, read_parquet, read_tar
+from pipeline.storage import Storage
+
+SHARDS_WITH_ROWS = 32
+SHARDS_WITH_IMAGES = 8
+ROWS_WITH_IMAGES = 1000  # the first ones of a shard: a tar is read up to the last image wanted
+_MAX_CLASSES = 40
+_EXTREMES = 12
+
+Item = TypeVar("Item")
+
+
+class Failure(BaseModel):
+    """A line of the ledger: a worker died or an error came up while a shard was made."""
+
+    shard_id: int
+    fingerprint: str
+    error: str
+    at: str
+    worker: str = ""
+    cause: str = ""
+    set_aside: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the Parquet files of some shards say: N samples, S scales."""
+
+    shard_N: np.ndarray
+    index_N: np.ndarray
+    label_N: np.ndarray
+    change_NS: np.ndarray
+    log_prob_NS: np.ndarray
+    image_sha256: list[str]
+    has_image_N: np.ndarray
+    """Whether the image is among those that the report chooses from."""
+
+    @property
+    def certainty_N(self) -> np.ndarray:
+        """Log-probability of the drawn tokens in nats, mean over the scales."""
+        return self.log_prob_NS.mean(axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One sample that is shown; `image_HWC` is uint8."""
+
+    key: str
+    class_name: str
+    certainty: float
+    image_HWC: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All that a report says. `problems`: what could not be read, a line for each."""
+
+    where: str
+    plan: JobPlan
+    records: dict[int, CommitRecord]
+    failures: list[Failure]
+    rows: Rows | None
+    by_class: list[tuple[str, list[Picture]]]
+    least_certain: list[Picture]
+    most_certain: list[Picture]
+    problems: list[str]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shards that are done."""
+        return sum(record.num_samples for record in self.records.values())
+
+    @property
+    def set_aside(self) -> list[int]:
+        """The shards that are not done and whose last failure was one too many."""
+        last = {failure.shard_id: failure.set_aside for failure in self.failures}
+        return sorted(i for i, is_given_up in last.items() if is_given_up and i not in self.records)
+
+    def committed_counts(self) -> dict[int, int]:
+        """Committed samples of every planned class."""
+        planned = self.plan.total_counts
+        if len(self.records) == self.plan.num_shards:
+            return planned.as_mapping()
+        found = np.zeros(max(planned.class_ids) + 1, dtype=np.int64)
+        for shard_id in self.records:
+            found += np.bincount(self.plan.shard(shard_id).labels, minlength=len(found))
+        return {class_id: int(found[class_id]) for class_id in planned.class_ids}
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """All items, or an even choice where there are more than `most`, the first and last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
+    """Read what a report shows, with up to `per_class` images of a class. Errors: `OSError`."""
+    records = committed_shards(storage, plan)
+    problems: list[str] = []
+    rows = _read_rows(storage, sorted(records), problems)
+    chosen = _Choice.of(rows, plan, per_class)
+    pictures = _read_pictures(storage, plan, rows, chosen.all_places, problems)
+
+    def shown(places: Sequence[int]) -> list[Picture]:
+        return [pictures[place] for place in places if place in pictures]
+
+    return Survey(
+        where=str(storage),
+        plan=plan,
+        records=records,
+        failures=list(_failures(storage, plan)),
+        rows=rows,
+        by_class=[(plan.class_names[c], shown(places)) for c, places in chosen.by_class.items()],
+        least_certain=shown(chosen.least_certain),
+        most_certain=shown(chosen.most_certain),
+        problems=problems,
+    )
+
+
+def _failures(storage: Storage, plan: JobPlan) -> Iterator[Failure]:
+    """The entries of this plan in the order in which they were written; other lines say nothing."""
+    for name in (OLD_LEDGER_NAME, LEDGER_NAME):
+        lines = b""
+        with suppress(FileNotFoundError):
+            lines = storage.read(name)
+        for line in lines.splitlines():
+            with suppress(ValidationError):
+                failure = Failure.model_validate_json(line)
+                is_ours = 0 <= failure.shard_id < plan.num_shards
+                if is_ours and failure.fingerprint == plan.shard_fingerprint(failure.shard_id):
+                    yield failure
+
+
+def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> Rows | None:
+    """The rows of some shards, evenly chosen; None where none can be read."""
+    with_images = spread(shard_ids, SHARDS_WITH_IMAGES)
+    tables, shards, has_image = [], [], []
+    for shard_id in sorted({*spread(shard_ids, SHARDS_WITH_ROWS), *with_images}):
+        name = parquet_name(shard_id)
+        try:
+            table = read_parquet(storage.read(name))
+        except (ShardError, FileNotFoundError) as error:
+            problems.append(f"{name}: {error}")
+            continue
+        tables.append(table)
+        shards.append(np.full(table.num_rows, shard_id))
+        limit = ROWS_WITH_IMAGES if shard_id in with_images else 0
+        has_image.append(np.arange(table.num_rows) < limit)
+    if not tables:
+        return None
+    table = pa.concat_tables(tables)
+
+    def per_scale(name: str) -> np.ndarray:
+        column = table[name].combine_chunks()
+        return column.flatten().to_numpy().reshape(table.num_rows, -1)
+
+    return Rows(
+        shard_N=np.concatenate(shards),
+        index_N=table["index"].to_numpy(),
+        label_N=table["label"].to_numpy(),
+        change_NS=per_scale("mean_change"),
+        log_prob_NS=per_scale("mean_log_prob"),
+        image_sha256=table["image_sha256"].to_pylist(),
+        has_image_N=np.concatenate(has_image),
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which images are shown, as places in the rows."""
+
+    by_class: dict[int, list[int]]
+    least_certain: list[int]
+    most_certain: list[int]
+
+    @classmethod
+    def of(cls, rows: Rows | None, plan: JobPlan, per_class: int) -> _Choice:
+        classes = spread(plan.total_counts.class_ids, _MAX_CLASSES)
+        if rows is None:
+            return cls({}, [], [])
+        places = np.flatnonzero(rows.has_image_N)
+        labels = rows.label_N[places]
+        by_class = {c: spread(places[labels == c].tolist(), per_class) for c in classes}
+        ranked = places[rows.certainty_N[places].argsort(kind="stable")].tolist()
+        few = min(_EXTREMES, len(ranked) // 2)
+        return cls(by_class, ranked[:few], ranked[::-1][:few])
+
+    @property
+    def all_places(self) -> set[int]:
+        return {*self.least_certain, *self.most_certain}.union(*self.by_class.values())
+
+
+def _read_pictures(
+    storage: Storage, plan: JobPlan, rows: Rows | None, places: set[int], problems: list[str]
+) -> dict[int, Picture]:
+    """The images at some places of the rows, each checked against its hash."""
+    if rows is None:
+        return {}
+    pictures: dict[int, Picture] = {}
+    for shard_id in sorted({int(rows.shard_N[place]) for place in places}):
+        inside = sorted(place for place in places if rows.shard_N[place] == shard_id)
+        left = {key_of(int(rows.index_N[place])): place for place in inside}
+        try:
+            with storage.open_input(tar_name(shard_id)) as stream:
+                for sample in read_tar(stream, plan.image_format):
+                    place = left.pop(sample.key, None)
+                    if place is not None:
+                        pictures[place] = _picture(plan, rows, place, sample.image)
+                    if not left:
+                        break
+            if left:
+                raise ShardError(f"it ends before the sample {min(left)}")
+        except (ShardError, FileNotFoundError) as error:
+            problems.append(f"{tar_name(shard_id)}: {error}")
+    return pictures
+
+
+def _picture(plan: JobPlan, rows: Rows, place: int, image: bytes) -> Picture:
+    key = key_of(int(rows.index_N[place]))
+    if hashlib.sha256(image).hexdigest() != rows.image_sha256[place]:
+        raise ShardError(f"the image of {key} is not the one that was committed")
+    return Picture(
+        key=key,
+        class_name=plan.class_names[int(rows.label_N[place])],
+        certainty=float(rows.certainty_N[place]),
+        image_HWC=decode_image(image, plan.image_channels),
+    )

@@ -14,10 +14,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --no-deps torch-fidelity==0.4.0
 	touch $@
 
-# 1,000 digits with DepthVAR at half of the full token-layers, into 4 shards.
+# 1,000 digits with DepthVAR at half of the full token-layers, into 4 shards, and a page on them.
 demo: setup
 	$(VENV)/bin/depthvar generate --model digits --classes 0-9 --per-class 100 \
 	    --policy depthvar --reference-scale 3 --samples-per-shard 250 --out out/digits
+	$(VENV)/bin/depthvar report out/digits
 
 test: setup lint
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

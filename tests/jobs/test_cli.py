@@ -64,6 +64,7 @@ LIGHT_COMMANDS = {
     "misspelt flag": (["generate", "--clases", "1"], 2),
     "refused value": (["generate", "--out", "x", "--per-class", "many"], 2),
     "flag without out": (["plan"], 2),
+    "report of nothing": (["report", "/none"], 2),
 }
 
 

@@ -18,7 +18,7 @@ from pipeline.request.job_plan import ImageCompute
 # Matplotlib knows no CSS variables: each stands in its SVG as a colour that nothing else has.
 _INK, _GRID, _MAIN, _OTHER, _BAD = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {_INK: "ink", _GRID: "line", _MAIN: "main", _OTHER: "other", _BAD: "bad"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and read by screen readers
     "font.size": 10,
     "axes.edgecolor": _GRID,

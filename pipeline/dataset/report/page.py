@@ -197,6 +197,4 @@ def _signal_figures(rows: Rows) -> Iterator[Figure]:
             figures.histogram(name, by_image, label),
             f"{what}, mean over the scales: {by_image.min():.3g} to {by_image.max():.3g}",
         )
-        yield Figure(
-            figures.by_scale(f"{name}-scale", values_NS, label), f"{what}, scale by scale"
-        )
+        yield Figure(figures.by_scale(f"{name}-scale", values_NS, label), f"{what}, scale by scale")

@@ -1,10 +1,11 @@
-"""When the images were made, and by whom: from what the commit records say of times and attempts."""
+"""When the images were made, and by whom: from the times and attempts of the commit records."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Timeline:
             rate += np.maximum(inside, 0.0) / (stop - start) * work.num_images
         pauses = [
             (_working_s(busy, stop), following - stop)
-            for (_, stop), (following, _) in zip(busy, busy[1:], strict=False)
+            for (_, stop), (following, _) in pairwise(busy)
         ]
         return cls(
             edges_s=edges,
@@ -73,9 +74,9 @@ class Timeline:
         """Seconds in which work went on."""
         return float(self.edges_s[-1])
 
-    def place(self, at: str) -> float:
-        """Where a moment, in ISO format, lies on the timeline."""
-        return _working_s(self._busy, datetime.fromisoformat(at).timestamp())
+    def place(self, moment: datetime) -> float:
+        """Where a moment lies on the timeline."""
+        return _working_s(self._busy, moment.timestamp())
 
 
 @dataclass(frozen=True)

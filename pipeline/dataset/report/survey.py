@@ -10,11 +10,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
+from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from pipeline.request.job_plan import JobPlan, key_of
 from pipeline.shards.manifest import (
@@ -37,16 +38,21 @@ _EXTREMES = 12
 Item = TypeVar("Item")
 
 
-class Failure(BaseModel):
-    """A line of the ledger: a worker died or an error came up while a shard was made."""
+class LedgerLine(BaseModel):
+    """A failure of a shard: its worker died, or an error came up; or that it counts no more."""
 
     shard_id: int
     fingerprint: str
     error: str
-    at: str
+    at: AwareDatetime
     worker: str = ""
     cause: str = ""
     set_aside: bool = False
+
+    @property
+    def is_failure(self) -> bool:
+        """False where an attempt was given back: its node had failed, and not the shard."""
+        return self.cause != "node"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +68,10 @@ class Rows:
     has_image_N: np.ndarray
     """Whether the image is among those that the report chooses from."""
 
-    @property
-    def certainty_N(self) -> np.ndarray:
+    @cached_property
+    def certainty_N(self) -> np.ndarray:  # noqa: N802
         """Log-probability of the drawn tokens in nats, mean over the scales."""
-        return self.log_prob_NS.mean(axis=1)
+        return np.asarray(self.log_prob_NS.mean(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,7 @@ class Survey:
     where: str
     plan: JobPlan
     records: dict[int, CommitRecord]
-    failures: list[Failure]
+    ledger: list[LedgerLine]
     rows: Rows | None
     by_class: list[tuple[str, list[Picture]]]
     least_certain: list[Picture]
@@ -98,9 +104,14 @@ class Survey:
         return sum(record.num_samples for record in self.records.values())
 
     @property
+    def failures(self) -> list[LedgerLine]:
+        """Every failure of a shard, in the order in which they were written."""
+        return [line for line in self.ledger if line.is_failure]
+
+    @property
     def set_aside(self) -> list[int]:
-        """The shards that are not done and whose last failure was one too many."""
-        last = {failure.shard_id: failure.set_aside for failure in self.failures}
+        """The shards that are not done and that the job has given up."""
+        last = {line.shard_id: line.set_aside and line.cause != "storage" for line in self.ledger}
         return sorted(i for i, is_given_up in last.items() if is_given_up and i not in self.records)
 
     def committed_counts(self) -> dict[int, int]:
@@ -115,7 +126,7 @@ class Survey:
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """All items, or an even choice where there are more than `most`, the first and last included."""
+    """All items, or an even choice, first and last included, where there are more than `most`."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
@@ -136,7 +147,7 @@ def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
         where=str(storage),
         plan=plan,
         records=records,
-        failures=list(_failures(storage, plan)),
+        ledger=list(_ledger(storage, plan)),
         rows=rows,
         by_class=[(plan.class_names[c], shown(places)) for c, places in chosen.by_class.items()],
         least_certain=shown(chosen.least_certain),
@@ -145,18 +156,18 @@ def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
     )
 
 
-def _failures(storage: Storage, plan: JobPlan) -> Iterator[Failure]:
-    """The entries of this plan in the order in which they were written; other lines say nothing."""
+def _ledger(storage: Storage, plan: JobPlan) -> Iterator[LedgerLine]:
+    """The lines of this plan in the order in which they were written; others say nothing."""
     for name in (OLD_LEDGER_NAME, LEDGER_NAME):
-        lines = b""
+        data = b""
         with suppress(FileNotFoundError):
-            lines = storage.read(name)
-        for line in lines.splitlines():
+            data = storage.read(name)
+        for text in data.splitlines():
             with suppress(ValidationError):
-                failure = Failure.model_validate_json(line)
-                is_ours = 0 <= failure.shard_id < plan.num_shards
-                if is_ours and failure.fingerprint == plan.shard_fingerprint(failure.shard_id):
-                    yield failure
+                line = LedgerLine.model_validate_json(text)
+                is_ours = 0 <= line.shard_id < plan.num_shards
+                if is_ours and line.fingerprint == plan.shard_fingerprint(line.shard_id):
+                    yield line
 
 
 def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> Rows | None:
@@ -179,8 +190,8 @@ def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> R
     table = pa.concat_tables(tables)
 
     def per_scale(name: str) -> np.ndarray:
-        column = table[name].combine_chunks()
-        return column.flatten().to_numpy().reshape(table.num_rows, -1)
+        values = table[name].combine_chunks().flatten()
+        return np.asarray(values).reshape(table.num_rows, -1)
 
     return Rows(
         shard_N=np.concatenate(shards),

@@ -109,6 +109,7 @@ def test_the_pages_show_the_commands_of_a_users_way():
         "plan",
         "generate",
         "verify",
+        "report",
         "evaluate",
         "export",
         "submit",

@@ -29,8 +29,10 @@ _NODE_GRACE_S = 60.0  # Ray may take this long to find out that a worker died wi
 _PATIENCE_S = 4.0  # without any worker, before the user is told what the job waits for
 _LOADING_S = 30.0  # the same where a worker is there and loads its model
 _REMIND_S = 60.0
-_STOP_GRACE_S = 8.0  # a worker leaves its shard between two micro-batches
-_CLOSE_GRACE_S = 2.0
+# A worker leaves its shard between two micro-batches and removes its scratch. On a busy machine
+# that takes a while; Slurm and Kubernetes kill half a minute after they ask.
+_STOP_GRACE_S = 20.0
+_LOADING_GRACE_S = 1.0  # for one that may have claimed its scratch and was not heard yet
 _MAX_LOAD_FAILURES = 2
 
 
@@ -247,9 +249,12 @@ class RayCrew:
                 ray.cancel(worker.stream)
         while time.monotonic() < deadline_s and any(w.stream for w in self._hired):
             self._await_end(run)
-        closing = [w.actor.close.remote() for w in self._hired if w.is_idle]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_GRACE_S)
+        idle = [w.actor.close.remote() for w in self._hired if w.is_idle]
+        loading = [w.actor.close.remote() for w in self._hired if w.info is None]
+        left_s = max(deadline_s - time.monotonic(), _LOADING_GRACE_S)
+        for closing, grace_s in ((idle, left_s), (loading, _LOADING_GRACE_S)):
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=grace_s)
         for worker in list(self._hired):
             self._dismiss(worker)
 

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.dataset
@@ -21,8 +22,10 @@ import pytest
 import webdataset
 from PIL import Image
 
+from jobs import generate
+from tests import fake_job
 from tests.fake_shards import data_files
-from tests.fakes import FAULTS_VARIABLE, set_faults
+from tests.fakes import FAULTS_VARIABLE, open_gate, set_faults, wait_at_gate, without_torch
 from tests.random_weights import write_random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -52,19 +55,22 @@ def shard_files(out: Path, shards: list[str]) -> dict[Path, tuple[bytes, int]]:
     return {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
 
 
-class Job:
-    """A job in a process group of its own; what it prints goes to a file."""
+class Process(NamedTuple):
+    pid: int
+    name: str
+    group: int
 
-    def __init__(self, module: str, argv: list[str], log: Path, faults: Path | None = None) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if faults is not None:
-            environment[FAULTS_VARIABLE] = str(faults)
+
+class Job:
+    """A fake job in a process group of its own; what it prints goes to a file."""
+
+    def __init__(self, argv: list[str], log: Path) -> None:
         self.log = log
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *argv],
+                [sys.executable, "-m", "tests.fake_job", *argv],
                 cwd=ROOT,
-                env=environment,
+                env={**os.environ, "PYTHONPATH": without_torch()},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -92,19 +98,19 @@ class Job:
         Ray's agents end by themselves when they have missed their head for a minute.
         """
         deadline_s = time.monotonic() + 60
-        while left := [name for name in self.session() if not name.startswith(AGENTS)]:
+        while left := [p for p in self.session() if not p.name.startswith(AGENTS)]:
             assert time.monotonic() < deadline_s, left
             time.sleep(0.05)
 
-    def session(self) -> list[str]:
-        """The names of the living processes of the job's session."""
+    def session(self) -> list[Process]:
+        """The living processes of the job's session."""
         found = []
         for file in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 name, _, rest = file.read_text().partition("(")[2].rpartition(")")
-                state, _, _, session = rest.split()[:4]
+                state, _, group, session = rest.split()[:4]
                 if int(session) == self.process.pid and state != "Z":
-                    found.append(name)
+                    found.append(Process(int(file.parent.name), name, int(group)))
         return found
 
     @property
@@ -119,119 +125,156 @@ class Job:
 
 
 @pytest.fixture
-def faults(tmp_path: Path) -> Path:
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that holds the faults of the test's jobs, none at first."""
     file = tmp_path / "faults.json"
     set_faults(file)
+    monkeypatch.setenv(FAULTS_VARIABLE, str(file))
     return file
 
 
 @pytest.fixture
-def jobs() -> Iterator[list[Job]]:
+def start(tmp_path: Path, faults: Path) -> Iterator[Callable[..., Job]]:
+    """Start the job in a process of its own, with so many workers; it is ended with the test."""
     started: list[Job] = []
-    yield started
+
+    def start(workers: int) -> Job:
+        argv = [*flags(tmp_path), f"--workers={workers}"]
+        started.append(Job(argv, tmp_path / f"log-{len(started)}"))
+        return started[-1]
+
+    yield start
     for job in started:
         job.end()
+
+
+def flags(folder: Path) -> list[str]:
+    return [f"--out={folder / 'out'}", f"--scratch={folder / 'scratch'}", *FAKE_FLAGS]
+
+
+def run_again(folder: Path, faults: Path) -> None:
+    """Run the same command to its end, in this process."""
+    set_faults(faults)
+    assert fake_job.main([*flags(folder), "--workers=0"]) == 0
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("undisturbed")
-    argv = ["--out", str(folder / "out"), *FAKE_FLAGS, "--workers", "0"]
-    job = Job("tests.fake_job", argv, folder / "log")
-    assert job.wait() == 0, job.text
+    assert fake_job.main([*flags(folder), "--workers=0"]) == 0
     files = data_files(folder / "out")
     assert len(files) == 2 * NUM_SHARDS
     return files
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_killing_the_job_then_running_it_again_gives_the_same_bytes(
-    workers: str, undisturbed: Files, tmp_path: Path, faults: Path, jobs: list[Job]
+    workers: int,
+    undisturbed: Files,
+    start: Callable[..., Job],
+    tmp_path: Path,
+    faults: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "out"
-    argv = ["--out", str(out), *FAKE_FLAGS, "--workers", workers]
-    argv += ["--scratch", str(tmp_path / "scratch")]
     set_faults(faults, batch_s=SLOW_BATCH_S, slow_from=20)
-    jobs.append(Job("tests.fake_job", argv, tmp_path / "log-1", faults))
-    jobs[0].wait_for_shards(out, 2)
-    os.kill(jobs[0].process.pid, signal.SIGKILL)
-    assert jobs[0].wait() == -signal.SIGKILL
+    job = start(workers)
+    job.wait_for_shards(out, 2)
+    os.kill(job.process.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    job.wait_for_no_process()
     done = committed(out)
     before = shard_files(out, done)
     assert 2 <= len(done) < NUM_SHARDS
     assert not (out / "index.json").exists()
 
-    set_faults(faults)
-    jobs.append(Job("tests.fake_job", argv, tmp_path / "log-2", faults))
-    assert jobs[1].wait() == 0, jobs[1].text
+    run_again(tmp_path, faults)
     assert data_files(out) == undisturbed
     assert shard_files(out, done) == before
     assert committed(out) == [f"{i:05d}" for i in range(NUM_SHARDS)]
     assert not list((tmp_path / "scratch").iterdir()), "scratch of the killed job is swept"
-    assert not list(out.rglob(".tmp-*")) or workers == "2"
+    assert not list(out.rglob(".tmp-*")) or workers
 
-    jobs.append(Job("tests.fake_job", argv, tmp_path / "log-3", faults))
-    assert jobs[2].wait() == 0
-    assert f"all {NUM_SHARDS} shards" in jobs[2].text
+    capsys.readouterr()
+    run_again(tmp_path, faults)
+    assert f"all {NUM_SHARDS} shards" in capsys.readouterr().err
     assert shard_files(out, done) == before
 
 
+def stopped_cleanly(job: Job, folder: Path) -> list[str]:
+    """Check how a job ended that a signal had asked to stop; the shards it had committed."""
+    assert job.wait() == 1, job.text
+    assert "committed shards are safe" in job.text
+    assert "run the same command again" in job.text
+    assert "Traceback" not in job.text
+    assert not list((folder / "scratch").iterdir())
+    assert not (folder / "out" / "commits" / "failures.jsonl").exists()
+    done = committed(folder / "out")
+    assert 1 <= len(done) < NUM_SHARDS
+    return done
+
+
 @pytest.mark.parametrize(
-    ("number", "to_group", "workers"),
-    [
-        (signal.SIGTERM, False, "2"),
-        (signal.SIGINT, True, "2"),
-        (signal.SIGINT, True, "0"),
-        (signal.SIGHUP, True, "2"),
-    ],
+    ("number", "to_group"),
+    [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)],
 )
 def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     number: signal.Signals,
     to_group: bool,
-    workers: str,
     undisturbed: Files,
+    start: Callable[..., Job],
     tmp_path: Path,
     faults: Path,
-    jobs: list[Job],
 ):
     out = tmp_path / "out"
-    argv = ["--out", str(out), *FAKE_FLAGS, "--workers", workers]
-    argv += ["--scratch", str(tmp_path / "scratch")]
     set_faults(faults, batch_s=SLOW_BATCH_S, slow_from=10)
-    jobs.append(Job("tests.fake_job", argv, tmp_path / "log-1", faults))
-    jobs[0].wait_for_shards(out, 1)
+    job = start(workers=0)
+    job.wait_for_shards(out, 1)
     asked_s = time.monotonic()
     if to_group:  # as a terminal does for Ctrl-C, and when it goes away
-        os.killpg(jobs[0].process.pid, number)
+        os.killpg(job.process.pid, number)
     else:
-        os.kill(jobs[0].process.pid, number)
-    assert jobs[0].wait() == 1, jobs[0].text
+        os.kill(job.process.pid, number)
+    done = stopped_cleanly(job, tmp_path)
     assert time.monotonic() - asked_s < 15
-    assert "committed shards are safe" in jobs[0].text
-    assert "run the same command again" in jobs[0].text
-    assert "Traceback" not in jobs[0].text
-    assert not list((tmp_path / "scratch").iterdir())
-    assert not (out / "commits" / "failures.jsonl").exists()
-    done = committed(out)
-    assert 1 <= len(done) < NUM_SHARDS
     before = shard_files(out, done)
 
-    set_faults(faults)
-    jobs.append(Job("tests.fake_job", [*argv, "--workers", "0"], tmp_path / "log-2", faults))
-    assert jobs[1].wait() == 0, jobs[1].text
+    run_again(tmp_path, faults)
+    assert data_files(out) == undisturbed
+    assert shard_files(out, done) == before
+
+
+def test_on_ray_the_driver_alone_hears_a_signal_and_its_workers_stop_cleanly(
+    undisturbed: Files, start: Callable[..., Job], tmp_path: Path, faults: Path
+):
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    set_faults(faults, gate=str(gate), gate_from=10)
+    job = start(workers=2)
+    waiting = {int(pid) for pid in wait_at_gate(gate, 2)}
+    beside = [p for p in job.session() if p.pid != job.process.pid]
+    assert waiting <= {p.pid for p in beside}
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, which tells the whole group
+        for process in beside:
+            if process.group == job.process.pid:
+                os.kill(process.pid, number)
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for_text("once more to end at once")
+    assert waiting <= {p.pid for p in job.session()}
+    open_gate(gate)
+    done = stopped_cleanly(job, tmp_path)
+    before = shard_files(out, done)
+
+    run_again(tmp_path, faults)
     assert data_files(out) == undisturbed
     assert shard_files(out, done) == before
 
 
 def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
-    undisturbed: Files, tmp_path: Path, faults: Path, jobs: list[Job]
+    undisturbed: Files, start: Callable[..., Job], tmp_path: Path, faults: Path
 ):
-    out = tmp_path / "out"
-    argv = ["--out", str(out), *FAKE_FLAGS, "--scratch", str(tmp_path / "scratch")]
     set_faults(faults, batch_s=60, slow_from=10)
-    jobs.append(Job("tests.fake_job", [*argv, "--workers", "2"], tmp_path / "log-1", faults))
-    job = jobs[0]
-    job.wait_for_shards(out, 1)
+    job = start(workers=2)
+    job.wait_for_shards(tmp_path / "out", 1)
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_for_text("once more to end at once")
     os.killpg(job.process.pid, signal.SIGINT)
@@ -240,10 +283,14 @@ def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
     assert time.monotonic() - asked_s < 5, "the workers are not waited for"
     job.wait_for_no_process()
 
-    set_faults(faults)
-    jobs.append(Job("tests.fake_job", [*argv, "--workers", "0"], tmp_path / "log-2", faults))
-    assert jobs[1].wait() == 0, jobs[1].text
-    assert data_files(out) == undisturbed
+    run_again(tmp_path, faults)
+    assert data_files(tmp_path / "out") == undisturbed
+
+
+REAL_FLAGS = (
+    "--policy uniform --classes 2,5,9 --per-class 7 --samples-per-shard 8 --batch-size 3"
+    " --device cpu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +298,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small dataset by the real sampler on Ray: 21 images of 3 classes in 3 shards."""
     folder = tmp_path_factory.mktemp("real")
     weights = write_random_weights(folder / "weights")
-    text = "--policy uniform --classes 2,5,9 --per-class 7 --samples-per-shard 8 --batch-size 3"
-    argv = ["--out", str(folder / "out"), "--weights", str(weights), *text.split()]
-    job = Job("jobs.generate", [*argv, "--device", "cpu"], folder / "log")
-    assert job.wait() == 0, job.text
+    argv = [f"--out={folder / 'out'}", f"--weights={weights}", *REAL_FLAGS.split()]
+    assert generate.main([*argv, "--workers=2"]) == 0
     return folder / "out"
 
 
@@ -290,10 +335,7 @@ def test_pyarrow_reads_all_of_meta_as_one_table(real: Path):
 
 def test_one_process_makes_the_bytes_of_the_workers_on_ray(real: Path, tmp_path: Path):
     plan = json.loads((real / "plan.json").read_bytes())
-    text = "--policy uniform --classes 2,5,9 --per-class 7 --samples-per-shard 8 --batch-size 3"
-    argv = ["--out", str(tmp_path / "out"), "--weights", str(real.parent / "weights")]
-    argv += [*text.split(), "--device", "cpu", "--workers", "0"]
-    job = Job("jobs.generate", argv, tmp_path / "log")
-    assert job.wait() == 0, job.text
+    argv = [f"--out={tmp_path / 'out'}", f"--weights={real.parent / 'weights'}", "--workers=0"]
+    assert generate.main([*argv, *REAL_FLAGS.split()]) == 0
     assert json.loads((tmp_path / "out" / "plan.json").read_bytes()) == plan
     assert data_files(tmp_path / "out") == data_files(real)

@@ -56,12 +56,12 @@ class Head(NamedTuple):
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head that asks for the token; only its own processes are ended."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets want a short path
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
     # The agent that takes jobs never comes up on the usual port while another test's Ray has it.
-    command += [f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [str(part) for part in (*command, f"--temp-dir={folder}")],
@@ -77,6 +77,7 @@ def head() -> Iterator[Head]:
         )
         try:
             wait_until_open(dashboard, process)
+            wait_until_open(agent, process)
             yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -94,7 +95,7 @@ def wait_until_open(port: int, head: subprocess.Popen[bytes]) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    raise AssertionError("the dashboard did not open")
+    raise AssertionError(f"port {port} did not open")
 
 
 # What a job of ours finds out about itself, without waiting for torch.
@@ -111,7 +112,7 @@ for place in ("out/mine", os.path.abspath("out/mine"), "/shared/out", "s3://buck
 """
 
 
-def submit(address: str, token: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
+def submit(address: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "job.yaml").write_text("seed: 5")
     (folder / "main.py").write_text(PROGRAM)
     command = [RAY, "job", "submit", "--address", address, "--working-dir", folder]
@@ -119,7 +120,7 @@ def submit(address: str, token: str | None, folder: Path) -> subprocess.Complete
     command += ["--", sys.executable, "main.py"]
     return subprocess.run(
         [str(part) for part in command],
-        env=environment(token),
+        env=environment(TOKEN),
         capture_output=True,
         text=True,
         timeout=200,
@@ -130,25 +131,17 @@ def submit(address: str, token: str | None, folder: Path) -> subprocess.Complete
 def test_a_job_with_the_clusters_token_runs_and_knows_what_it_would_lose(
     head: Head, tmp_path: Path
 ):
-    done = submit(head.dashboard, TOKEN, tmp_path)
+    done = submit(head.dashboard, tmp_path)
     for _ in range(20):  # the dashboard opens before the agent that takes jobs is up
         if "No available agent" not in done.stderr:
             break
         time.sleep(3)
-        done = submit(head.dashboard, TOKEN, tmp_path)
+        done = submit(head.dashboard, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "42 seed: 5" in done.stdout
     assert done.stdout.count("refused got 'out/mine', which in a Ray job lies in") == 1
     assert done.stdout.count("refused got '/") == 1
     assert "taken /shared/out\ntaken s3://bucket/out\n" in done.stdout
-
-
-@pytest.mark.parametrize("token", [None, OTHER_TOKEN], ids=["no token", "another token"])
-def test_a_job_without_the_clusters_token_is_refused(head: Head, token: str | None, tmp_path: Path):
-    done = submit(head.dashboard, token, tmp_path)
-    assert done.returncode != 0
-    assert "42" not in done.stdout
-    assert "authentication" in (done.stdout + done.stderr).lower()
 
 
 def test_only_code_and_configuration_go_along_with_a_job(tmp_path: Path):
@@ -248,50 +241,95 @@ def test_a_job_handed_in_is_left_joined_killed_and_handed_in_again_to_the_same_b
     assert data_files(out) == data_files(here)
 
 
+# Asks in forks of one process, which has imported Ray once, each with an environment of its own.
 ASK = """
-import sys
-from depthvar.errors import InputError
+import json, os, sys
+from ray._private.authentication_test_utils import reset_auth_token_state
+from ray.job_submission import JobSubmissionClient
 from pipeline.run.address import ClusterAddress
 from pipeline.run.cluster import found_cluster
 
-for text in sys.argv[1:]:
-    try:
-        print("found", found_cluster(ClusterAddress("--address", text)).text)
-    except InputError as error:
-        print(error)
+def found(address):
+    return "found " + found_cluster(ClusterAddress("--address", address)).text
+
+def submitted(address):
+    return JobSubmissionClient(address).submit_job(entrypoint="true")
+
+for ask, address, environment in json.load(sys.stdin):
+    if os.fork() == 0:
+        os.environ.clear()
+        os.environ.update(environment)
+        reset_auth_token_state()
+        try:
+            answer = {"find": found, "submit": submitted}[ask](address)
+        except Exception as error:
+            answer = type(error).__name__ + ": " + str(error)
+        print(json.dumps(answer), flush=True)
+        os._exit(0)
+    os.wait()
 """
+TOKENS = {
+    "the token": environment(TOKEN),
+    "no token": environment(None),
+    "another token": environment(OTHER_TOKEN),
+    "no token mode": {**environment(TOKEN), "RAY_AUTH_MODE": "disabled"},
+}
 
 
-def asked(environment: dict[str, str], *addresses: str) -> list[str]:
-    """What a driver finds at the addresses before it joins, a line each."""
-    command = [sys.executable, "-c", ASK, *addresses]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    return done.stdout.splitlines()
-
-
-def test_a_driver_with_the_clusters_token_finds_the_cluster_and_tells_its_other_ports(head: Head):
+@pytest.fixture(scope="module")
+def answers(head: Head) -> dict[tuple[str, str], str]:
+    """What a process with each of the tokens is told: a driver at a port of the head, a job."""
     dashboard = head.dashboard.removeprefix("http://")
-    found, refused = asked(environment(TOKEN), head.gcs, dashboard)
-    assert found == f"found {head.gcs}"
+    asked = {("find", which): head.gcs for which in TOKENS}
+    asked |= {("submit", which): head.dashboard for which in ("no token", "another token")}
+    asked[("find at the dashboard", "the token")] = dashboard
+    questions = [
+        (what.split()[0], address, TOKENS[which]) for (what, which), address in asked.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=ROOT,
+        env=TOKENS["the token"],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    return dict(zip(asked, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("token", ["no token", "another token"])
+def test_a_job_without_the_clusters_token_is_refused(
+    answers: dict[tuple[str, str], str], token: str
+):
+    said = answers["submit", token]
+    assert "Error: " in said, "not the name of a job"
+    assert "authentication" in said.lower()
+
+
+def test_a_driver_with_the_clusters_token_finds_the_cluster_and_tells_its_other_ports(
+    head: Head, answers: dict[tuple[str, str], str]
+):
+    assert answers["find", "the token"] == f"found {head.gcs}"
+    refused = answers["find at the dashboard", "the token"]
+    assert refused.startswith("InputError: ")
     assert "an HTTP server, as a cluster's dashboard is" in refused
 
 
 @pytest.mark.parametrize(
-    ("environment", "reason"),
+    ("token", "reason"),
     [
-        (environment(None), "there is no token to show"),
-        (environment(OTHER_TOKEN), "refuses this process without its token"),
-        ({**environment(TOKEN), "RAY_AUTH_MODE": "disabled"}, "refuses this process"),
+        ("no token", "there is no token to show"),
+        ("another token", "refuses this process without its token"),
+        ("no token mode", "refuses this process"),
     ],
-    ids=["no token", "another token", "no token mode"],
 )
 def test_a_driver_without_the_clusters_token_is_told_what_to_set(
-    head: Head, environment: dict[str, str], reason: str
+    head: Head, answers: dict[tuple[str, str], str], token: str, reason: str
 ):
-    (said,) = asked(environment, head.gcs)
-    assert said.startswith(f"--address is {head.gcs}, ")
+    said = answers["find", token]
+    assert said.startswith(f"InputError: --address is {head.gcs}, ")
     assert reason in said
     assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in said
 

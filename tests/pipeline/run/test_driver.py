@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from pipeline.shards.manifest import CommitRecord
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
-from tests.fakes import FAULTS_VARIABLE, set_faults
+from tests.fakes import FAULTS_VARIABLE, set_faults, without_torch
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +32,19 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One small Ray for the module; the file that holds the faults of its workers."""
     faults = tmp_path_factory.mktemp("faults") / "faults.json"
     set_faults(faults)
-    os.environ[FAULTS_VARIABLE] = str(faults)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-    )
-    yield faults
-    ray.shutdown()
-    del os.environ[FAULTS_VARIABLE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULTS_VARIABLE, str(faults))
+        patch.setenv("PYTHONPATH", without_torch())
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=100 * 2**20,
+        )
+        yield faults
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +10,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from depthvar.errors import InputError
 from pipeline.request.generation import GenerateConfig
@@ -21,37 +20,87 @@ from pipeline.run import ray_crew
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import CommitRecord
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fakes import open_gate, set_faults, wait_at_gate
+from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
 
 NUM_SHARDS = 10
 HEAD = {
     "num_cpus": 0,
     "include_dashboard": False,
-    "_system_config": {"worker_niceness": 0},  # no slower than the test itself
+    "_system_config": {
+        "worker_niceness": 0,  # no slower than the test itself
+        "health_check_period_ms": 1000,
+        "health_check_failure_threshold": 10,
+    },
 }
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A head without resources. Tests hold batches at a gate while they change the cluster."""
-    faults = tmp_path / "faults.json"
+TWO_CPUS = {"num_cpus": 2}
+ONE_GPU = {"num_cpus": 1, "num_gpus": 1}
+
+
+class Nodes:
+    """A head without resources for all tests of the file, and the nodes that a test asks for.
+
+    `faults` is the file of its workers' faults. Tests hold batches at a gate while they change the
+    cluster.
+    """
+
+    def __init__(self, faults: Path) -> None:
+        self.faults = faults
+        self.cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+        self.alive: list[tuple[dict[str, int], Any]] = []
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def become(self, *wanted: dict[str, int]) -> None:
+        """Have exactly these nodes beside the head: those that are there stay, others go."""
+        missing = list(wanted)
+        for resources, node in list(self.alive):
+            if resources in missing:
+                missing.remove(resources)
+            else:
+                self.remove(node)
+        for resources in missing:
+            self.add(**resources)
+
+    def add(self, **resources: int) -> Any:
+        node = self.cluster.add_node(**resources)
+        self.alive.append((resources, node))
+        return node
+
+    def remove(self, node: Any, *, allow_graceful: bool = True) -> None:
+        self.alive = [(resources, other) for resources, other in self.alive if other is not node]
+        self.cluster.remove_node(node, allow_graceful=allow_graceful)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    faults = tmp_path_factory.mktemp("faults") / "faults.json"
     set_faults(faults)
-    os.environ[FAULTS_VARIABLE] = str(faults)
-    nodes = Cluster(initialize_head=True, head_node_args=HEAD)
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
-    del os.environ[FAULTS_VARIABLE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULTS_VARIABLE, str(faults))
+        patch.setenv("PYTHONPATH", without_torch())
+        nodes = Nodes(faults)
+        yield nodes
+        ray.shutdown()
+        nodes.cluster.shutdown()
 
 
 @pytest.fixture
-def start(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Callable[[], int]]:
-    """Run a job of 10 shards in a thread; the function that waits for its exit code."""
+def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
-    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    set_faults(started.faults)
+    return started
+
+
+@pytest.fixture
+def start(nodes: Nodes, tmp_path: Path) -> Callable[..., Callable[[], int]]:
+    """Run a job of 10 shards in a thread; the function that waits for its exit code."""
+    if not ray.is_initialized():
+        ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
 
     def start(**changes: Any) -> Callable[[], int]:
         config = GenerateConfig(
@@ -59,8 +108,9 @@ def start(
             per_class=4,
             samples_per_shard=4,
             batch_size=1,
-            address=cluster.address,
+            address=nodes.address,
             max_attempts=1,
+            contact_sheet=0,
             **changes,
         )
         codes: list[int] = []
@@ -71,6 +121,7 @@ def start(
 
         def wait() -> int:
             thread.join(timeout=120)
+            assert not thread.is_alive(), "the job did not end"
             return codes[0]
 
         return wait
@@ -96,14 +147,13 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
-    cluster.add_node(num_cpus=2)
+    nodes.become(TWO_CPUS)
     out = tmp_path / "out"
 
     def refusal(**changes: Any) -> str:
-        wanted = GenerateConfig(out=str(out), per_class=4, address=cluster.address, **changes)
+        wanted = GenerateConfig(out=str(out), per_class=4, address=nodes.address, **changes)
         with pytest.raises(InputError) as caught:
             generate(wanted, sampler_factory=FAKE_SAMPLER)
         assert not out.exists()
@@ -115,25 +165,24 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
     said = refusal(threads_per_worker=3)
     assert "a worker takes 3 CPUs" in said
     assert "the largest of its 2 nodes has 2 and it has no autoscaler: lower --threads-per" in said
-    monkeypatch.setattr("ray.__version__", "2.0.0")
-    assert "a cluster of Ray 2." in refusal()
-    assert "and this process has Ray 2.0.0: install the cluster's version" in refusal()
-    monkeypatch.undo()
-    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.__version__", "2.0.0")
+        assert "a cluster of Ray 2." in refusal()
+        assert "and this process has Ray 2.0.0: install the cluster's version" in refusal()
     monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"ab" * 28})
     assert "a cluster that this machine is no node of" in refusal()
 
 
 def test_a_job_says_what_it_waits_for_until_there_is_room(
-    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
+    nodes: Nodes, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
 ):
-    cluster.add_node(num_cpus=1)
-    other: Any = ray.remote(Busy).options(num_cpus=1).remote()
+    nodes.become(TWO_CPUS)
+    other: Any = ray.remote(Busy).options(num_cpus=2).remote()
     ray.get(other.answer.remote())
     begun_s = time.monotonic()
     wait = start(device="cpu")
     said = ""
-    while "waiting for a worker to start: it takes 1 CPU, 0 of 1 CPUs in the cluster" not in said:
+    while "waiting for a worker to start: it takes 1 CPU, 0 of 2 CPUs in the cluster" not in said:
         said += capsys.readouterr().err
         assert time.monotonic() - begun_s < 20
         time.sleep(0.1)
@@ -149,83 +198,12 @@ class Busy:
         return True
 
 
-def drains_seen(monkeypatch: pytest.MonkeyPatch, told: Callable[[], frozenset[str]]) -> list[int]:
-    """Let the driver hear of draining nodes from `told`; gains an element whenever it heard of one.
-
-    It asks twice each time it looks at the nodes, the second time for the workers it has.
-    """
-    seen: list[int] = []
-
-    def asked() -> frozenset[str]:
-        nodes = told()
-        seen.extend([1] if nodes else [])
-        return nodes
-
-    monkeypatch.setattr(ray_crew, "draining_nodes", asked)
-    return seen
-
-
-def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
-    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
-):
-    gate = tmp_path / "gate"
-    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=24)  # the last four shards
-    first = cluster.add_node(num_cpus=1, num_gpus=1)
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    wait = start(workers=3)  # one more than there is room for: it must not hold up the others
-    before = wait_at_gate(gate, 2)
-    assert len(records(tmp_path)) == 6
-    cluster.remove_node(first, allow_graceful=False)
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    (joined,) = set(wait_at_gate(gate, 3)) - set(before)
-    open_gate(gate)
-    assert wait() == 0, "with one attempt per shard a charge would have set the shard aside"
-    assert len(records(tmp_path)) == NUM_SHARDS
-    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
-    assert joined in {name.rpartition(":")[2] for name in worker_names(tmp_path).values()}
-    assert "room for 2 now" in capsys.readouterr().err
-
-
-def drain_at_work(
-    cluster: Cluster,
-    start: Callable[..., Callable[[], int]],
-    tmp_path: Path,
-    seen: list[int],
-    drain: Callable[[Any], object],
-) -> None:
-    """A job whose first node drains in the middle of its fourth shard finishes on another node."""
-    gate = tmp_path / "gate"
-    set_faults(tmp_path / "faults.json", gate=str(gate), gate_from=12)
-    first = cluster.add_node(num_cpus=1, num_gpus=1)
-    wait = start()
-    (old,) = wait_at_gate(gate, 1)
-    drain(first)
-    cluster.add_node(num_cpus=1, num_gpus=1)
-    wait_for(lambda: len(seen) >= 2)
-    open_gate(gate)
-    assert wait() == 0
-    by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
-    assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
-    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
-
-
-def test_a_draining_node_gets_no_new_shards(
-    cluster: Cluster,
-    start: Callable[..., Callable[[], int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    draining: set[str] = set()
-    seen = drains_seen(monkeypatch, lambda: frozenset(draining))
-    drain_at_work(cluster, start, tmp_path, seen, lambda node: draining.add(node.node_id))
-
-
 def test_every_worker_of_a_node_has_a_gpu_of_its_own(
-    cluster: Cluster, start: Callable[..., Callable[[], int]], tmp_path: Path
+    nodes: Nodes, start: Callable[..., Callable[[], int]], tmp_path: Path
 ):
     gate = tmp_path / "gate"
-    set_faults(tmp_path / "faults.json", gate=str(gate), gpus=str(tmp_path / "gpus"))
-    cluster.add_node(num_cpus=2, num_gpus=2)
+    set_faults(nodes.faults, gate=str(gate), gpus=str(tmp_path / "gpus"))
+    nodes.become({"num_cpus": 2, "num_gpus": 2})
     wait = start()
     wait_at_gate(gate, 2)
     open_gate(gate)
@@ -235,20 +213,70 @@ def test_every_worker_of_a_node_has_a_gpu_of_its_own(
     assert len(set(worker_names(tmp_path).values())) == 2
 
 
+def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
+    nodes: Nodes, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
+):
+    gate = tmp_path / "gate"
+    set_faults(nodes.faults, gate=str(gate), gate_from=24)  # the last four shards
+    nodes.become(ONE_GPU, ONE_GPU)
+    wait = start(workers=3)  # one more than there is room for: it must not hold up the others
+    before = wait_at_gate(gate, 2)
+    assert len(records(tmp_path)) == 6
+    nodes.remove(nodes.alive[0][1], allow_graceful=False)
+    nodes.add(**ONE_GPU)
+    (joined,) = set(wait_at_gate(gate, 3)) - set(before)
+    open_gate(gate)
+    assert wait() == 0, "with one attempt per shard a charge would have set the shard aside"
+    assert len(records(tmp_path)) == NUM_SHARDS
+    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
+    assert joined in {name.rpartition(":")[2] for name in worker_names(tmp_path).values()}
+    assert "room for 2 now" in capsys.readouterr().err
+
+
 def test_a_node_that_ray_drains_gets_no_new_shards_and_charges_nothing(
-    cluster: Cluster,
+    nodes: Nodes,
     start: Callable[..., Callable[[], int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def drain(node: Any) -> None:
-        words = "drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot"
-        argv = [*words.split(), "--address", cluster.address, "--node-id", node.node_id]
-        command = [sys.executable, "-m", "ray.scripts.scripts", *argv]
-        told = subprocess.run(
-            [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True
-        )
-        assert told.returncode == 0, told.stderr
+    """Its worker finishes the shard it is in the middle of, and another node makes the rest."""
+    seen = drains_seen(monkeypatch)
+    gate = tmp_path / "gate"
+    set_faults(nodes.faults, gate=str(gate), gate_from=12)
+    nodes.become(ONE_GPU)
+    wait = start()
+    (old,) = wait_at_gate(gate, 1)
+    drain(nodes.alive[0][1], nodes.address)
+    nodes.add(**ONE_GPU)
+    wait_for(lambda: len(seen) >= 2)
+    open_gate(gate)
+    assert wait() == 0
+    by_old = [i for i, name in worker_names(tmp_path).items() if name.endswith(f":{old}")]
+    assert by_old == [0, 1, 2, 3], "it finishes the shard it has, and gets no other"
+    assert not (tmp_path / "out" / "commits" / "failures.jsonl").exists()
 
-    seen = drains_seen(monkeypatch, ray_crew.draining_nodes)
-    drain_at_work(cluster, start, tmp_path, seen, drain)
+
+def drain(node: Any, address: str) -> None:
+    """Tell Ray that a node goes away within five minutes, as `ray drain-node` does."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int(1000 * (time.time() + 300))
+    gcs = GcsClient(address=address)
+    accepted, why = gcs.drain_node(node.node_id, reason, "spot", deadline_ms)
+    assert accepted, why
+
+
+def drains_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gains an element whenever the driver has heard of a draining node.
+
+    It asks twice each time it looks at the nodes, the second time for the workers it has.
+    """
+    seen: list[int] = []
+    told = ray_crew.draining_nodes
+
+    def asked() -> frozenset[str]:
+        found = told()
+        seen.extend([1] if found else [])
+        return found
+
+    monkeypatch.setattr(ray_crew, "draining_nodes", asked)
+    return seen

@@ -67,6 +67,7 @@ def head() -> Iterator[Head]:
             [str(part) for part in (*command, f"--temp-dir={folder}")],
             env={
                 **environment(TOKEN),
+                "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # whose python jobs run
                 "PYTHONPATH": str(ROOT),
                 "DEPTHVAR_FAULT": FAULT_HOOK,
                 FAULTS_VARIABLE: str(folder / "faults.json"),

@@ -17,7 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # 1,000 digits with DepthVAR at half of the full token-layers, into 4 shards, and a page on them.
 demo: setup
 	$(VENV)/bin/depthvar generate --model digits --classes 0-9 --per-class 100 \
-	    --policy depthvar --reference-scale 3 --samples-per-shard 250 --out out/digits
+	    --policy depthvar --reference-scale 3 --samples-per-shard 250 --save-depth-maps \
+	    --out out/digits
 	$(VENV)/bin/depthvar report out/digits
 
 test: setup lint

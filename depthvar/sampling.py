@@ -39,12 +39,14 @@ class SampleBatch:
 
     images_BHWC: uint8. mean_change_BS: the ranking signal, averaged over the tokens of each scale.
     mean_log_prob_BS: mean natural log-probability of the drawn tokens of each scale; both 0 for
-    scales that the policy skips. sampling_s, decoding_s: wall seconds of the batch.
+    scales that the policy skips. depths_BN: blocks that every token ran, scale by scale in raster
+    order, of the conditional stream. sampling_s, decoding_s: wall seconds of the batch.
     """
 
     images_BHWC: npt.NDArray[np.uint8]
     mean_change_BS: npt.NDArray[np.float32]
     mean_log_prob_BS: npt.NDArray[np.float32]
+    depths_BN: npt.NDArray[np.uint8]
     sampling_s: float
     decoding_s: float
 
@@ -92,6 +94,10 @@ class Sampler:
         self.settings = settings
         self.cost = image_cost(model.config, self.plan, streams=settings.streams)
         self._model = model
+        self._depths = [
+            torch.as_tensor(scale.depths, dtype=torch.uint8, device=model.device)
+            for scale in self.plan.scales
+        ]
         self._engine = DepthEngine(
             model.transformer,
             self.plan,
@@ -103,7 +109,15 @@ class Sampler:
     def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
         """Make one image per label; `indices` are the samples' global indices."""
         begun = time.perf_counter()
-        sampled = self.tokens(labels, seed=seed, indices=indices)
+        num_tokens = self.config.transformer.num_tokens
+        depths_BN = torch.zeros(
+            len(labels), num_tokens, dtype=torch.uint8, device=self._model.device
+        )
+
+        def keep_depths(i: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
+            depths_BN[:, self._places(i)] = self._depths[i][trace.slot_of_raster_GT[: len(labels)]]
+
+        sampled = self.tokens(labels, seed=seed, indices=indices, on_scale=keep_depths)
         mean_change_BS = _to_numpy(sampled.mean_change_BS)
         mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
         if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
@@ -115,6 +129,7 @@ class Sampler:
             images_BHWC=images_BHWC,
             mean_change_BS=mean_change_BS,
             mean_log_prob_BS=mean_log_prob_BS,
+            depths_BN=depths_BN.cpu().numpy(),
             sampling_s=sampled_at - begun,
             decoding_s=decoded_at - sampled_at,
         )
@@ -197,8 +212,7 @@ class Sampler:
         """The next scale: embed, run the blocks, draw, and add the codes to the feature map."""
         model, quantizer = self._model.transformer, self._model.tokenizer.quantize
         i, policy = len(state.tokens), self.plan.policy
-        begin = sum(earlier.count for earlier in self.plan.scales[:i])
-        here = slice(begin, begin + self.plan.scales[i].count)
+        here = self._places(i)
         # Every scale after the first starts from the feature map at its own size.
         codes_BTZ = quantizer.input_of_scale(i, state.feature_map_BZHW) if i else None
         x_GTC = model.embed(i, self._for_streams(codes_BTZ), state.condition)
@@ -223,6 +237,11 @@ class Sampler:
         state.tokens.append(drawn.tokens_BT)
         state.changes.append(trace.change_BT)
         state.log_probs.append(drawn.log_prob_BT)
+
+    def _places(self, i: int) -> slice:
+        """Where the tokens of a scale are among all of an image."""
+        begin = sum(earlier.count for earlier in self.plan.scales[:i])
+        return slice(begin, begin + self.plan.scales[i].count)
 
     def _given_ranking(self, i: int, drawn: Drawn | None, random_BT: Tensor) -> Tensor:
         """What a scale's tokens are ranked by (B, T) where the engine does not see it."""

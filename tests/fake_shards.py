@@ -39,6 +39,13 @@ from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
 
 NUM_SCALES = 3
+DEPTHS = ((4, 2, 2, 0), (3, 3, 1, 1, 1, 1, 1, 1, 0))
+"""Of the tokens after the first, in some order."""
+WITH_DEPTH_MAPS: dict[str, Any] = {
+    "depth_map_sides": (1, 2, 3),
+    "compute": ImageCompute(24, 56, 2e6, 1e6, 6e6, (4.0, 2.0, 12 / 9)),
+}
+"""What makes a plan store the depths of `fake_batch`."""
 
 
 def data_files(out: Path) -> dict[str, bytes]:
@@ -75,18 +82,22 @@ class FakeBatch:
     mean_log_prob_BS: np.ndarray
     sampling_s: float = 0.25
     decoding_s: float = 0.125
+    depths_BN: np.ndarray | None = None
 
 
 def fake_batch(plan: JobPlan, indices: Iterable[int]) -> FakeBatch:
     """A function of the seed and the indices alone, as a sampler's batch is."""
     side, channels = plan.image_side, plan.image_channels
-    images, changes, log_probs = [], [], []
+    images, changes, log_probs, depths = [], [], [], []
     for index in indices:
         rng = np.random.default_rng((plan.seed, index))
         images.append(rng.integers(0, 256, (side, side, channels), dtype=np.uint8))
         changes.append(rng.random(NUM_SCALES, dtype=np.float32))
         log_probs.append(-rng.random(NUM_SCALES, dtype=np.float32))
-    return FakeBatch(np.stack(images), np.stack(changes), np.stack(log_probs))
+        depths.append(np.concatenate([[4], *(rng.permutation(d) for d in DEPTHS)]))
+    depths_BN = np.stack(depths).astype(np.uint8)
+    signals = np.stack(changes), np.stack(log_probs)
+    return FakeBatch(np.stack(images), *signals, depths_BN=depths_BN)
 
 
 def fill(writer: ShardWriter, plan: JobPlan, shard: ShardPlan) -> BuiltShard:

@@ -62,6 +62,9 @@ class GenerateConfig(JobConfig):
         None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
     )
     precision: Precision = Field("float32", description="number type of the model")
+    save_depth_maps: bool = Field(
+        False, description="also store how many blocks every token ran, as {key}.depth.npy"
+    )
     samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
     batch_size: int = Field(50, gt=0, description="images sampled at once")
     image_format: ImageFormat = Field("png", description="image encoding")

@@ -58,6 +58,7 @@ def plan_job(
         image_format=config.image_format,
         compute=compute,
         segments=(Segment(counts),),
+        depth_map_sides=model.sides if config.save_depth_maps else (),
     )
     return plan, model
 

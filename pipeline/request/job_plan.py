@@ -153,6 +153,8 @@ class JobPlan:
     image_format: ImageFormat
     compute: ImageCompute
     segments: tuple[Segment, ...]
+    depth_map_sides: tuple[PositiveInt, ...] = ()
+    """Sides of the scales whose depths are stored with every image; none without depth maps."""
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -317,6 +319,8 @@ class JobPlan:
         for name, value in asdict(self).items():
             settings.update(value if name == "sampling" else {name: value})
         del settings["segments"]
+        if not self.depth_map_sides:  # as in the plans of earlier releases
+            del settings["depth_map_sides"]
         settings["policy"] = policy_fields(self.policy)
         return {**settings, "format_version": FORMAT_VERSION}
 

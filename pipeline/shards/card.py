@@ -82,6 +82,12 @@ def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: in
     )
 
 
+def _depth_maps(plan: JobPlan) -> list[tuple[str, str]]:
+    sides = ", ".join(map(str, plan.depth_map_sides))
+    what = "blocks of every token, uint8, scale by scale in raster order"
+    return [("depth maps", f"`.depth.npy`: {what}; sides {sides}")] if sides else []
+
+
 def sealed(card: str) -> bytes:
     """The file of a card: its text and a comment by which `is_edited` tells it."""
     text = card.encode()
@@ -119,6 +125,7 @@ def _facts(
             f"{plan.image_side} x {plan.image_side} {mode} {plan.image_format}",
         ),
         ("depth policy", _policy(plan.policy)),
+        *_depth_maps(plan),
         (
             "mean depth of the scales",
             f"{', '.join(f'{depth:.3g}' for depth in compute.depth_per_scale)} blocks",

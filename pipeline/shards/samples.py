@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.shards.depth_maps import DEPTH_MAP_SUFFIX
 from pipeline.shards.schema import SHARD_SCHEMA
 
 # Quality 95 without colour subsampling; lossless WebP; zlib's default effort for PNG.
@@ -27,12 +28,16 @@ _ENCODERS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class TarSample:
-    """The members of one sample as stored; `label` is the `.cls` member as a number."""
+    """The members of one sample as stored; `label` is the `.cls` member as a number.
+
+    `depths` is the depth map, see `depth_maps`; None where there is none.
+    """
 
     key: str
     label: int
     metadata: bytes
     image: bytes
+    depths: bytes | None = None
 
 
 class ShardError(Exception):
@@ -61,20 +66,22 @@ def read_tar(stream: ByteReader, image_format: str) -> Iterator[TarSample]:
     """The samples of a shard in order, read strictly and as a stream.
 
     Errors: `ShardError` for a truncated or damaged tar and for members that are not exactly
-    `{key}.cls`, `{key}.json` and `{key}.{image_format}` together.
+    `{key}.cls`, `{key}.json` and `{key}.{image_format}` together, a `{key}.depth.npy` between them
+    or not.
     """
     members: dict[str, bytes] = {}
     wanted, current = {"cls", "json", image_format}, ""
+    known = wanted | {DEPTH_MAP_SUFFIX}
     try:
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
             for info in tar:
                 key, _, suffix = info.name.partition(".")
                 content = tar.extractfile(info) if info.isreg() else None
                 is_next = key == current if members else key > current
-                if content is None or suffix not in wanted - members.keys() or not is_next:
+                if content is None or suffix not in known - members.keys() or not is_next:
                     raise ShardError(f"the member {info.name!r} does not belong here")
                 current, members[suffix] = key, content.read()
-                if len(members) == len(wanted):
+                if wanted <= members.keys():
                     yield _tar_sample(key, members, image_format)
                     members = {}
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
@@ -118,7 +125,8 @@ def _tar_sample(key: str, members: dict[str, bytes], image_format: str) -> TarSa
     label = members["cls"]
     if not label.isdigit() or len(label) > 9:
         raise ShardError(f"the label of {key} is {label[:20]!r}, wanted a number")
-    return TarSample(key, int(label), members["json"], members[image_format])
+    depths = members.get(DEPTH_MAP_SUFFIX)
+    return TarSample(key, int(label), members["json"], members[image_format], depths)
 
 
 def encode_image(image_HWC: np.ndarray, image_format: str) -> EncodedImage:

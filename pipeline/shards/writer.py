@@ -24,6 +24,7 @@ from webdataset import TarWriter
 
 from pipeline.faults import reach
 from pipeline.request.job_plan import JobPlan, ShardPlan, key_of
+from pipeline.shards.depth_maps import DEPTH_MAP_SUFFIX, depth_map_file, read_depth_map
 from pipeline.shards.manifest import (
     BatchTiming,
     BuiltShard,
@@ -59,6 +60,10 @@ class SampledBatch(Protocol):
         """Log-probability of the drawn tokens in nats, mean per scale, float32, finite."""
 
     @property
+    def depths_BN(self) -> np.ndarray:  # noqa: N802
+        """Blocks that every token ran, all scales in a row, uint8; read where the plan wants it."""
+
+    @property
     def sampling_s(self) -> float:
         """Wall seconds in the transformer."""
 
@@ -77,6 +82,7 @@ class _Batch:
     decoding_s: float
     mean_change: list[list[float]]
     mean_log_prob: list[list[float]]
+    depth_maps: list[bytes]
     encoding_s: float = 0.0
 
 
@@ -148,7 +154,10 @@ class ShardWriter:
             float(batch.decoding_s),
             [finite_floats(row, "mean_change") for row in batch.mean_change_BS],
             [finite_floats(row, "mean_log_prob") for row in batch.mean_log_prob_BS],
+            list(map(depth_map_file, batch.depths_BN)) if self._plan.depth_map_sides else [],
         )
+        for depth_map in entry.depth_maps:
+            read_depth_map(depth_map, self._plan)
         if not len(entry.mean_change) == len(entry.mean_log_prob) == stop - start:
             raise ValueError("got signals for another number of images than there are")
         self._batches.append(entry)
@@ -211,6 +220,7 @@ class ShardWriter:
                 "cls": str(row.label).encode("ascii"),
                 "json": json_member(row),
                 self._plan.image_format: encoded.image,
+                **({DEPTH_MAP_SUFFIX: batch.depth_maps[offset]} if batch.depth_maps else {}),
             }
         )
         self._rows.append(row)

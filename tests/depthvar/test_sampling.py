@@ -302,6 +302,10 @@ def test_a_batch_records_what_the_reference_computes():
     assert batch.mean_change_BS.dtype == batch.mean_log_prob_BS.dtype == np.float32
     np.testing.assert_allclose(batch.mean_change_BS, change.numpy(), atol=1e-6)
     np.testing.assert_allclose(batch.mean_log_prob_BS, log_prob.numpy(), atol=1e-6)
+    for i in range(len(LABELS)):
+        depths = [depth for scale in want.scales for depth in scale.depths[2 * i]]
+        assert batch.depths_BN[i].tolist() == depths
+    assert (batch.depths_BN[0] != batch.depths_BN[1]).any()
     pixels = reference.decode(states(model)[1], model.config.tokenizer, want.feature_map_BZHW)
     rounded = ((pixels + 1) / 2 * 255).round().permute(0, 2, 3, 1).numpy()
     assert (batch.images_BHWC == rounded).all()
@@ -315,6 +319,10 @@ def test_skipped_scales_are_not_sampled_and_recorded_as_zero():
     batch = sampler(LABELS, seed=0, indices=[0, 1, 2])
     assert batch.mean_change_BS.shape == batch.mean_log_prob_BS.shape == (3, 4)
     assert (batch.mean_change_BS[:, 2:] == 0).all()
+    sampled = sum(side * side for side in model.config.sides[:2])
+    assert (batch.depths_BN[:, :sampled] == model.config.num_blocks).all()
+    assert (batch.depths_BN[:, sampled:] == 0).all()
+    assert batch.depths_BN.shape == (3, model.config.transformer.num_tokens)
     assert (batch.mean_log_prob_BS[:, 2:] == 0).all()
     assert (batch.mean_change_BS[:, :2] > 0).all()
     assert (batch.mean_log_prob_BS[:, :2] < 0).all()

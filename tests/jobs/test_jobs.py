@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def dataset(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(out: Path, weights: Path, *more: str) -> list[str]:
     text = "--policy uniform --classes 1,4,seven --per-class 2 --samples-per-shard 4 --batch-size 2"
-    return ["--out", str(out), "--weights", str(weights), "--device", "cpu", *text.split(), *more]
+    options = [*text.split(), "--save-depth-maps"]
+    return ["--out", str(out), "--weights", str(weights), "--device", "cpu", *options, *more]
 
 
 def exit_code(main: object, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -285,6 +287,9 @@ def test_verify_accepts_what_generate_made(dataset: Path, capsys: pytest.Capture
     for argv in ([str(dataset)], ["--out", str(dataset), "--deep"]):
         assert jobs.verify.main(argv) == 0
         assert "2 of 2 shards sound (6 images), 0 problems" in capsys.readouterr().out
+    with tarfile.open(dataset / "train" / "00001.tar") as tar:
+        suffixes = [member.name.partition(".")[2] for member in tar]
+    assert suffixes == 2 * ["cls", "depth.npy", "json", "png"]
 
 
 def test_verify_names_the_shard_that_is_damaged_and_generate_mends_it(
@@ -322,6 +327,7 @@ def test_a_file_of_configuration_makes_the_same_plan_as_flags(
         "per_class": 2,
         "samples_per_shard": 4,
         "batch_size": 2,
+        "save_depth_maps": True,
     }
     file.write_text(json.dumps(content))  # JSON is YAML
     jobs.plan.main(["--config", str(file)])

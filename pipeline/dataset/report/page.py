@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import colormaps
 from PIL import Image
 
 from pipeline.dataset.report import figures
@@ -23,6 +25,7 @@ from pipeline.shards.manifest import mixed_environments
 
 _TEMPLATE = "page.html.jinja"
 _SMALL_SIDE, _SHOWN_SIDE = 64, 192  # pixels: small images are kept, large ones shrink to this
+_MAX_MAPS, _TILE_SIDE, _TILE_GAP = 10, 64, 6  # pixels
 _MAX_ROWS = 200  # of a table
 
 
@@ -56,12 +59,14 @@ def render(survey: Survey) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = data_uri
+    environment.filters["depth_strip"] = depth_strip
     environment.filters["duration"] = duration
     records = list(survey.records.values())
     classes = survey.plan.total_counts.class_ids
     values: dict[str, Any] = {
         "survey": survey,
         "plan": survey.plan,
+        "mapped": [p for _, shown in survey.by_class for p in shown[:1] if p.depths][:_MAX_MAPS],
         "num_bytes": sum(r.files.tar.size + r.files.parquet.size for r in records),
         "timeline": Timeline.of(records) if records else None,
         "class_lines": list(_class_lines(survey)),
@@ -99,15 +104,38 @@ def data_uri(picture: Picture) -> str:
     """The image for the page: small ones without loss, large ones smaller and as JPEG."""
     pixels = picture.image_HWC
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    buffer = io.BytesIO()
     if image.width <= _SMALL_SIDE:
-        image.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
-        image.save(buffer, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return _encoded(image, "PNG", optimize=True)
+    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+    return _encoded(image, "JPEG", quality=85)
+
+
+def depth_strip(picture: Picture) -> str:
+    """How deep an image's tokens ran, as one picture: the sum over the scales, then every scale.
+
+    The brightest is the most blocks that a token of the image ran, at every scale.
+    """
+    maps = [_tile(depths) for depths in picture.depths]
+    most = max(1.0, float(np.max(maps)))
+    tiles = [np.mean(maps, axis=0), *maps]
+    step = _TILE_SIDE + _TILE_GAP
+    strip = Image.new("RGBA", (len(tiles) * step - _TILE_GAP, _TILE_SIDE))
+    for place, tile in enumerate(tiles):
+        colours = colormaps["viridis"](tile / most, bytes=True)
+        strip.paste(Image.fromarray(colours), (place * step, 0))
+    return _encoded(strip, "PNG", optimize=True)
+
+
+def _tile(depths: np.ndarray) -> np.ndarray:
+    """A map grown or shrunk to the side of a tile: every pixel is that of the token over it."""
+    along = (2 * np.arange(_TILE_SIDE) + 1) * len(depths) // (2 * _TILE_SIDE)
+    return np.asarray(depths[np.ix_(along, along)], dtype=np.float64)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def duration(seconds: float) -> str:

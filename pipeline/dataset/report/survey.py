@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from pipeline.request.job_plan import JobPlan, key_of
+from pipeline.shards.depth_maps import read_depth_map
 from pipeline.shards.manifest import (
     LEDGER_NAME,
     OLD_LEDGER_NAME,
@@ -26,7 +27,7 @@ from pipeline.shards.manifest import (
     parquet_name,
     tar_name,
 )
-from pipeline.shards.samples import ShardError, decode_image, read_parquet, read_tar
+from pipeline.shards.samples import ShardError, TarSample, decode_image, read_parquet, read_tar
 from pipeline.storage import Storage
 
 SHARDS_WITH_ROWS = 32
@@ -76,12 +77,17 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One sample that is shown; `image_HWC` is uint8."""
+    """One sample that is shown.
+
+    `image_HWC` is uint8. `depths`: blocks that the tokens of every scale ran, (side, side) each;
+    none where the dataset has no depth maps.
+    """
 
     key: str
     class_name: str
     certainty: float
     image_HWC: np.ndarray
+    depths: Sequence[np.ndarray] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +250,7 @@ def _read_pictures(
                 for sample in read_tar(stream, plan.image_format):
                     place = left.pop(sample.key, None)
                     if place is not None:
-                        pictures[place] = _picture(plan, rows, place, sample.image)
+                        pictures[place] = _picture(plan, rows, place, sample)
                     if not left:
                         break
             if left:
@@ -254,13 +260,20 @@ def _read_pictures(
     return pictures
 
 
-def _picture(plan: JobPlan, rows: Rows, place: int, image: bytes) -> Picture:
+def _picture(plan: JobPlan, rows: Rows, place: int, sample: TarSample) -> Picture:
     key = key_of(int(rows.index_N[place]))
-    if hashlib.sha256(image).hexdigest() != rows.image_sha256[place]:
+    if hashlib.sha256(sample.image).hexdigest() != rows.image_sha256[place]:
         raise ShardError(f"the image of {key} is not the one that was committed")
+    depths: Sequence[np.ndarray] = ()
+    if sample.depths is not None and plan.depth_map_sides:
+        try:
+            depths = read_depth_map(sample.depths, plan)
+        except ValueError as error:
+            raise ShardError(f"the depth map of {key}: {error}") from error
     return Picture(
         key=key,
         class_name=plan.class_names[int(rows.label_N[place])],
         certainty=float(rows.certainty_N[place]),
-        image_HWC=decode_image(image, plan.image_channels),
+        image_HWC=decode_image(sample.image, plan.image_channels),
+        depths=depths,
     )

@@ -19,6 +19,7 @@ from pipeline.shards.manifest import (
 )
 from pipeline.storage import Storage
 from tests.fake_shards import (
+    WITH_DEPTH_MAPS,
     committed_anew,
     make_plan,
     object_store,
@@ -171,6 +172,27 @@ def test_swapped_images_are_found_even_under_a_fitting_record(out):
     report = verify(storage, plan, deep=True)
     assert (2, "content") in found(report)
     assert report.shards_to_make == (2,)
+
+
+def test_a_depth_map_that_is_not_the_plans_is_found(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    plan = write_dataset(storage, make_plan(**WITH_DEPTH_MAPS), tmp_path / "scratch")
+    assert verify(storage, plan, deep=True).is_sound
+
+    def deeper(members: list[tuple[str, bytes]]) -> None:
+        name, data = members[1]
+        assert name.endswith(".depth.npy")
+        members[1] = (name, data[:-1] + b"\x04")
+
+    rewrite_tar(storage, 0, deeper)
+    committed_anew(storage, 0)
+    rewrite_tar(storage, 1, lambda members: members.pop(1))
+    committed_anew(storage, 1)
+    first, second = verify(storage, plan, deep=True).problems
+    assert (first.shard, first.kind) == (0, "content")
+    assert "got scales of mean depth" in first.message
+    assert (second.shard, second.kind) == (1, "content")
+    assert "it has no depth map" in second.message
 
 
 def test_an_image_with_other_pixels_than_hashed_is_found_even_if_its_row_fits_the_file(out):

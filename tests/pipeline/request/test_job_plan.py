@@ -56,6 +56,13 @@ def test_a_billion_samples_of_a_thousand_classes_are_planned_in_no_time():
     assert sorted(shard.labels.tolist()) == list(range(1000))
 
 
+def test_a_plan_without_depth_maps_is_spelt_as_it_was_before_there_were_any():
+    plain, mapped = make_plan(), make_plan(depth_map_sides=(1, 2, 3))
+    assert b"depth_map" not in plain.to_json()
+    assert plain.fingerprint != mapped.fingerprint
+    assert JobPlan.from_json(mapped.to_json()) == mapped
+
+
 def test_the_plan_survives_json():
     plan = make_plan()
     again = JobPlan.from_json(plan.to_json())

@@ -35,6 +35,13 @@ def test_whole_samples_in_order_are_read():
     assert read([]) == []
 
 
+def test_a_depth_map_belongs_to_its_sample():
+    with_map = TarSample("0a", 7, b"{}", b"x", b"map")
+    assert read([A[0], ("0a.depth.npy", b"map"), *A[1:]]) == [with_map]
+    with pytest.raises(ShardError, match=r"'0a\.depth\.npy' does not belong"):
+        read([*A, ("0a.depth.npy", b"map")])
+
+
 @pytest.mark.parametrize(
     ("members", "told"),
     [

@@ -16,9 +16,10 @@ from PIL import Image, JpegImagePlugin
 
 import pipeline.shards.writer as writer_module
 from pipeline.request.job_plan import key_of, policy_fields
+from pipeline.shards.depth_maps import read_depth_map
 from pipeline.shards.samples import ShardError, decode_image, encode_image, pixel_hash, read_tar
 from pipeline.shards.writer import ShardWriter
-from tests.fake_shards import FakeBatch, fake_batch, fill, make_plan
+from tests.fake_shards import WITH_DEPTH_MAPS, FakeBatch, fake_batch, fill, make_plan
 
 
 def built_bytes(plan, scratch: Path, shard_id: int = 0, **options) -> tuple[bytes, bytes]:
@@ -54,6 +55,43 @@ def test_standard_readers_see_the_planned_samples(tmp_path):
         assert sample["json"]["index"] == row["index"]
         assert sample["json"]["pixel_sha256"] == row["pixel_sha256"]
         assert sample["json"]["mean_log_prob"] == pytest.approx(row["mean_log_prob"])
+
+
+def test_depth_maps_are_read_back_scale_by_scale_and_by_webdataset(tmp_path):
+    plan = make_plan(**WITH_DEPTH_MAPS)
+    shard = plan.shard(1)
+    with ShardWriter(plan, shard, tmp_path) as writer:
+        built = fill(writer, plan, shard)
+        samples = list(wds.WebDataset(str(built.tar_path), shardshuffle=False).decode("l"))
+        with built.tar_path.open("rb") as stream:
+            ours = list(read_tar(stream, "png"))
+    want_BN = fake_batch(plan, range(9, 18)).depths_BN
+    assert len(samples) == len(ours) == 9
+    for sample, stored, want_N in zip(samples, ours, want_BN, strict=True):
+        assert sample["depth.npy"].dtype == np.uint8
+        assert sample["depth.npy"].tolist() == want_N.tolist()
+        scales = read_depth_map(stored.depths, plan)
+        assert [scale.shape for scale in scales] == [(1, 1), (2, 2), (3, 3)]
+        assert np.concatenate([scale.ravel() for scale in scales]).tolist() == want_N.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d[:, :-1], r"got a depth map uint8 \(13,\), wanted uint8 \(14,\)"),
+        (lambda d: d.astype(np.int64), r"got a depth map int64"),
+        (lambda d: d[:, ::-1], r"got scales of mean depth"),
+    ],
+)
+def test_depths_that_are_not_as_planned_are_refused(tmp_path, change, told):
+    plan = make_plan(**WITH_DEPTH_MAPS)
+    batch = fake_batch(plan, range(4))
+    wrong = dataclasses.replace(batch, depths_BN=change(batch.depths_BN))
+    with (
+        ShardWriter(plan, plan.shard(0), tmp_path) as writer,
+        pytest.raises(ValueError, match=told),
+    ):
+        writer.add(wrong, 0)
 
 
 def test_rows_carry_the_plan_and_the_signals(tmp_path):

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from depthvar.errors import InputError
 from jobs.report import main
-from pipeline.dataset.report.page import data_uri, duration
-from pipeline.dataset.report.survey import Picture
+from pipeline.dataset.report.page import data_uri, depth_strip, duration, render
+from pipeline.dataset.report.survey import Picture, survey
 from pipeline.storage import Storage
-from tests.fake_shards import fake_batch, make_plan, write_dataset
+from tests.fake_shards import WITH_DEPTH_MAPS, fake_batch, make_plan, write_dataset
 
 NAMES = ("zero & more", '<b>"one"</b>', "two", "</title><script>alert(1)</script>")
 
@@ -192,6 +193,26 @@ def test_no_dataset_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"--out: got .*, whose folder does not exist"):
         main([str(tmp_path / "none"), "--out", str(tmp_path / "no" / "page.html")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compute_map_shows_the_depth_of_every_token(tmp_path: Path):
+    storage = Storage.open(tmp_path / "out")
+    plan = make_plan({0: 2}, **WITH_DEPTH_MAPS)
+    found = survey(storage, write_dataset(storage, plan, tmp_path / "scratch"), 1)
+    ((_, [picture]),) = found.by_class
+    want_N = fake_batch(plan, [0]).depths_BN[0]
+    assert np.concatenate([scale.ravel() for scale in picture.depths]).tolist() == want_N.tolist()
+    strip = Image.open(io.BytesIO(base64.b64decode(depth_strip(picture).partition(",")[2])))
+    assert strip.size == (4 * 64 + 3 * 6, 64)
+    colour = [tuple(int(c) for c in colormaps["viridis"](d / 4, bytes=True)) for d in range(5)]
+    for y in range(3):
+        for x in range(3):
+            depth = want_N[5 + 3 * y + x]
+            assert strip.getpixel((3 * 70 + 10 + 21 * x, 10 + 21 * y)) == colour[depth]
+    assert {strip.getpixel((70 + x, 32)) for x in (0, 63)} == {colour[4]}
+    assert strip.getpixel((67, 32))[3] == 0
+    page = Page(render(found).decode())
+    assert "Depth of the tokens of sample 000000000000" in str(page.all("img")[-1]["alt"])
 
 
 def test_large_images_are_shown_smaller():

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     gpu = gpu_memory() if config.device != "cpu" else None
     machine = Machine(available_cores(), 0 if gpu is None else 1, available_memory(), gpu)
-    shape = worker_shape([machine], device=config.device, threads_per_worker=1)
+    shape = worker_shape([machine], device=config.device, threads_per_worker=1, encode_threads=None)
     if config.address is None and (
         warning := memory_warning(plan, model, worker_room([machine], shape, workers or 1))
     ):

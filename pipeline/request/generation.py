@@ -14,6 +14,7 @@ from pipeline.request.yaml_file import FieldsOf
 Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpg", "webp"]
 Precision = Literal["float32", "bfloat16", "float16"]
+DEFAULT_PNG_LEVEL = 6
 Scalar = bool | int | float | str | None
 PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
@@ -68,6 +69,12 @@ class GenerateConfig(JobConfig):
     samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
     batch_size: int = Field(50, gt=0, description="images sampled at once")
     image_format: ImageFormat = Field("png", description="image encoding")
+    png_level: int = Field(
+        DEFAULT_PNG_LEVEL,
+        ge=0,
+        le=9,
+        description="effort of PNG's compression: 1 takes a fraction of the time for larger files",
+    )
     workers: int | None = Field(
         None,
         ge=0,
@@ -75,6 +82,11 @@ class GenerateConfig(JobConfig):
     )
     threads_per_worker: int = Field(
         1, gt=0, description="CPU threads of one worker; another number may change the last bit"
+    )
+    encode_threads: int | None = Field(
+        None,
+        gt=0,
+        description="threads of one worker that encode images (default: as many as its CPUs)",
     )
     device: Device = Field("auto", description="where the model runs")
     address: str | None = Field(
@@ -107,6 +119,16 @@ class GenerateConfig(JobConfig):
 
             return ",".join(quoted(str(item)) for item in value)
         return value
+
+    @model_validator(mode="after")
+    def _png_level_of_pngs(self) -> GenerateConfig:
+        """Other formats have no such level, and a plan holds nothing that decides no byte."""
+        if self.image_format != "png" and self.png_level != DEFAULT_PNG_LEVEL:
+            raise ValueError(
+                f"png_level was given together with image_format {self.image_format}, wanted it"
+                " with png: drop one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> GenerateConfig:

@@ -56,6 +56,7 @@ def plan_job(
         samples_per_shard=config.samples_per_shard,
         batch_size=config.batch_size,
         image_format=config.image_format,
+        png_level=config.png_level,
         compute=compute,
         segments=(Segment(counts),),
         depth_map_sides=model.sides if config.save_depth_maps else (),

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter,
 from depthvar.config import SamplingSettings
 from depthvar.errors import InputError
 from depthvar.policy import DepthPolicy
-from pipeline.request.generation import ImageFormat, Precision
+from pipeline.request.generation import DEFAULT_PNG_LEVEL, ImageFormat, Precision
 from pipeline.request.labels import MAX_SAMPLES, LabelCounts
 
 FORMAT_VERSION = 1
@@ -155,6 +155,7 @@ class JobPlan:
     segments: tuple[Segment, ...]
     depth_map_sides: tuple[PositiveInt, ...] = ()
     """Sides of the scales whose depths are stored with every image; none without depth maps."""
+    png_level: Annotated[int, Field(ge=0, le=9)] = DEFAULT_PNG_LEVEL
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -250,7 +251,7 @@ class JobPlan:
 
     def difference(self, other: JobPlan, name: str = "the output") -> list[str]:
         """What differs, field by field: self is what `name` holds, `other` is this run's."""
-        pairs = _differing(self.settings_as_stored, other.settings_as_stored)
+        pairs = _differing(self._settings, other._settings)
         lines = [f"{field}: {name} has {a}, this run has {b}" for field, a, b in pairs]
         stored, wanted = self.total_counts.as_mapping(), other.total_counts.as_mapping()
         changed = [c for c in sorted({*stored, *wanted}) if stored.get(c, 0) != wanted.get(c, 0)]
@@ -314,13 +315,20 @@ class JobPlan:
 
     @cached_property
     def settings_as_stored(self) -> dict[str, Any]:
-        """All but the segments as plan.json holds it: what is drawn and the policy taken apart."""
+        """All but the segments as plan.json holds it.
+
+        What plans had before a setting was there is left out, as they leave it out.
+        """
+        stored = self._settings.items()
+        return {k: v for k, v in stored if k not in _FORMERLY or v != _FORMERLY[k]}
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """All but the segments, what is drawn and the policy taken apart."""
         settings: dict[str, Any] = {}
         for name, value in asdict(self).items():
             settings.update(value if name == "sampling" else {name: value})
         del settings["segments"]
-        if not self.depth_map_sides:  # as in the plans of earlier releases
-            del settings["depth_map_sides"]
         settings["policy"] = policy_fields(self.policy)
         return {**settings, "format_version": FORMAT_VERSION}
 
@@ -348,6 +356,7 @@ def _as_fields(settings: Mapping[str, JsonValue], segments: JsonValue) -> dict[s
     return {**values, "sampling": sampling, "segments": segments}
 
 
+_FORMERLY = {"depth_map_sides": (), "png_level": DEFAULT_PNG_LEVEL}
 _POLICY = TypeAdapter(DepthPolicy)
 _PLAN_FILE, _PLAN = TypeAdapter(_PlanFile), TypeAdapter(JobPlan)
 

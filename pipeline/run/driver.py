@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from depthvar.config import is_model_path
 from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
@@ -38,10 +38,13 @@ from pipeline.run.console import (
     run_summary,
     say,
 )
-from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, run_in_process, set_aside_earlier
+from pipeline.run.in_process import run_in_process
+from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, set_aside_earlier
 from pipeline.run.ray_crew import RayCrew
 from pipeline.run.schedule import (
+    Machine,
     ShardQueue,
+    WorkerShape,
     num_slots,
     require_fit,
     require_slots,
@@ -222,7 +225,10 @@ def _crew(
     address = None if config.workers == 0 else cluster_address(config.address, os.environ)
     if config.workers == 0:
         machine = this_machine(with_gpus=config.device != "cpu")
-        shape = worker_shape([machine], device=config.device, threads_per_worker=1)
+        shape = worker_shape(
+            [machine], device=config.device, threads_per_worker=1, encode_threads=None
+        )
+        place = _with_encoders(place, config, int(machine.num_cpus))
         require_slots(None, num_slots([machine], shape), shape)
         require_device(config.device)
         yield _Crew(
@@ -236,13 +242,28 @@ def _crew(
         yield _local_crew(config, place, stop)
 
 
+def _worker_shape(config: GenerateConfig, machines: Collection[Machine]) -> WorkerShape:
+    return worker_shape(
+        machines,
+        device=config.device,
+        threads_per_worker=config.threads_per_worker,
+        encode_threads=config.encode_threads,
+    )
+
+
+def _with_encoders(place: Workplace, config: GenerateConfig, num_cpus: int) -> Workplace:
+    """The place of a worker that has so many CPUs."""
+    return replace(place, encode_threads=config.encode_threads or max(1, num_cpus))
+
+
 def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> _Crew:
     """Check that the workers fit on this machine, then make shards with Ray started here."""
     machine = this_machine(with_gpus=config.device != "cpu")
-    shape = worker_shape([machine], device=config.device, threads_per_worker=place.threads)
+    shape = _worker_shape(config, [machine])
     slots = num_slots([machine], shape)
     require_slots(config.workers, slots, shape)
     require_device(config.device)
+    place = _with_encoders(place, config, shape.num_cpus)
 
     def make(run: ShardRun) -> None:
         with ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
@@ -257,11 +278,7 @@ def _cluster_crew(
 ) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
     machines, node_types = cluster_machines(), known_node_types()
-    shape = worker_shape(
-        [*machines, *(node_types or ())],
-        device=config.device,
-        threads_per_worker=place.threads,
-    )
+    shape = _worker_shape(config, [*machines, *(node_types or ())])
     if node_types is not None:
         require_fit(machines, node_types, shape)
     limit = autoscaler_limit()
@@ -279,5 +296,6 @@ def _cluster_crew(
             num_slots(cluster_machines(), shape), num_slots([limit], shape), 1
         )
 
+    place = _with_encoders(place, config, shape.num_cpus)
     make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
     return _Crew(make, worker_room(machines, shape, config.workers))

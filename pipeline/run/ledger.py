@@ -1,4 +1,4 @@
-"""One run over the missing shards: its bookkeeping, its signals, and running it in this process."""
+"""One run over the missing shards: its bookkeeping and its signals."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import os
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import Any
 
-from depthvar.errors import InputError, advice
+from depthvar.errors import advice
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import ProgressBar, environment_changes, say
 from pipeline.run.schedule import Assignment, ShardQueue
-from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, WorkerInfo, Workplace
+from pipeline.run.worker import Progress, ShardDone, WorkerInfo
 from pipeline.shards.manifest import (
     LEDGER_NAME,
     OLD_LEDGER_NAME,
@@ -194,12 +193,15 @@ class ShardRun:
             )
         return True
 
-    def lost(self, assignment: Assignment, reason: str) -> None:
-        """Put a shard back, free of charge: its worker went away or was asked to stop."""
+    def lost(self, assignment: Assignment, reason: str, *, alone: bool = False) -> None:
+        """Put a shard back, free of charge: its worker went away or was asked to stop.
+
+        `alone`: to be made beside no other, see `ShardQueue`.
+        """
         if self._is_committed(assignment.shard_id):
             self._done(assignment.shard_id)
             return
-        self.queue.lost(assignment.shard_id)
+        self.queue.lost(assignment.shard_id, alone=alone)
         self._bar.take_back(assignment.shard_id)
         if reason:
             say(f"shard {shard_name(assignment.shard_id)} goes to another worker: {reason}")
@@ -272,46 +274,6 @@ def _read_or_nothing(storage: Storage, name: str) -> bytes:
         return storage.read(name)
     except FileNotFoundError:
         return b""
-
-
-def run_in_process(place: Workplace, run: ShardRun, should_stop: Callable[[], bool]) -> None:
-    """Make shards one after another in this process, without Ray.
-
-    Raises `InputError` or `JobStopped` if the model cannot be loaded.
-    """
-    try:
-        worker = Worker(run.plan, place)
-    except InputError:
-        raise
-    except OSError as error:
-        raise JobStopped(f"no worker can start: {one_line(error)}: {advice(error)}") from error
-    except Exception as error:
-        raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
-    run.worker_ready(worker.info)
-    try:
-        while not should_stop() and (assignment := run.queue.take()) is not None:
-            _run_one(worker, assignment, run, should_stop)
-    finally:
-        worker.close()
-
-
-def _run_one(
-    worker: Worker, assignment: Assignment, run: ShardRun, should_stop: Callable[[], bool]
-) -> None:
-    shard_id, attempt = assignment.shard_id, assignment.attempt
-    try:
-        for event in worker.run_shard(shard_id, attempt, should_stop=should_stop):
-            run.heard(event)
-    except ShardStopped:
-        run.lost(assignment, "")
-    except Exception as error:
-        run.failed(
-            assignment,
-            one_line(error),
-            traceback.format_exc(),
-            worker.info.name,
-            storage_error=error if isinstance(error, OSError) else None,
-        )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,7 +1,11 @@
 """The workers as Ray actors: hired, given shards, listened to, replaced.
 
+An actor makes up to two shards at once, each a task with a stream of its own: it gets the next one
+when the one before is sampled and being committed.
+
 Ray retries nothing: failures are counted here, each is followed by a fresh actor, and the loss of a
-node (free) is told from a failure (charged).
+node (free) is told from a failure (charged), and the death of a worker that was making two shards
+convicts neither: each is made again alone, where a death is its own.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pipeline.request.job_plan import JobPlan
 from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, is_placed
 from pipeline.run.console import say
 from pipeline.run.ledger import JobStopped, ShardRun
-from pipeline.run.schedule import Assignment, WorkerShape, num_slots
+from pipeline.run.schedule import SHARDS_IN_HAND, InHand, WorkerShape, num_slots, takes_more
 from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, Workplace
 from pipeline.run.worker_failures import cause_of, plain, reason_of, storage_error_of
 
@@ -49,21 +53,31 @@ class RayWorker(Worker):
         yield from self.run_shard(shard_id, attempt, should_stop=context.is_canceled)
 
 
-@dataclass
+@dataclass(eq=False)
+class _Task(InHand):
+    """A shard in an actor's hands, and the stream of what is heard of it."""
+
+    stream: Any = None
+
+
+@dataclass(eq=False)
 class _Hired:
-    """One live actor: loading until it has introduced itself, then idle or making a shard."""
+    """One live actor: loading until it has introduced itself, then idle or making shards.
+
+    Where a shard failed, `is_leaving`: it ends those it has and gets no other.
+    """
 
     actor: Any
     introduction: Any
     info: WorkerInfo | None = None
     node_id: str = ""
-    stream: Any = None
-    assignment: Assignment | None = None
+    tasks: list[_Task] = field(default_factory=list)
+    is_leaving: bool = False
 
     @property
     def is_idle(self) -> bool:
-        """Ready for a shard."""
-        return self.info is not None and self.stream is None
+        """Ready for a shard, with none in hand."""
+        return self.info is not None and not self.tasks
 
     @property
     def name(self) -> str:
@@ -151,55 +165,75 @@ class RayCrew:
 
     def _staff(self, run: ShardRun) -> None:
         """Dismiss idle workers of draining nodes, hire up to the wanted number, hand out shards."""
-        for worker in [w for w in self._hired if w.is_idle and w.node_id in self._draining]:
+        going = [w for w in self._hired if w.is_leaving or w.node_id in self._draining]
+        for worker in [w for w in going if w.is_idle]:
             self._dismiss(worker)
         for _ in range(min(self._wanted, run.queue.num_open) - len(self._hired)):
             self._hired.append(self._hire(run.plan))
-        for worker in [w for w in self._hired if w.is_idle]:
-            assignment = run.queue.take()
-            if assignment is None:
-                break
-            worker.assignment = assignment
-            worker.stream = worker.actor.make.remote(assignment.shard_id, assignment.attempt)
+        free = [w for w in self._hired if w.info and w not in going and takes_more(w.tasks)]
+        for worker in sorted(free, key=lambda w: len(w.tasks)):  # those without any first
+            if assignment := run.queue.take(beside_another=bool(worker.tasks)):
+                stream = worker.actor.make.remote(assignment.shard_id, assignment.attempt)
+                worker.tasks.append(_Task(assignment, stream=stream))
 
     def _hire(self, plan: JobPlan) -> _Hired:
         options = {"num_cpus": self.shape.num_cpus, "num_gpus": self.shape.num_gpus}
         actor_class: Any = ray.remote(RayWorker)
-        retries = {"max_restarts": 0, "max_task_retries": 0}
+        retries = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": SHARDS_IN_HAND}
         actor = actor_class.options(**options, **retries).remote(plan, self.place)
         return _Hired(actor, actor.introduce.remote())
 
     def _listen(self, run: ShardRun, timeout_s: float) -> None:
         """Take in whatever workers say within the time."""
-        sources = {w.stream or w.introduction: w for w in self._hired if w.stream or not w.info}
+        sources: dict[Any, tuple[_Hired, _Task | None]] = {
+            w.introduction: (w, None) for w in self._hired if not w.info
+        }
+        sources |= {task.stream: (w, task) for w in self._hired for task in w.tasks}
         if not sources:
             return
         ready, _ = ray.wait(list(sources), num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(list(sources), num_returns=len(sources), timeout=0)
         for source in ready:
-            self._hear(sources[source], run)
+            worker, task = sources[source]
+            if task is None:
+                self._hear_introduction(worker, run)
+            elif task in worker.tasks:  # its worker may have died since
+                self._hear(worker, task, run)
 
-    def _hear(self, worker: _Hired, run: ShardRun) -> None:
-        """Take in one thing a worker says: its introduction, progress, a result, or its end."""
+    def _hear_introduction(self, worker: _Hired, run: ShardRun) -> None:
         try:
-            if worker.stream is None:
-                worker.info, worker.node_id = ray.get(worker.introduction)
-                self._welcome(worker.info, run)
-                return
-            event = ray.get(next(worker.stream))
-        except StopIteration:
-            raise AssertionError("a worker ended its stream without a result") from None
+            worker.info, worker.node_id = ray.get(worker.introduction)
         except ray_errors.RayError as error:
             self._dismiss(worker)
-            if worker.assignment is None:
-                self._failed_to_load(worker, error)
-            else:
-                self._lost_or_failed(worker, worker.assignment, error, run)
-            return
-        run.heard(event)
+            self._failed_to_load(error)
+        else:
+            self._welcome(worker.info, run)
+
+    def _hear(self, worker: _Hired, task: _Task, run: ShardRun) -> None:
+        """Take in one thing a worker says of a shard: progress, its result, or its end."""
+        try:
+            event = ray.get(next(task.stream))
+        except StopIteration:
+            raise AssertionError("a worker ended its stream without a result") from None
+        except ray_errors.RayTaskError as error:
+            worker.tasks.remove(task)
+            worker.is_leaving = True
+            self._failed(worker, task, error, run)
+        except ray_errors.RayError as error:
+            self._dismiss(worker)
+            self._died(worker, error, run)
+        else:
+            self._take_in(event, worker, task, run)
+
+    def _take_in(
+        self, event: Progress | ShardDone, worker: _Hired, task: _Task, run: ShardRun
+    ) -> None:
         if isinstance(event, ShardDone):
-            worker.stream = worker.assignment = None
+            worker.tasks.remove(task)
+        elif event.is_last:
+            task.is_sampled = True
+        run.heard(event)
 
     def _welcome(self, info: WorkerInfo, run: ShardRun) -> None:
         self._load_failures = 0
@@ -207,7 +241,7 @@ class RayCrew:
         if self.shape.num_gpus and info.device == "cpu":
             say(f"warning: {info.name} holds a GPU that torch cannot use: it runs on its CPU")
 
-    def _failed_to_load(self, worker: _Hired, error: ray_errors.RayError) -> None:
+    def _failed_to_load(self, error: ray_errors.RayError) -> None:
         if cause_of(error) == "node":
             return
         self._load_failures += 1
@@ -217,23 +251,32 @@ class RayCrew:
                 f" {reason_of(error)}"
             ) from error
 
-    def _lost_or_failed(
-        self, worker: _Hired, assignment: Assignment, error: ray_errors.RayError, run: ShardRun
-    ) -> None:
+    def _died(self, worker: _Hired, error: ray_errors.RayError, run: ShardRun) -> None:
+        """Account for all shards of a worker whose process or node is gone."""
+        tasks, worker.tasks = worker.tasks, []
         cause = cause_of(error)
         if cause == "node" or (cause == "worker" and worker.node_id not in alive_nodes()):
-            run.lost(assignment, f"{worker.name} is gone with its node")
-            return
-        is_charged = run.failed(
-            assignment,
+            for task in reversed(tasks):
+                run.lost(task.assignment, f"{worker.name} is gone with its node")
+        elif len(tasks) > 1:
+            reason = f"{worker.name} died making it and another one, now each is made alone"
+            for task in reversed(tasks):
+                run.lost(task.assignment, f"{reason}: {reason_of(error)}", alone=True)
+        elif self._failed(worker, tasks[0], error, run) and cause == "worker":
+            until_s = time.monotonic() + _NODE_GRACE_S
+            charge = _Charge(tasks[0].assignment.shard_id, worker.node_id, until_s)
+            self._charges.append(charge)
+
+    def _failed(
+        self, worker: _Hired, task: _Task, error: ray_errors.RayError, run: ShardRun
+    ) -> bool:
+        return run.failed(
+            task.assignment,
             reason_of(error),
             plain(error),
             worker.name,
             storage_error=storage_error_of(error),
         )
-        if is_charged and cause == "worker":
-            until_s = time.monotonic() + _NODE_GRACE_S
-            self._charges.append(_Charge(assignment.shard_id, worker.node_id, until_s))
 
     def _dismiss(self, worker: _Hired) -> None:
         """Let go of an actor for good; a failed process is never used again."""
@@ -244,10 +287,10 @@ class RayCrew:
     def _dismiss_all(self, run: ShardRun) -> None:
         """End all workers: first ask those at work to leave their shard, then insist."""
         deadline_s = time.monotonic() + _STOP_GRACE_S
-        for worker in self._hired:
-            if worker.stream is not None:
-                ray.cancel(worker.stream)
-        while time.monotonic() < deadline_s and any(w.stream for w in self._hired):
+        for task in [task for worker in self._hired for task in worker.tasks]:
+            if not task.is_sampled:
+                ray.cancel(task.stream)
+        while time.monotonic() < deadline_s and any(w.tasks for w in self._hired):
             self._await_end(run)
         idle = [w.actor.close.remote() for w in self._hired if w.is_idle]
         loading = [w.actor.close.remote() for w in self._hired if w.info is None]
@@ -260,14 +303,12 @@ class RayCrew:
 
     def _await_end(self, run: ShardRun) -> None:
         """Hear cancelled workers out: a shard that was being published may still be committed."""
-        streams: dict[Any, _Hired] = {w.stream: w for w in self._hired if w.stream}
+        streams = {task.stream: (w, task) for w in self._hired for task in w.tasks}
         ready, _ = ray.wait(list(streams), num_returns=1, timeout=_WAIT_S)
-        for worker in [streams[stream] for stream in ready]:
+        for worker, task in [streams[stream] for stream in ready]:
             try:
-                event = ray.get(next(worker.stream))
+                event = ray.get(next(task.stream))
             except (StopIteration, ray_errors.RayError):
-                worker.stream = None
-                continue
-            run.heard(event)
-            if isinstance(event, ShardDone):
-                worker.stream = worker.assignment = None
+                worker.tasks.remove(task)
+            else:
+                self._take_in(event, worker, task, run)

@@ -18,17 +18,44 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """A shard handed to a worker; `attempt` counts every start of it in this run, from 1."""
+    """A shard handed to a worker; `attempt` counts every start of it in this run, from 1.
+
+    `alone`: the worker gets no other shard beside it.
+    """
 
     shard_id: int
     attempt: int
+    alone: bool = False
+
+
+SHARDS_IN_HAND = 2
+"""The most that one worker has: one that it samples, and one that it commits meanwhile."""
+
+
+@dataclass(eq=False)
+class InHand:
+    """A shard that a worker is making; once `is_sampled`, its sampler is free for another."""
+
+    assignment: Assignment
+    is_sampled: bool = False
+
+
+def takes_more(in_hand: Sequence[InHand]) -> bool:
+    """Whether a worker with these shards can begin another one at once.
+
+    So no shard ever waits behind another in a worker's hands while a worker is free, and a worker
+    that goes away has none to give back that it has not begun.
+    """
+    is_free = all(shard.is_sampled and not shard.assignment.alone for shard in in_hand)
+    return is_free and len(in_hand) < SHARDS_IN_HAND
 
 
 class ShardQueue:
     """Every missing shard is waiting, running, done or set aside; the driver reports what happens.
 
     Only failures are charged: a shard is set aside after `max_attempts` of them. A shard whose
-    worker was lost with its node goes back to the front at no charge.
+    worker was lost with its node goes back to the front at no charge. So do both shards of a worker
+    that died making two, for either may be the cause: from then on each is made alone.
     """
 
     def __init__(self, missing: Iterable[int], max_attempts: int) -> None:
@@ -36,26 +63,35 @@ class ShardQueue:
         self._waiting = deque(missing)
         self._max_attempts = max_attempts
         self._running: set[int] = set()
+        self._alone: set[int] = set()
         self._set_aside: set[int] = set()
         self._starts: dict[int, int] = {}
         self._failures: dict[int, int] = {}
 
-    def take(self) -> Assignment | None:
-        """Return the next shard to make, now running; None when none is waiting."""
-        if not self._waiting:
+    def take(self, *, beside_another: bool = False) -> Assignment | None:
+        """Return the next shard to make, now running; None when none is waiting.
+
+        `beside_another`: the worker is making a shard, and one that is made alone is not for it.
+        """
+        if not self._waiting or (beside_another and self._waiting[0] in self._alone):
             return None
         shard_id = self._waiting.popleft()
         self._running.add(shard_id)
         self._starts[shard_id] = self._starts.get(shard_id, 0) + 1
-        return Assignment(shard_id, self._starts[shard_id])
+        return Assignment(shard_id, self._starts[shard_id], shard_id in self._alone)
 
     def done(self, shard_id: int) -> None:
         """Record a running shard as committed."""
         self._running.remove(shard_id)
 
-    def lost(self, shard_id: int) -> None:
-        """Put a running shard back in front: its worker went away through no fault of its own."""
+    def lost(self, shard_id: int, *, alone: bool = False) -> None:
+        """Put a running shard back in front: its worker went away through no fault of its own.
+
+        `alone`: or through one that cannot be told from another shard's.
+        """
         self._running.remove(shard_id)
+        if alone:
+            self._alone.add(shard_id)
         self._waiting.appendleft(shard_id)
 
     def failed(self, shard_id: int) -> bool:
@@ -110,7 +146,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class WorkerShape:
-    """What one worker asks Ray for: a GPU, or its threads' share of the cores."""
+    """What one worker asks Ray for: the CPUs of its threads, and a GPU where it has one."""
 
     num_cpus: int
     num_gpus: int
@@ -122,9 +158,10 @@ class WorkerShape:
 
     @property
     def each(self) -> str:
-        """What a worker takes: `1 GPU` or `4 CPUs`."""
-        count = self.num_gpus or self.num_cpus
-        return f"{count} {self.noun}" + ("s" if count > 1 else "")
+        """What a worker takes: `1 GPU and 3 CPUs` or `4 CPUs`."""
+        counts = {"GPU": self.num_gpus, "CPU": self.num_cpus}
+        parts = [f"{n} {noun}" + ("s" if n > 1 else "") for noun, n in counts.items() if n]
+        return " and ".join(parts)
 
     def of(self, machine: Machine) -> float:
         """How much of its kind a machine has."""
@@ -132,21 +169,27 @@ class WorkerShape:
 
 
 def worker_shape(
-    machines: Iterable[Machine], *, device: Device, threads_per_worker: int
+    machines: Iterable[Machine],
+    *,
+    device: Device,
+    threads_per_worker: int,
+    encode_threads: int | None,
 ) -> WorkerShape:
-    """One GPU per worker where there are GPUs, else its threads' share of the cores.
+    """One GPU per worker where there are GPUs, with CPUs for its encoders, else CPUs alone.
 
-    A GPU worker asks for no cores: the GPU is what it must not share.
+    A GPU worker takes as many CPUs as it has encoders, by default the smallest share that a GPU
+    has of its machine's. A CPU worker's encoders run on the CPUs that it samples on.
     """
-    on_gpu = device == "cuda" or (device == "auto" and any(m.num_gpus >= 1 for m in machines))
-    return WorkerShape(0, 1) if on_gpu else WorkerShape(threads_per_worker, 0)
+    shares = [int(m.num_cpus // m.num_gpus) for m in machines if m.num_gpus >= 1]
+    if device == "cuda" or (device == "auto" and shares):
+        return WorkerShape(encode_threads or min(shares, default=0), 1)
+    return WorkerShape(max(threads_per_worker, encode_threads or 0), 0)
 
 
 def num_slots(machines: Iterable[Machine], shape: WorkerShape) -> int:
     """Workers of this shape that fit on the machines at once."""
-    if shape.num_gpus:
-        return sum(int(m.num_gpus // shape.num_gpus) for m in machines)
-    return sum(int(m.num_cpus // shape.num_cpus) for m in machines)
+    wants = [("num_gpus", shape.num_gpus), ("num_cpus", shape.num_cpus)]
+    return sum(min(int(getattr(m, name) // n) for name, n in wants if n) for m in machines)
 
 
 def worker_room(machines: Iterable[Machine], shape: WorkerShape, workers: int | None) -> int | None:
@@ -170,16 +213,16 @@ def require_slots(workers: int | None, slots: int, shape: WorkerShape) -> None:
 
     Raises `InputError` when `workers` exceeds the slots or there is no slot at all.
     """
-    each = "1 GPU each" if shape.num_gpus else f"{shape.num_cpus} thread(s) each"
     if slots == 0:
         raise InputError(
-            f"no {shape.noun} worker fits here with {each}, wanted room for one:"
-            " lower --threads-per-worker, choose --device cpu, or join a cluster with --address"
+            f"no {shape.noun} worker fits here with {shape.each}, wanted room for one:"
+            " lower --threads-per-worker or --encode-threads, choose --device cpu, or join a"
+            " cluster with --address"
         )
     if workers is not None and workers > slots:
         raise InputError(
-            f"--workers is {workers} with {each}, wanted at most {slots} on this machine:"
-            f" use --workers {slots} or join a cluster with --address"
+            f"--workers is {workers} with {shape.each} each, wanted at most {slots} on this"
+            f" machine: use --workers {slots} or join a cluster with --address"
         )
 
 
@@ -192,11 +235,14 @@ def require_fit(
     """
     if any(num_slots([machine], shape) for machine in (*machines, *node_types)):
         return
-    has = (
-        f"the largest of its {len(machines)} nodes has {max(map(shape.of, machines), default=0):g}"
-    )
+    largest = max(machines, key=shape.of, default=Machine(0, 0))
+    amounts = [f"{largest.num_gpus:g} GPUs"] if shape.num_gpus else []
+    amounts += [f"{largest.num_cpus:g} CPUs"] if shape.num_cpus else []
+    has = f"the largest of its {len(machines)} nodes has {' and '.join(amounts)}"
     grows = "no node type of its autoscaler has more" if node_types else "it has no autoscaler"
-    advice = "choose --device cpu" if shape.num_gpus else "lower --threads-per-worker"
+    advice = "lower --threads-per-worker or --encode-threads"
+    if shape.num_gpus:
+        advice = "choose --device cpu or lower --encode-threads"
     raise InputError(
         f"a worker takes {shape.each}, wanted a cluster with a node that has so many, {has} and"
         f" {grows}: {advice}, or let such a node join first"

@@ -1,4 +1,4 @@
-"""The worker: loads the model once, then makes one shard after another. Knows no Ray.
+"""The worker: loads the model once, then makes shards, one beside the commit of another. No Ray.
 
 The only bridge between the pipeline and the sampler. Images stay inside the worker: what leaves it
 are small progress records, and files that are published whole.
@@ -13,11 +13,13 @@ import platform
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,6 +69,7 @@ class Workplace:
     scratch: str | None = None
     device: Device = "auto"
     threads: int = 1
+    encode_threads: int = 1
     sampler_factory: str = LOAD_SAMPLER
 
 
@@ -93,10 +96,11 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Progress:
-    """One micro-batch of a shard was sampled."""
+    """One micro-batch of a shard was sampled; after the last one the sampler is free."""
 
     shard_id: int
     num_images: int
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,6 @@ class ShardDone:
 
     shard_id: int
     num_bytes: int
-    elapsed_s: float
 
 
 class ShardStopped(Exception):  # noqa: N818 - an orderly stop, not an error
@@ -158,52 +161,96 @@ class Resampler:
 
 
 class Worker(Resampler):
-    """Makes shards of one plan. Several workers, here or elsewhere, may share one output."""
+    """Makes shards of one plan. Several workers, here or elsewhere, may share one output.
+
+    `run_shard` may run in two threads at once: one shard is sampled while another is committed. All
+    sampling happens in one thread, for what torch keeps by thread.
+    """
 
     def __init__(self, plan: JobPlan, place: Workplace) -> None:
         """Load the model; its errors pass through."""
-        storage = Storage.open(place.out)
-        super().__init__(plan, place)
-        self._storage = storage
-        self._scratch = Scratch.claim(place.scratch, plan.fingerprint)
+        self._storage = Storage.open(place.out)
+        self._encode_threads = place.encode_threads
+        self._sampling, self._committing = threading.Lock(), threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sample")
+        with ExitStack() as on_error:
+            on_error.callback(self._thread.shutdown)
+            self._thread.submit(super().__init__, plan, place).result()
+            self._scratch = Scratch.claim(place.scratch, plan.fingerprint)
+            on_error.pop_all()
 
     def run_shard(
         self, shard_id: int, attempt: int, *, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Progress | ShardDone]:
         """Make and commit one shard; yields after every micro-batch and at the end.
 
+        Each micro-batch is taken in while the next one is sampled. With its last one the shard
+        leaves the sampler to another: from there on it is being committed. It stays in the sampler
+        until the shard before is committed, so that a worker never holds more than two, the
+        scratch files of both and of each the images that a writer lets wait.
+
         Asks `should_stop` before every micro-batch and raises `ShardStopped` when told to. Whatever
         is raised, nothing half-made stays behind, in scratch or in the output.
         """
-        started_s = time.monotonic()
-        shard = self._plan.shard(shard_id)
-        with ShardWriter(self._plan, shard, self._scratch.folder) as writer:
-            for start, stop in shard.micro_batches:
-                if should_stop():
-                    raise ShardStopped(f"shard {shard_id} was stopped before sample {start}")
-                batch = self.sample(shard, start, stop)
-                with naming(self._scratch.folder):
-                    writer.add(batch, start)
-                reach("batch-sampled")
-                yield Progress(shard_id, stop - start)
-            with naming(self._scratch.folder):
-                built = writer.finish()
-            reach("shard-built")
-            record = CommitRecord.of(
-                self._plan,
-                built,
-                attempt=attempt,
-                worker=self.info.name,
-                device=self.info.device,
-                threads=self.info.threads,
-                environment=self.info.environment,
-            )
-            publish_shard(self._storage, self._plan, built, record)
-        num_bytes = built.files.tar.size + built.files.parquet.size
-        yield ShardDone(shard_id, num_bytes, time.monotonic() - started_s)
+        shard, scratch = self._plan.shard(shard_id), self._scratch.folder
+        with ExitStack() as stage:
+            stage.enter_context(self._sampling)
+            writer = ShardWriter(self._plan, shard, scratch, threads=self._encode_threads)
+            with writer, closing(self._sampled(shard, should_stop)) as batches:
+                for start, stop, batch in batches:
+                    is_last = stop == shard.stop
+                    if is_last:
+                        self._committing.acquire()
+                        stage.close()
+                        stage.callback(self._committing.release)
+                    yield Progress(shard_id, stop - start, is_last)
+                    with naming(scratch):
+                        writer.add(batch, start)
+                    reach("batch-sampled")
+                num_bytes = self._commit(writer, attempt)
+        yield ShardDone(shard_id, num_bytes)
+
+    def _commit(self, writer: ShardWriter, attempt: int) -> int:
+        """Finish a shard and publish it; its bytes."""
+        with naming(self._scratch.folder):
+            built = writer.finish()
+        reach("shard-built")
+        record = CommitRecord.of(
+            self._plan,
+            built,
+            attempt=attempt,
+            worker=self.info.name,
+            device=self.info.device,
+            threads=self.info.threads,
+            environment=self.info.environment,
+        )
+        publish_shard(self._storage, self._plan, built, record)
+        return built.files.tar.size + built.files.parquet.size
+
+    def _sampled(
+        self, shard: ShardPlan, should_stop: Callable[[], bool]
+    ) -> Generator[tuple[int, int, SampleBatch]]:
+        """(start, stop, batch) of the micro-batches in order, the next one always being sampled."""
+
+        def ask(start: int, stop: int) -> Future[SampleBatch]:
+            if should_stop():
+                raise ShardStopped(f"shard {shard.shard_id} was stopped before sample {start}")
+            return self._thread.submit(self.sample, shard, start, stop)
+
+        batches = shard.micro_batches
+        ahead = ask(*batches[0])
+        try:
+            for (start, stop), following in zip_longest(batches, batches[1:]):
+                batch = ahead.result()
+                if following:
+                    ahead = ask(*following)
+                yield start, stop, batch
+        finally:
+            wait([ahead])
 
     def close(self) -> None:
         """Remove this worker's scratch folder; the worker makes no shard after it."""
+        self._thread.shutdown()
         self._scratch.remove()
 
 

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.request.generation import DEFAULT_PNG_LEVEL
 from pipeline.shards.depth_maps import DEPTH_MAP_SUFFIX
 from pipeline.shards.schema import SHARD_SCHEMA
 
-# Quality 95 without colour subsampling; lossless WebP; zlib's default effort for PNG.
+# Quality 95 without colour subsampling; lossless WebP; PNG with the level it is told.
 _ENCODERS: dict[str, dict[str, object]] = {
-    "png": {"format": "PNG", "compress_level": 6},
+    "png": {"format": "PNG"},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "webp": {"format": "WEBP", "lossless": True, "quality": 60, "method": 4, "exact": True},
 }
@@ -129,12 +130,16 @@ def _tar_sample(key: str, members: dict[str, bytes], image_format: str) -> TarSa
     return TarSample(key, int(label), members["json"], members[image_format], depths)
 
 
-def encode_image(image_HWC: np.ndarray, image_format: str) -> EncodedImage:
+def encode_image(
+    image_HWC: np.ndarray, image_format: str, png_level: int = DEFAULT_PNG_LEVEL
+) -> EncodedImage:
     """The file of uint8 pixels (height, width, channels); equal pixels give equal bytes."""
     started = time.perf_counter()
     pixels = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
     buffer = io.BytesIO()
     options = dict(_ENCODERS[image_format])
+    if image_format == "png":
+        options["compress_level"] = png_level
     Image.fromarray(np.ascontiguousarray(pixels)).save(
         buffer, str(options.pop("format")), **options
     )

@@ -100,7 +100,7 @@ class ShardWriter:
         shard: ShardPlan,
         scratch: Path,
         *,
-        threads: int = 2,
+        threads: int = 1,
         max_pending: int | None = None,
     ) -> None:
         self._plan, self._shard = plan, shard
@@ -165,7 +165,9 @@ class ShardWriter:
         for offset in range(stop - start):
             while len(self._pending) >= self._max_pending:
                 self._write_oldest()
-            future = self._pool.submit(encode_image, images_BHWC[offset], self._plan.image_format)
+            future = self._pool.submit(
+                encode_image, images_BHWC[offset], self._plan.image_format, self._plan.png_level
+            )
             self._pending.append((entry, offset, future))
 
     def finish(self) -> BuiltShard:

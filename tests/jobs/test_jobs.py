@@ -338,10 +338,10 @@ def test_a_file_of_configuration_makes_the_same_plan_as_flags(
 
 METAVARS = {
     "N": """ablation-samples batch-size batch-sizes calibration-samples cas-runs cas-samples
-        contact-sheet decoder-steps headroom-after image-channels loader-workers max-attempts
-        per-class processes real reference-scale regenerate rounds runs samples samples-per-shard
-        seed seeds steps threads threads-per-worker timing-rounds tokenizer-steps top-k
-        transformer-steps transformer-tuning-steps workers""",
+        contact-sheet decoder-steps encode-threads headroom-after image-channels loader-workers
+        max-attempts per-class png-level processes real reference-scale regenerate rounds runs
+        samples samples-per-shard seed seeds steps threads threads-per-worker timing-rounds
+        tokenizer-steps top-k transformer-steps transformer-tuning-steps workers""",
     "X": "cfg held-out-share layer-drop learning-rate top-p",
     "PATH": "data inception-weights model-out out reference scratch test weights",
     "FILE": "config json labels-file",

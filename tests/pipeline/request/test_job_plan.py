@@ -118,6 +118,14 @@ def test_a_policy_that_is_not_of_this_release_is_kept_and_not_run(changes):
         _ = again.runnable_policy
 
 
+def test_the_png_level_is_stored_where_it_is_not_the_one_of_older_plans():
+    assert b"png_level" not in make_plan(png_level=6).to_json()
+    assert make_plan(png_level=6).fingerprint == make_plan().fingerprint
+    plan = make_plan(png_level=1)
+    assert json.loads(plan.to_json())["settings"]["png_level"] == 1
+    assert JobPlan.from_json(plan.to_json()) == plan
+
+
 def test_equal_numbers_of_another_type_are_the_same_plan():
     plan = make_plan(sampling=SamplingSettings(cfg=2.0))
     stored = plan.to_json()
@@ -130,6 +138,7 @@ def test_equal_numbers_of_another_type_are_the_same_plan():
     [
         {"seed": 6}, {"sampling": SamplingSettings(1.6, 90, 0.96)}, {"weights_sha256": "cd" * 32},
         {"batch_size": 5}, {"policy": make_policy("full")}, {"image_format": "webp"},
+        {"png_level": 1},
     ],
 )  # fmt: skip
 def test_every_setting_changes_every_fingerprint(change):
@@ -141,11 +150,12 @@ def test_every_setting_changes_every_fingerprint(change):
 def test_the_difference_names_the_fields_and_both_values():
     stored = make_plan()
     policy = replace(stored.runnable_policy, compensation=False)
-    other = make_plan({0: 8, 1: 9}, seed=1, policy=policy)
+    other = make_plan({0: 8, 1: 9}, seed=1, policy=policy, png_level=1)
     assert stored.difference(stored) == []
     assert stored.difference(other, "out") == [
         "policy.compensation: out has true, this run has false",
         "seed: out has 5, this run has 1",
+        "png_level: out has 6, this run has 1",
         "samples of class 1: out has 6, this run has 9",
         "samples of class 2: out has 8, this run has 0",
     ]
@@ -156,7 +166,7 @@ def test_the_difference_names_the_fields_and_both_values():
     [{"seed": -1}, {"seed": 2**63}, {"samples_per_shard": 0}, {"batch_size": -1},
      {"image_format": "gif"}, {"image_channels": 2}, {"class_names": ("a", "b")},
      {"policy": FormerPolicy({"preset": "full"})}, {"weights_sha256": "sha256:ab"},
-     {"precision": "int8"}],
+     {"precision": "int8"}, {"png_level": 10}],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(InputError):

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from depthvar.errors import InputError
+from pipeline.faults import VARIABLE as FAULT_VARIABLE
 from pipeline.request.generation import GenerateConfig
 from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
@@ -24,7 +25,8 @@ from pipeline.shards.manifest import CommitRecord
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
-from tests.fakes import FAULTS_VARIABLE, set_faults, without_torch
+from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
+from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, hold
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     set_faults(faults)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FAULTS_VARIABLE, str(faults))
+        patch.setenv(FAULT_VARIABLE, FAULT_HOOK)
         patch.setenv("PYTHONPATH", without_torch())
         ray.init(
             address="local",
@@ -196,6 +199,49 @@ def test_a_shard_that_always_crashes_its_worker_is_named_with_what_happened(
     assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(4, False), (4, True)]
     assert all("its process died" in e["error"] and e["traceback"] for e in ledger(out))
     assert sorted(attempts(out)) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def committing(ray_here: Path, faults: Callable[..., None], tmp_path: Path) -> Iterator[Path]:
+    """The file that holds shard 0 back before it is published, while shard 1 waits at a gate."""
+    faults(gate=str(tmp_path / "gate"), gate_from=9)
+    file = hold(ray_here.parent, "shard-built")
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_a_worker_that_dies_with_two_shards_charges_neither_and_each_is_made_alone(
+    committing, reference, tmp_path, capsys
+):
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(run, out, workers=1, max_attempts=1)
+        (pid,) = wait_at_gate(gate, 1)
+        assert attempts(out) == {}, "shard 1 is begun before shard 0 is committed"
+        os.kill(int(pid), signal.SIGKILL)
+        committing.unlink()
+        open_gate(gate)
+        assert code.result() == 0
+    assert contents(out) == reference
+    assert attempts(out) == {0: 2, 1: 2, 2: 1, 3: 1, 4: 1}
+    assert ledger(out) == []
+    assert capsys.readouterr().err.count("now each is made alone") == 2
+
+
+def test_a_shard_that_fails_beside_the_commit_of_another_is_charged_and_the_other_is_not(
+    committing, faults, tmp_path
+):
+    out = tmp_path / "out"
+    faults(poison=9)
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(run, out, workers=1, max_attempts=1)
+        while not ledger(out):
+            time.sleep(0.02)
+        assert attempts(out) == {}
+        committing.unlink()
+        assert code.result() == 1
+    assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(1, True)]
+    assert attempts(out) == {0: 1, 2: 1, 3: 1, 4: 1}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -161,10 +161,10 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
 
     said = refusal(device="cuda")
     assert "a worker takes 1 GPU" in said
-    assert "the largest of its 2 nodes has 0 and it has no autoscaler: choose --device cpu" in said
+    assert "the largest of its 2 nodes has 0 GPUs and it has no autoscaler: choose --device" in said
     said = refusal(threads_per_worker=3)
     assert "a worker takes 3 CPUs" in said
-    assert "the largest of its 2 nodes has 2 and it has no autoscaler: lower --threads-per" in said
+    assert "the largest of its 2 nodes has 2 CPUs and it has no autoscaler: lower --threads" in said
     with monkeypatch.context() as patch:
         patch.setattr("ray.__version__", "2.0.0")
         assert "a cluster of Ray 2." in refusal()

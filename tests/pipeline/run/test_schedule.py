@@ -10,6 +10,8 @@ from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
 from pipeline.run.schedule import (
     Assignment,
+    Device,
+    InHand,
     Machine,
     ShardQueue,
     WorkerShape,
@@ -18,6 +20,7 @@ from pipeline.run.schedule import (
     num_slots,
     require_fit,
     require_slots,
+    takes_more,
     worker_room,
     worker_shape,
 )
@@ -91,17 +94,50 @@ def test_no_shard_is_ever_lost_or_doubled_whatever_happens():
         assert sorted([*done, *queue.set_aside]) == shards
 
 
-def test_a_gpu_worker_takes_one_gpu_and_a_cpu_worker_its_threads():
-    gpu_node, cpu_node = Machine(8, 2), Machine(6, 0)
-    assert worker_shape([gpu_node], device="auto", threads_per_worker=3) == WorkerShape(0, 1)
-    assert worker_shape([cpu_node], device="auto", threads_per_worker=3) == WorkerShape(3, 0)
-    assert worker_shape([gpu_node], device="cpu", threads_per_worker=3) == WorkerShape(3, 0)
-    assert worker_shape([cpu_node], device="cuda", threads_per_worker=3) == WorkerShape(0, 1)
+def test_two_shards_whose_worker_died_are_each_made_alone_at_no_charge():
+    queue = ShardQueue([4, 7, 9], max_attempts=1)
+    queue.take()
+    queue.take()
+    for shard_id in (7, 4):
+        queue.lost(shard_id, alone=True)
+    assert queue.take(beside_another=True) is None, "not even the one that no one suspects"
+    assert queue.take() == Assignment(4, 2, alone=True)
+    assert queue.take() == Assignment(7, 2, alone=True)
+    assert queue.take(beside_another=True) == Assignment(9, 1)
+    assert queue.failures(4) == queue.failures(7) == 0
+
+
+def test_a_worker_gets_its_next_shard_once_the_one_before_is_sampled():
+    sampling, sampled = InHand(Assignment(1, 1)), InHand(Assignment(0, 1), is_sampled=True)
+    alone = InHand(Assignment(0, 2, alone=True), is_sampled=True)
+    assert takes_more([])
+    assert takes_more([sampled])
+    assert not takes_more([sampling])
+    assert not takes_more([sampled, sampling])
+    assert not takes_more([sampled, sampled])
+    assert not takes_more([alone])
+
+
+def test_a_gpu_worker_takes_its_share_of_the_cpus_and_a_cpu_worker_its_threads():
+    gpu_node, cpu_node = Machine(9, 2), Machine(6, 0)
+
+    def shape(*machines: Machine, device: Device, encode: int | None = None) -> WorkerShape:
+        return worker_shape(machines, device=device, threads_per_worker=3, encode_threads=encode)
+
+    assert shape(gpu_node, cpu_node, device="auto") == WorkerShape(4, 1)
+    assert shape(gpu_node, Machine(1, 2), device="auto") == WorkerShape(0, 1)
+    assert shape(gpu_node, device="auto", encode=6) == WorkerShape(6, 1)
+    assert shape(cpu_node, device="auto") == WorkerShape(3, 0)
+    assert shape(gpu_node, device="cpu") == WorkerShape(3, 0)
+    assert shape(cpu_node, device="cpu", encode=2) == WorkerShape(3, 0)
+    assert shape(cpu_node, device="cpu", encode=5) == WorkerShape(5, 0)
+    assert shape(cpu_node, device="cuda") == WorkerShape(0, 1)
 
 
 def test_slots_do_not_span_machines():
     assert num_slots([Machine(5, 0), Machine(5, 0)], WorkerShape(3, 0)) == 2
     assert num_slots([Machine(1, 4), Machine(64, 0)], WorkerShape(0, 1)) == 4
+    assert num_slots([Machine(9, 4), Machine(64, 0), Machine(3, 1)], WorkerShape(4, 1)) == 2
 
 
 def test_more_workers_than_the_machine_has_room_for_are_refused():
@@ -119,8 +155,10 @@ def test_a_worker_that_fits_on_no_node_of_a_cluster_nor_on_one_it_may_start_is_r
     require_fit([head], [gpus], WorkerShape(0, 1))
     with pytest.raises(InputError, match=r"takes 4 CPUs.*largest of its 2 nodes has 3.*no autosc"):
         require_fit([head, Machine(3, 0)], [], WorkerShape(4, 0))
-    with pytest.raises(InputError, match=r"takes 1 GPU.* its 1 nodes has 0 and no node type"):
+    with pytest.raises(InputError, match=r"takes 1 GPU.* its 1 nodes has 0 GPUs and no node"):
         require_fit([head], [Machine(64, 0)], WorkerShape(0, 1))
+    with pytest.raises(InputError, match=r"1 GPU and 9 CPUs.*has 2 GPUs and 8 CPUs.*--encode-thr"):
+        require_fit([Machine(8, 2)], [], WorkerShape(9, 1))
     with pytest.raises(InputError, match="largest of its 0 nodes has 0"):
         require_fit([], [], WorkerShape(1, 0))
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,13 @@ from pipeline.run.worker import (
     Workplace,
     load_sampler,
 )
-from pipeline.shards.manifest import committed_shards
+from pipeline.shards.manifest import (
+    BuiltShard,
+    CommitRecord,
+    committed_shards,
+    publish_shard,
+)
+from pipeline.shards.writer import SampledBatch, ShardWriter
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import FAULTS_VARIABLE, set_faults
@@ -50,7 +58,7 @@ def place(tmp_path: Path) -> Workplace:
 def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, place: Workplace):
     worker = Worker(plan, place)
     *batches, done = list(worker.run_shard(2, attempt=4))
-    assert batches == [Progress(2, 3), Progress(2, 1)]
+    assert batches == [Progress(2, 3), Progress(2, 1, is_last=True)]
     assert isinstance(done, ShardDone)
     record = committed_shards(Storage.open(place.out), plan)[2]
     assert done.num_bytes == record.files.tar.size + record.files.parquet.size
@@ -66,6 +74,57 @@ def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, place: Workpl
         assert committed_shards(storage, plan) == {}
     assert isinstance(next(stream), ShardDone)
     assert list(committed_shards(storage, plan)) == [0]
+
+
+def test_a_shard_is_sampled_while_the_one_before_is_published_and_no_third_one_is_held(
+    plan: JobPlan, place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A shard is published only once the next one is sampled whole: without overlap, never."""
+    sampled = [threading.Event() for _ in range(plan.num_shards)]
+    held: list[int] = []  # shards with scratch files, whenever something happens
+    order: list[tuple[str, int]] = []
+
+    def look(what: str, shard_id: int) -> None:
+        order.append((what, shard_id))
+        held.append(len(list((tmp_path / "scratch").glob("*/shard-*"))))
+
+    def act_out(faults: object, indices: range) -> None:
+        look("sampled", indices[0] // 8)
+        if indices[-1] + 1 == plan.shard_range(indices[0] // 8)[1]:
+            sampled[indices[0] // 8].set()
+
+    def publish(storage: Storage, plan: JobPlan, built: BuiltShard, record: CommitRecord) -> None:
+        if built.shard_id + 1 < plan.num_shards:
+            assert sampled[built.shard_id + 1].wait(60)
+        publish_shard(storage, plan, built, record)
+        look("published", built.shard_id)
+
+    monkeypatch.setattr("tests.fakes._act_out", act_out)
+    monkeypatch.setattr("pipeline.run.worker.publish_shard", publish)
+    worker, shards = Worker(plan, place), []
+    with ThreadPoolExecutor(plan.num_shards) as pool:
+        for shard_id in range(plan.num_shards):
+            shards.append(pool.submit(lambda i=shard_id: list(worker.run_shard(i, attempt=1))))
+            assert shard_id == 0 or sampled[shard_id - 1].wait(60)
+    assert all(isinstance(shard.result()[-1], ShardDone) for shard in shards)
+    assert max(held) == 2
+    assert order.index(("published", 0)) < order.index(("sampled", 2)), "it waits for room"
+    assert sorted(committed_shards(Storage.open(place.out), plan)) == [0, 1, 2]
+
+
+def test_a_batch_is_sampled_while_the_one_before_is_taken_in(
+    plan: JobPlan, place: Workplace, monkeypatch: pytest.MonkeyPatch
+):
+    begun = [threading.Event() for _ in range(plan.num_samples)]
+    monkeypatch.setattr("tests.fakes._act_out", lambda _, indices: begun[indices[0]].set())
+    worker, add = Worker(plan, place), ShardWriter.add
+
+    def slow_add(writer: ShardWriter, batch: SampledBatch, start: int) -> None:
+        assert start == 6 or begun[start + 3].wait(60)
+        add(writer, batch, start)
+
+    monkeypatch.setattr(ShardWriter, "add", slow_add)
+    assert len(list(worker.run_shard(0, attempt=1))) == 4
 
 
 @pytest.mark.parametrize("end", ["stop", "close", "raise"])
@@ -103,7 +162,14 @@ def test_the_plan_holds_what_decides_a_byte_and_nothing_else(plan: JobPlan, tmp_
         )
         return plan_job(config)[0]
 
-    for changes in ({"workers": 7}, {"scratch": tmp_path}, {"out": "x"}, {"device": "cuda"}):
+    for changes in (
+        {"workers": 7},
+        {"scratch": tmp_path},
+        {"out": "x"},
+        {"device": "cuda"},
+        {"encode_threads": 7},
+        {"png_level": 6},
+    ):
         assert other(**changes) == plan, changes
     for changes in (
         {"seed": 1},
@@ -117,6 +183,7 @@ def test_the_plan_holds_what_decides_a_byte_and_nothing_else(plan: JobPlan, tmp_
         {"batch_size": 4},
         {"samples_per_shard": 9},
         {"image_format": "webp"},
+        {"png_level": 1},
         {"classes": "0-8"},
         {"per_class": 3},
     ):

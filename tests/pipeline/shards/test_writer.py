@@ -306,6 +306,18 @@ def test_a_file_that_is_read_back_otherwise_is_no_shard(tmp_path, monkeypatch, f
     assert os.listdir(tmp_path) == []
 
 
+def test_a_png_is_compressed_as_hard_as_the_plan_says(tmp_path):
+    plan = make_plan(png_level=0, image_side=64)
+    tar, _ = built_bytes(plan, tmp_path)
+    image_HWC = fake_batch(plan, [0]).images_BHWC[0]
+    wanted = io.BytesIO()
+    Image.fromarray(image_HWC[:, :, 0]).save(wanted, "PNG", compress_level=0)
+    assert wanted.getvalue() in tar
+    assert encode_image(image_HWC, "png", 0).image == wanted.getvalue()
+    assert encode_image(image_HWC, "png").image == encode_image(image_HWC, "png", 6).image
+    assert len(encode_image(image_HWC // 64, "png").image) < len(wanted.getvalue()) // 2
+
+
 def test_a_jpeg_keeps_its_colours_at_quality_95():
     image_HWC = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     wanted = io.BytesIO()

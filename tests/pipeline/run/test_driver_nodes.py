@@ -221,7 +221,7 @@ def test_a_node_that_dies_costs_no_attempt_and_one_that_joins_gets_work(
     nodes.become(ONE_GPU, ONE_GPU)
     wait = start(workers=3)  # one more than there is room for: it must not hold up the others
     before = wait_at_gate(gate, 2)
-    assert len(records(tmp_path)) == 6
+    wait_for(lambda: len(records(tmp_path)) == 6)
     nodes.remove(nodes.alive[0][1], allow_graceful=False)
     nodes.add(**ONE_GPU)
     (joined,) = set(wait_at_gate(gate, 3)) - set(before)

@@ -13,6 +13,7 @@ from pipeline.request.generation import GenerateConfig
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import BuiltShard, CommitRecord, publish_shard
+from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 
@@ -61,6 +62,24 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> Any:
         return overlap
 
     return patch
+
+
+def test_a_worker_has_an_encoder_for_each_of_its_cpus_or_as_many_as_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[int] = []
+
+    class Writer(ShardWriter):
+        def __init__(self, *arguments: Any, threads: int) -> None:
+            told.append(threads)
+            super().__init__(*arguments, threads=threads)
+
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    monkeypatch.setattr("pipeline.run.cluster.available_cores", lambda: 3)
+    monkeypatch.setattr("pipeline.run.worker.ShardWriter", Writer)
+    assert run(tmp_path / "a", per_class=1) == 0
+    assert run(tmp_path / "b", per_class=1, encode_threads=2) == 0
+    assert told == [3, 3, 3, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

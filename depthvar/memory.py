@@ -17,16 +17,15 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDE = 4
 
 # Alive at once, in units of one value per token and channel. In the stream's precision: of all
-# tokens the embedded input, the slots and what passes them on, of the active ones the stream after
+# tokens the embedded input and the slots, of the active ones the stream after
 # attention and the change. In the model's: attention's output, and of the feed-forward the
 # norm and two hidden layers of 4.
-_STREAMS_OF_ALL = 3
+_STREAMS_OF_ALL = 2
 _STREAMS_OF_ACTIVE = 2
 _BRANCHES_OF_ACTIVE = 1 + 1 + 2 * 4
-# Bytes alive per token and code while drawing: guided and sorted logits, the cut ones,
-# probabilities, their sums, and three copies that are masked or divided, in float32; the codes in
-# int64; one mask.
-_DRAW_BYTES = 8 * 4 + 8 + 1
+# Bytes alive per token and code while logits are guided, which is more than drawing needs: those of
+# two streams, both as weighted, and what is left, in float32.
+_DRAW_BYTES = 5 * 4
 # Feature maps of the highest resolution alive at once in a residual block of the decoder: its
 # input in two layouts, the normed and the activated map, the convolution's input and result.
 _MAPS_IN_A_RES_BLOCK = 6

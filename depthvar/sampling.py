@@ -63,13 +63,16 @@ class SampledTokens:
 
 @dataclass
 class BatchState:
-    """A batch on its way through the scales: what those drawn so far leave for the next."""
+    """A batch on its way through the scales: what those drawn so far leave for the next.
+
+    signal_BT: what the next scale's tokens are ranked by, if the drawn distributions tell it.
+    """
 
     condition: Condition
     cache: KeyValueCache
     feature_map_BZHW: Tensor
     trace: ScaleTrace | None = None
-    drawn: Drawn | None = None
+    signal_BT: Tensor | None = None
     tokens: list[Tensor] = field(default_factory=list)
     changes: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
@@ -216,7 +219,9 @@ class Sampler:
         # Every scale after the first starts from the feature map at its own size.
         codes_BTZ = quantizer.input_of_scale(i, state.feature_map_BZHW) if i else None
         x_GTC = model.embed(i, self._for_streams(codes_BTZ), state.condition)
-        given_BT = self._given_ranking(i, state.drawn, ranking_BN[:, here])
+        given_BT = ranking_BN[:, here]
+        if state.signal_BT is not None:
+            given_BT = self._engine.upsample(i, state.signal_BT)
         trace = self._engine.run_scale(
             i, x_GTC, state.condition, state.cache, state.trace, given_BT
         )
@@ -233,7 +238,7 @@ class Sampler:
                 expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
                 codes_BTZ = codes_BTZ + (1 - weight_BT1) * expected_BTZ
         state.feature_map_BZHW = state.feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
-        state.trace, state.drawn = trace, drawn
+        state.trace, state.signal_BT = trace, self._signal(i, drawn)
         state.tokens.append(drawn.tokens_BT)
         state.changes.append(trace.change_BT)
         state.log_probs.append(drawn.log_prob_BT)
@@ -243,11 +248,11 @@ class Sampler:
         begin = sum(earlier.count for earlier in self.plan.scales[:i])
         return slice(begin, begin + self.plan.scales[i].count)
 
-    def _given_ranking(self, i: int, drawn: Drawn | None, random_BT: Tensor) -> Tensor:
-        """What a scale's tokens are ranked by (B, T) where the engine does not see it."""
-        ranking = self.plan.policy.ranking
-        if drawn is None or not self.plan.scales[i].adaptive:
-            return random_BT
+    def _signal(self, i: int, drawn: Drawn) -> Tensor | None:
+        """What the next scale is ranked by, of the distributions of this one (B, T)."""
+        ranking, later = self.plan.policy.ranking, self.plan.scales[i + 1 : i + 2]
+        if not any(scale.adaptive for scale in later):
+            return None
         if ranking == "entropy":
             signal_BT = drawn.entropy()
         elif ranking == "spread":
@@ -255,9 +260,9 @@ class Sampler:
         elif ranking == "log-probability":
             signal_BT = -drawn.log_prob_BT
         else:
-            return random_BT
+            return None
         # Tokens with one distribution tie, whatever the last bits of its sums.
-        return self._engine.upsample(i, signal_BT.float())
+        return signal_BT.float()
 
     @torch.inference_mode()
     def decode(self, feature_map_BZHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthvar.config import SamplingSettings
 from depthvar.draw import Drawn, draw_tokens
@@ -29,14 +30,100 @@ def draw_one(logits: list[float], how: SamplingSettings, *uniforms: float, dtype
 
 
 def probs_by_code(drawn: Drawn, place: int = 0) -> list[float]:
-    by_code = [0.0] * drawn.probs_BTV.shape[2]
-    for code, prob in zip(drawn.codes_BTV[0, place], drawn.probs_BTV[0, place], strict=True):
-        by_code[int(code)] = float(prob)
-    return by_code
+    return drawn.probs[0, place].tolist()
 
 
 def survivors(logits: list[float], how: SamplingSettings) -> set[int]:
     return {code for code, p in enumerate(probs_by_code(draw_one(logits, how, 0.5))) if p > 0}
+
+
+# The plain sibling: every code sorted.
+
+
+def drawn_by_sorting(logits_BTV: Tensor, uniforms_BT: Tensor, how: SamplingSettings):
+    """Tokens, log-probabilities and probabilities by code, with all codes sorted by (logit, code).
+
+    In float64, so that rounding moves nothing.
+    """
+    num_codes = logits_BTV.shape[2]
+    ascending_BTV, codes_BTV = logits_BTV.double().sort(dim=2, stable=True)
+    if 0 < how.top_k < num_codes:
+        kth = ascending_BTV[:, :, num_codes - how.top_k, None]
+        ascending_BTV = ascending_BTV.masked_fill(ascending_BTV < kth, -torch.inf)
+    probs_BTV = ascending_BTV.softmax(dim=2)
+    is_dropped_BTV = probs_BTV.cumsum(dim=2) <= 1 - how.top_p
+    is_dropped_BTV[:, :, -1] = False
+    probs_BTV = probs_BTV.masked_fill(is_dropped_BTV, 0)
+    probs_BTV = probs_BTV / probs_BTV.sum(dim=2, keepdim=True)
+    place_BT1 = (probs_BTV.cumsum(dim=2) <= uniforms_BT[:, :, None]).sum(dim=2, keepdim=True)
+    place_BT1 = place_BT1.clamp(max=num_codes - 1)
+    tokens_BT, log_prob_BT = (
+        values.gather(2, place_BT1)[:, :, 0] for values in (codes_BTV, probs_BTV.log())
+    )
+    return tokens_BT, log_prob_BT, torch.zeros_like(probs_BTV).scatter(2, codes_BTV, probs_BTV)
+
+
+def some_logits(kind: str, num_codes: int = 300) -> Tensor:
+    """60 positions; in bfloat16 a third of the codes share their logit with another."""
+    generator = torch.Generator().manual_seed(6)
+    logits_BTV = 3 * torch.randn(4, 15, num_codes, generator=generator, dtype=torch.float64)
+    if kind == "bfloat16":
+        return logits_BTV.bfloat16().float()
+    if kind == "whole numbers":
+        return logits_BTV.round().float()
+    if kind == "with -inf":
+        return logits_BTV.masked_fill(logits_BTV < 1, -torch.inf).float()
+    return logits_BTV.to(getattr(torch, kind))
+
+
+KINDS = ("float64", "float32", "bfloat16", "whole numbers", "with -inf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [0, 1, 60, 200, 299, 300, 301])
+def test_a_draw_is_that_of_sorting_every_code(kind: str, top_k: int):
+    for top_p in (1e-9, 0.5, 0.96, 1.0):
+        assert_drawn_as_by_sorting(kind, keep(top_k, top_p))
+
+
+def assert_drawn_as_by_sorting(kind: str, how: SamplingSettings) -> None:
+    logits_BTV = some_logits(kind)
+    uniforms_BT = torch.rand(4, 15, generator=torch.Generator().manual_seed(7)).double()
+    drawn = draw_tokens(logits_BTV, uniforms_BT, how)
+    tokens_BT, log_prob_BT, probs_BTV = drawn_by_sorting(logits_BTV, uniforms_BT, how)
+    assert drawn.tokens_BT.equal(tokens_BT)
+    atol = 1e-12 if kind == "float64" else 3e-6
+    torch.testing.assert_close(drawn.log_prob_BT.double(), log_prob_BT, rtol=0, atol=atol)
+    torch.testing.assert_close(drawn.probs.double(), probs_BTV, rtol=0, atol=atol)
+    assert ((drawn.probs > 0) == (probs_BTV > 0)).all()
+
+
+@pytest.mark.parametrize(("top_k", "num_sorted"), [(900, 900), (0, 4096), (5000, 4096)])
+def test_only_the_k_largest_logits_are_sorted_and_summed(top_k: int, num_sorted: int):
+    """Of all the codes: one selection, and what finds equal ones by counting them."""
+    logits_BTV = torch.randn(2, 3, 4096, generator=torch.Generator().manual_seed(8))
+    with Operations() as made:
+        draw_tokens(logits_BTV, torch.rand(2, 3).double(), keep(top_k, 0.96))
+    over_all = [name for name, size in made.widest if size == logits_BTV.numel()]
+    if num_sorted == 4096:
+        assert over_all.count("sort") == 1
+        assert "topk" not in over_all
+        return
+    found_by_counting = ["eq", "cumsum", "slice", "searchsorted"] * 2  # of the cut and of the token
+    assert sorted(over_all) == sorted(["topk", "eq", "sum", *found_by_counting])
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations, with the elements of the largest tensor that each was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widest: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sizes = [arg.numel() for arg in args if isinstance(arg, Tensor)]
+        self.widest.append((func.overloadpacket.__name__, max(sizes, default=0)))
+        return func(*args, **(kwargs or {}))
 
 
 # Top-k.

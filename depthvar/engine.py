@@ -129,10 +129,10 @@ class _ScaleTensors:
 
 @dataclass(frozen=True)
 class _Parents:
-    """Where the slots of a scale find the changes of the scale before: (G, T)."""
+    """Where the slots of a scale find the changes of the scale before: places in all streams."""
 
     changes: tuple[Tensor | None, ...]
-    slots_GT: Tensor
+    places_GT: Tensor
 
 
 class DepthEngine(Generic[ConditionT]):
@@ -232,7 +232,8 @@ class DepthEngine(Generic[ConditionT]):
             return None
         assert previous is not None
         raster_GT = self._tensors[index].parents_T[order_GT]
-        return _Parents(previous.changes, previous.slot_of_raster_GT.gather(1, raster_GT))
+        slots_GT = previous.slot_of_raster_GT.gather(1, raster_GT)
+        return _Parents(previous.changes, _places(slots_GT, previous.hidden_GTC.shape[1]))
 
     def _run_blocks(
         self,
@@ -286,7 +287,7 @@ class DepthEngine(Generic[ConditionT]):
         if active < scale.count and parents is not None:
             earlier_GTC = parents.changes[block]
             assert earlier_GTC is not None
-            proxy_GKC = _permute(earlier_GTC, parents.slots_GT[:, active:])
+            proxy_GKC = _rows(earlier_GTC, parents.places_GT[:, active:])
             if self._fit is not None:
                 slope_SLC, offset_SLC = self._fit.slope_SLC, self._fit.offset_SLC
                 proxy_GKC = torch.addcmul(
@@ -298,7 +299,22 @@ class DepthEngine(Generic[ConditionT]):
 
 def _permute(values_GTC: Tensor, order_GK: Tensor) -> Tensor:
     """The rows of every stream at some places of its own: (G, K, C)."""
-    return values_GTC.take_along_dim(order_GK[:, :, None], dim=1)
+    return _rows(values_GTC, _places(order_GK, values_GTC.shape[1]))
+
+
+def _places(order_GK: Tensor, count: int) -> Tensor:
+    """Places of the streams' tokens in one list of all, `count` of each."""
+    begins_G = torch.arange(0, len(order_GK) * count, count, device=order_GK.device)
+    return order_GK + begins_G[:, None]
+
+
+def _rows(values_GTC: Tensor, places_GK: Tensor) -> Tensor:
+    """Rows of all streams by their places: (G, K, C).
+
+    Whole rows: a gather along the tokens would look up every channel by itself.
+    """
+    chosen_NC = values_GTC.flatten(0, 1).index_select(0, places_GK.flatten())
+    return chosen_NC.view(*places_GK.shape, -1)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 Shape legend: B images, G stream rows (2B guided: conditional then unconditional), T tokens of a
 scale or of a whole image, K active tokens, C width, H heads, D head channels, V codes, Z code
-channels, S scales.
+channels, S scales, M = 3C rows of the fused queries, keys and values.
 
 Source: Tian et al., arXiv 2404.02905, and the public `var_d*.pth` files.
 """
@@ -23,16 +23,39 @@ _MAX_LOG_SCALE = math.log(100.0)
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What depends on the class alone, computed once per batch.
+class AttentionConstants:
+    """What an attention makes of its parameters: bias of queries, keys and values, query scale."""
 
-    `start_G1C` is the class embedding that begins scale 0, `blocks` the six AdaLN vectors of every
-    block as (gamma1, gamma2, scale1, scale2, shift1, shift2), each (G, 1, C), and `head` the
-    (scale, shift) before the output layer. The vectors are at least float32.
+    bias_M: Tensor
+    scale_1H11: Tensor
+
+
+@dataclass(frozen=True)
+class BlockCondition:
+    """The AdaLN vectors of a block, each (G, 1, C) and at least float32, and its constants.
+
+    Normed inputs are multiplied by `scale`, which is one more than the linear gives.
+    """
+
+    gamma1: Tensor
+    gamma2: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+    attention: AttentionConstants
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What no scale and no token changes, computed once per batch.
+
+    `start_G1C` is the class embedding that begins scale 0, and `head` the (scale, shift) before the
+    output layer, as those of the blocks.
     """
 
     start_G1C: Tensor
-    blocks: tuple[tuple[Tensor, ...], ...]
+    blocks: tuple[BlockCondition, ...]
     head: tuple[Tensor, Tensor]
 
 
@@ -61,7 +84,7 @@ def _modulated(
 ) -> Tensor:
     """Layer norm with class-dependent scale and shift (AdaLN), rounded once, to `dtype`."""
     normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
-    return torch.addcmul(shift_G1C, normed, scale_G1C + 1).to(dtype)
+    return torch.addcmul(shift_G1C, normed, scale_G1C).to(dtype)
 
 
 class Attention(nn.Module):
@@ -80,23 +103,25 @@ class Attention(nn.Module):
     def _heads(self, x_GKC: Tensor) -> Tensor:
         return x_GKC.view(*x_GKC.shape[:2], self.num_heads, -1).transpose(1, 2)
 
-    def _unit_queries(self, q_GHKD: Tensor) -> Tensor:
-        scale_1H11 = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
-        return (_unit(q_GHKD) * scale_1H11).to(q_GHKD.dtype)
+    def constants(self) -> AttentionConstants:
+        """What every call needs of the parameters beside the weights."""
+        bias_M = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        return AttentionConstants(bias_M, self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp())
 
-    def keys_values(self, x_GKC: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_GKC: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor]:
         """Unit keys and values, each (G, H, K, D)."""
         width = x_GKC.shape[2]
-        bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        k_GKC, v_GKC = F.linear(x_GKC, self.mat_qkv.weight[width:], bias).chunk(2, dim=2)
+        weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
+        k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
         k_GHKD = self._heads(k_GKC)
         return _unit(k_GHKD).to(k_GHKD.dtype), self._heads(v_GKC)
 
-    def forward(self, x_GKC: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
         """Attend through `attend`, which owns the cache or the mask."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = map(self._heads, F.linear(x_GKC, self.mat_qkv.weight, bias).chunk(3, dim=2))
-        out_GHKD = attend(self._unit_queries(q), _unit(k).to(k.dtype), v)
+        qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
+        q, k, v = map(self._heads, qkv_GKM.chunk(3, dim=2))
+        queries_GHKD = (_unit(q) * constants.scale_1H11).to(q.dtype)
+        out_GHKD = attend(queries_GHKD, _unit(k).to(k.dtype), v)
         projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
         return projected
 
@@ -132,16 +157,17 @@ class Block(nn.Module):
         dtype = self.ffn.fc1.weight.dtype
         return _modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
-    def keys_values(self, x_GKC: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_GKC: Tensor, given: BlockCondition) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
-        return self.attn.keys_values(self._normed(x_GKC, modulation[2], modulation[4]))
+        normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
+        return self.attn.keys_values(normed_GKC, given.attention)
 
-    def forward(self, x_GKC: Tensor, modulation: tuple[Tensor, ...], attend: Attend) -> Tensor:
+    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Tensor:
         """What the block adds to the residual stream, at least float32."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        attended_GKC = self.attn(self._normed(x_GKC, scale1, shift1), attend) * gamma1
-        fed_GKC = self.ffn(self._normed(x_GKC + attended_GKC, scale2, shift2))
-        return torch.addcmul(attended_GKC, fed_GKC, gamma2)
+        normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
+        attended_GKC = self.attn(normed_GKC, given.attention, attend) * given.gamma1
+        normed_GKC = self._normed(x_GKC + attended_GKC, given.scale2, given.shift2)
+        return torch.addcmul(attended_GKC, self.ffn(normed_GKC), given.gamma2)
 
 
 class HeadNorm(nn.Module):
@@ -188,15 +214,16 @@ class Transformer(nn.Module):
             out_GC = _at_least_float32(linear(embedded_GC))
             return out_GC.view(len(out_GC), 1, count, -1)
 
+        def of_block(block: Block) -> BlockCondition:
+            six = vectors(block.ada_lin, 6) if shared is None else shared + block.ada_gss
+            gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
+            constants = block.attn.constants()
+            return BlockCondition(gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2, constants)
+
         shared = vectors(self.shared_ada_lin, 6) if self.config.shared_adaln else None
-        blocks = tuple(
-            tuple((shared + block.ada_gss).unbind(2))
-            if shared is not None
-            else tuple(vectors(block.ada_lin, 6).unbind(2))
-            for block in self.typed_blocks()
-        )
+        blocks = tuple(map(of_block, self.typed_blocks()))
         scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
-        return Condition(embedded_GC.unsqueeze(1), blocks, (scale, shift))
+        return Condition(embedded_GC.unsqueeze(1), blocks, (scale + 1, shift))
 
     def _positions(self, scale: int) -> Tensor:
         """Position and level embedding of a scale (1, T, C)."""

@@ -16,7 +16,8 @@ What stays in float32 when a model runs in bfloat16 or float16, and where:
 
 Everything else is in the model's precision: weights, what goes into the matrix products and comes
 out of them, keys and values, and the decoder. Under float32 and float64 all of a model is in that
-precision.
+precision. Float32 is float32 on a GPU too: putting a model together forbids TF32 in this process,
+which torch allows convolutions by default (`assemble`).
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ def assemble(
 
     See the top of this file for what stays float32.
     """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     for module in (transformer, tokenizer):
         for name, parameter in module.named_parameters():
             parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))

@@ -354,6 +354,33 @@ def test_sampling_never_waits_for_the_host(policy):
             assert "torch.bool" not in operation, operation
 
 
+def names_of(operations: list[str]) -> list[str]:
+    return [operation.removeprefix("aten.").split(".")[0] for operation in operations]
+
+
+def test_constants_of_the_parameters_are_made_before_the_first_scale():
+    """Joined biases, clamped and raised scales, factors of one more than the linear gives."""
+    recorder = record(make_policy("full"), 0, [0, 1])
+    in_blocks, num_blocks = names_of(recorder.in_block_loops), tiny_model(1).config.num_blocks
+    assert not {"exp", "clamp", "cat", "zeros_like"} & set(in_blocks)
+    num_runs = num_blocks * len(tiny_model(1).config.sides)
+    assert in_blocks.count("add") == num_runs  # the attention's change, and nothing else
+    assert in_blocks.count("linear") == 4 * num_runs
+
+
+def test_tokens_move_as_whole_rows():
+    """Into the slots, out of them, and where a block skips some; no channel by itself."""
+    policy, config = adaptive_policy("depthvar-paper"), tiny_model(1).config
+    plan = DepthPlan.build(config.sides, config.num_blocks, policy)
+    ranked = [scale for scale in plan.scales if scale.ranked]
+    skipping = sum(active < scale.count for scale in ranked for active in scale.prefix)
+    recorder = record(policy, 0, [0, 1])
+    moves = [op for op in recorder.operations if "index_select" in op and ", 0, torch" in op]
+    assert len(moves) == 2 * len(ranked) + skipping
+    assert not {"gather", "arange"} & set(names_of(recorder.in_block_loops))
+    assert all("take_along_dim" not in op for op in recorder.operations)
+
+
 def blocks_see(policy: DepthPolicy) -> list[int]:
     """Tokens given to every block, scale after scale, as a backbone sees them."""
     plan = DepthPlan.build((1, 2, 3, 5), 6, policy)

@@ -215,10 +215,10 @@ def test_fresh_weights_are_seeded_and_modulate_nothing_yet(shared):
     first, same, other = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["word_embed.weight"], other["word_embed.weight"])
-    gammas = models[0].condition(torch.tensor([0, 1])).blocks[1][:2]
-    rest = models[0].condition(torch.tensor([0, 1])).blocks[1][2:]
-    assert all((gamma - 1).abs().max() < 0.2 for gamma in gammas)
-    assert all(vector.abs().max() < 0.2 for vector in rest)
+    given = models[0].condition(torch.tensor([0, 1])).blocks[1]
+    factors = (given.gamma1, given.gamma2, given.scale1, given.scale2)
+    assert all((factor - 1).abs().max() < 0.2 for factor in factors)
+    assert all(shift.abs().max() < 0.2 for shift in (given.shift1, given.shift2))
     assert first["blocks.0.attn.scale_mul_1H11"].flatten().tolist() == pytest.approx(
         [math.log(4)] * 2
     )

@@ -261,7 +261,7 @@ def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype
         given.extend((q, k))
         return v
 
-    attention(x_GKC, attend)
+    attention(x_GKC, attention.constants(), attend)
     projected = F.linear(x_GKC, attention.mat_qkv.weight, _bias(attention)).double()
     scales = attention.scale_mul_1H11.double().exp()
     for made, raw, scale in zip(given, projected.chunk(3, dim=2), (scales, 1.0), strict=False):
@@ -270,7 +270,7 @@ def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype
         assert made.dtype == dtype
         error = (made.double() - wanted).abs() / wanted.abs()
         assert error[wanted.abs() > 1e-3].max() <= STEP[dtype] * 1.01
-    assert torch.equal(attention.keys_values(x_GKC)[0], given[1])
+    assert torch.equal(attention.keys_values(x_GKC, attention.constants())[0], given[1])
 
 
 def _bias(attention: Attention) -> Tensor:
@@ -278,10 +278,23 @@ def _bias(attention: Attention) -> Tensor:
     return torch.cat([attention.q_bias, zeros, attention.v_bias])
 
 
+def test_loading_a_model_forbids_products_and_convolutions_of_19_bits(digits: Path):
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        load(digits)
+        assert [flag.allow_tf32 for flag in flags] == [False, False]
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_key_of_length_zero_is_no_nan(dtype: torch.dtype):
     attention = Attention(model_config("digits").transformer).to(dtype)
-    keys, _ = attention.keys_values(torch.zeros(1, 2, 96, dtype=dtype))
+    keys, _ = attention.keys_values(torch.zeros(1, 2, 96, dtype=dtype), attention.constants())
     assert not keys.any()
 
 

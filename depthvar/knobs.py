@@ -57,6 +57,11 @@ class PolicyKnobs:
     dither: bool = False
     min_depth: int = 0
 
+    @property
+    def ranks_by_distribution(self) -> bool:
+        """Whether tokens are ordered by what the last scale's tokens were drawn from."""
+        return self.ranking in ("entropy", "log-probability", "spread")
+
     def mistakes(self) -> Iterator[str]:
         """What no model could run, each in words that follow "policy"."""
         for name, hint in get_type_hints(type(self)).items():

@@ -250,17 +250,15 @@ class Sampler:
 
     def _signal(self, i: int, drawn: Drawn) -> Tensor | None:
         """What the next scale is ranked by, of the distributions of this one (B, T)."""
-        ranking, later = self.plan.policy.ranking, self.plan.scales[i + 1 : i + 2]
-        if not any(scale.adaptive for scale in later):
+        policy, later = self.plan.policy, self.plan.scales[i + 1 : i + 2]
+        if not policy.ranks_by_distribution or not any(scale.adaptive for scale in later):
             return None
-        if ranking == "entropy":
+        if policy.ranking == "entropy":
             signal_BT = drawn.entropy()
-        elif ranking == "spread":
+        elif policy.ranking == "spread":
             signal_BT = drawn.spread(self._model.tokenizer.quantize.embedding.weight)
-        elif ranking == "log-probability":
-            signal_BT = -drawn.log_prob_BT
         else:
-            return None
+            signal_BT = -drawn.log_prob_BT
         # Tokens with one distribution tie, whatever the last bits of its sums.
         return signal_BT.float()
 

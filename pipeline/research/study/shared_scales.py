@@ -16,10 +16,14 @@ from depthvar.sampling import BatchState, Sampler
 def shared_scales(plan: DepthPlan) -> int:
     """How many scales at the beginning of a plan leave what full depth leaves.
 
-    Proxies want the changes of the scale before the first shallow one, which full depth drops.
+    Proxies want the changes of the scale before the first shallow one, and some rankings what its
+    distributions tell: full depth drops both.
     """
     for i, scale in enumerate(plan.scales):
-        if scale.adaptive or any(plan.keeps_change(i, b) for b in range(plan.num_blocks)):
+        is_followed = any(following.adaptive for following in plan.scales[i + 1 : i + 2])
+        is_told = is_followed and plan.policy.ranks_by_distribution
+        is_kept = any(plan.keeps_change(i, block) for block in range(plan.num_blocks))
+        if scale.adaptive or is_kept or is_told:
             return i
     return len(plan.scales)
 

@@ -69,13 +69,14 @@ def test_shared_scales_change_no_image_and_no_signal():
             assert np.array_equal(ours.mean_log_prob_NS[start:stop], alone.mean_log_prob_BS)
 
 
-def test_scales_before_the_first_shallow_token_are_shared_but_those_that_proxies_come_from():
+def test_scales_before_the_first_shallow_token_are_shared_but_those_that_leave_it_more():
     sides = (1, 2, 3, 4)
     for policy, count in (
         (make_policy("full"), 4),
         (make_policy("skip-scales"), 3),
         (make_policy("uniform", reference_scale=1), 2),
         (make_policy("hard-pruning", reference_scale=1), 2),
+        (make_policy("depthvar", reference_scale=1), 1),
         (make_policy("depthvar-paper", reference_scale=1), 1),
     ):
         assert shared_scales(DepthPlan.build(sides, 4, policy)) == count

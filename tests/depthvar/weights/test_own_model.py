@@ -467,7 +467,7 @@ def test_the_tokenizer_is_no_model(folder: Path):
         find_model(str(folder / "vae.pth"))
 
 
-@pytest.mark.parametrize("name", ["var-d17", "var_d16", "digit", "runs/typo/model", "../x"])
+@pytest.mark.parametrize("name", ["var-d17", "var_d16", "digit", "runs/typo/model", "../no/such"])
 def test_a_name_that_is_nearly_a_known_one_or_a_lost_path_is_refused(folder: Path, name: str):
     torch.save(TRANSFORMER, folder / "a.pth")
     with pytest.raises(InputError, match="unknown model"):

@@ -1,98 +1,280 @@
 """Time depth policies on this machine: `depthvar benchmark --model var-d16`.
 
-Prints a Markdown table: time per image in the transformer and in the decoder, the time against full
-depth, compared batch by batch, and the distance: mean squared difference of the pixels, in [-1, 1],
-from full depth's images of the same noise, which says without any real images which policy suits
-a checkpoint. Without --weights a published model gets random ones, which take the same time and
-whose distances mean nothing. Needs torch, numpy and safetensors alone: neither Ray nor any
-other part of the pipeline.
+Prints Markdown: a table of times, beside those of the loop as it was published, of how much of what
+a policy leaves out becomes time saved, of memory, and of what it changes; and one of operations and
+bytes, which are counted. docs/performance.md says what the columns mean. Without --weights a
+published model gets random ones, which take the same time and whose images mean nothing. Needs
+torch, numpy and safetensors alone: neither Ray nor any other part of the pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 
 import torch
-from tqdm import tqdm
 
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.cost import image_cost
+from depthvar.counting import BatchWork, blank_model, work_of_batch
 from depthvar.errors import InputError, naming
 from depthvar.host.rate import rate_text
+from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
-from depthvar.timing import Lap, time_policies
+from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders
 from depthvar.weights.checkpoint import LoadedModel, load_model, random_model
 from depthvar.weights.files import BUNDLED
 from depthvar.weights.find import find_model
 from jobs._entry import EXIT_DONE, run_job
 
 FULL = "full"
-_COLUMNS = (
-    "batch",
-    "policy",
-    "token-layers",
-    "GFLOP",
-    "transformer, ms",
-    "decoder, ms",
-    "images/s",
-    "time / full",
-    "distance to full",
-    "GPU memory",
-)
+PUBLISHED = "as published"
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 512}
+"""Side of the matrices whose product is the peak that times are compared with."""
+_MOST_COMPARED = 4
+"""Images whose tokens are compared with float32's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a contender at a batch size; the published loop has no policy.
+
+    image_flops: floating-point operations of an image. bound: how many times fewer token-layers
+    than full depth. memory_bytes: weights and the most that was taken above them, 0 on a CPU.
+    predicted_bytes: the same by arithmetic. equal_tokens: share of tokens drawn as in float32,
+    teacher-forced.
+    """
+
+    batch_size: int
+    name: str
+    policy: DepthPolicy | None
+    laps: list[Lap]
+    full_laps: list[Lap]
+    image_flops: float
+    bound: float
+    memory_bytes: int
+    predicted_bytes: int | None
+    equal_tokens: float | None
+
+    @property
+    def image_s(self) -> float:
+        """Median seconds of an image."""
+        return median(lap.image_s for lap in self.laps)
+
+    def peak_share(self, product_rate: float) -> float:
+        """Share of the rate of large products, over the whole image."""
+        return self.image_flops / self.image_s / product_rate
+
+    @property
+    def time_to_full(self) -> list[float]:
+        """Time of an image over full depth's in the same round, ascending."""
+        pairs = zip(self.laps, self.full_laps, strict=True)
+        return sorted(lap.image_s / full.image_s for lap, full in pairs)
+
+    @property
+    def speed_ups(self) -> list[float]:
+        """Full depth's time without the decoder over this one's in the same round, ascending."""
+        pairs = zip(self.laps, self.full_laps, strict=True)
+        return sorted(full.sampling_s / lap.sampling_s for lap, full in pairs)
+
+    @property
+    def saving_efficiency(self) -> float | None:
+        """The speed-up over the bound, where token-layers are left out."""
+        return median(self.speed_ups) / self.bound if self.bound > 1 else None
+
+    def cells(self, product_rate: float) -> dict[str, str]:
+        """The row of the table, by the columns' names."""
+        images_ms = sorted(1e3 * lap.image_s for lap in self.laps)
+        drawing_s = median(lap.drawing_s for lap in self.laps)
+        sampling_s = median(lap.sampling_s for lap in self.laps)
+        is_ours = self.policy is not None
+        efficiency = self.saving_efficiency
+        return {
+            "batch": str(self.batch_size),
+            "policy": self.name,
+            "image, ms": _with_range(images_ms),
+            "transformer": f"{1e3 * (sampling_s - drawing_s):.2f}",
+            "drawing": f"{1e3 * drawing_s:.2f}",
+            "decoder": f"{1e3 * median(lap.decoding_s for lap in self.laps):.2f}",
+            "images/s": rate_text(1 / self.image_s),
+            "of peak": f"{self.peak_share(product_rate):.1%}",
+            "time / full": _with_range(self.time_to_full),
+            "speed-up": _with_range(self.speed_ups),
+            "bound": f"{self.bound:.2f}" if efficiency is not None else "",
+            "saving efficiency": f"{efficiency:.1%}" if efficiency is not None else "",
+            "memory, GB": f"{self.memory_bytes / 1e9:.2f}" if self.memory_bytes else "",
+            "predicted": f"{self.predicted_bytes / 1e9:.2f}" if self.predicted_bytes else "",
+            "tokens as float32": "" if self.equal_tokens is None else f"{self.equal_tokens:.1%}",
+            "distance": f"{mean(lap.distance for lap in self.laps):.4f}" if is_ours else "",
+        }
+
+    def numbers(self, product_rate: float) -> dict[str, object]:
+        """All of it for the JSON file."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("policy", "laps", "full_laps")}
+        return kept | {
+            "policy": asdict(self.policy) if self.policy else None,
+            "laps": [asdict(lap) for lap in self.laps],
+            "images_per_s": 1 / self.image_s,
+            "peak_share": self.peak_share(product_rate),
+            "speed_up": median(self.speed_ups),
+            "saving_efficiency": self.saving_efficiency,
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table and write the JSON file; exit code 0."""
+    """Print the tables and write the files; exit code 0."""
     flags = parser().parse_args(argv)
     device = torch.device(_device(flags.device))
     _check_paths(flags)
     torch.set_num_threads(flags.threads)
+    is_random = _is_random(flags)
     config = (
-        model_config(flags.model)
-        if _is_random(flags)
-        else find_model(flags.model, flags.weights).config
+        model_config(flags.model) if is_random else find_model(flags.model, flags.weights).config
     )
     policies = chosen_policies(config, flags.policies)
     for policy in policies.values():
         DepthPlan.build(config.sides, config.num_blocks, policy)  # what does not fit stops here
-    model = _model(flags, device)
-    lines = [*heading(model, device), "", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
-    print("\n".join(lines), flush=True)
-    report: list[dict[str, object]] = []
-    total = len(flags.batch_sizes) * len(policies) * (flags.rounds + 1)
-    with tqdm(total=total, unit="batch", desc="benchmark", file=sys.stderr) as bar:
-        for batch_size in flags.batch_sizes:
-            laps = time_policies(
-                model,
-                policies,
-                rounds=flags.rounds,
-                batch_size=batch_size,
-                after_batch=bar.update,
-            )
-            for name, policy in policies.items():
-                tqdm.write(row(config, name, policy, batch_size, laps), file=sys.stdout)
-                report.append(
-                    {
-                        "batch_size": batch_size,
-                        "policy": asdict(policy),
-                        "laps": [asdict(lap) for lap in laps[name]],
-                    }
-                )
+    dtype = getattr(torch, flags.precision)
+    if flags.count_only:
+        blank = blank_model(config, dtype=dtype)
+        print(f"model     {config.name}, {flags.precision}, counted without weights\n")
+        _print_work(blank, policies, flags.batch_sizes)
+        return EXIT_DONE
+    model, wide = (_model(flags, device, of) for of in (dtype, torch.float32))
+    rate = product_rate(device, dtype, side=PRODUCT_SIDE[device.type])
+    lines = [*heading(model, device), f"peak      {rate / 1e12:.3g} TFLOP/s in large products"]
+    print("\n".join([*lines, ""]), flush=True)
+    rows = _timed(model, wide, policies, flags)
+    _print_table([row.cells(rate) for row in rows])
+    print()
+    work = _print_work(model, policies, flags.batch_sizes)
     if flags.json is not None:
-        content = {"machine": heading(model, device), "rounds": flags.rounds, "rows": report}
+        content = {
+            "machine": lines,
+            "rounds": flags.rounds,
+            "product_flops_per_s": rate,
+            "rows": [row.numbers(rate) for row in rows],
+            "work": work,
+        }
         with naming(flags.json):
             flags.json.write_text(json.dumps(content, indent=1) + "\n")
+    if flags.plot is not None:
+        _plot(flags.plot, lines, rows)
     return EXIT_DONE
+
+
+def _timed(
+    model: LoadedModel,
+    wide: LoadedModel,
+    policies: Mapping[str, DepthPolicy],
+    flags: argparse.Namespace,
+) -> list[Row]:
+    """A row per batch size and contender."""
+    contenders = {name: Contender.of_policy(model, policy) for name, policy in policies.items()}
+    contenders[PUBLISHED] = Contender.as_published(wide, model.dtype)
+    agreements: dict[str, float] = {}
+    if model.dtype != wide.dtype:
+        for name, policy in policies.items():
+            count = min(_MOST_COMPARED, max(flags.batch_sizes))
+            agreements[name] = equal_tokens(model, wide, policy, count)
+    total = len(flags.batch_sizes) * len(contenders) * (flags.rounds + 1)
+    done = 0
+
+    def after_batch(batches: int) -> None:
+        nonlocal done
+        done += batches
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rbatch {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    rows = []
+    for batch_size in flags.batch_sizes:
+        laps = time_contenders(
+            contenders,
+            model.config,
+            model.device,
+            rounds=flags.rounds,
+            batch_size=batch_size,
+            after_batch=after_batch,
+        )
+        for name in contenders:
+            own = wide if name == PUBLISHED else model
+            rows.append(
+                _row_of(own, name, policies.get(name), batch_size, laps, agreements.get(name))
+            )
+    return rows
+
+
+def _row_of(
+    model: LoadedModel,
+    name: str,
+    policy: DepthPolicy | None,
+    batch_size: int,
+    laps: Mapping[str, list[Lap]],
+    agreement: float | None,
+) -> Row:
+    config, streams = model.config, model.config.sampling.streams
+    plan = DepthPlan.build(config.sides, config.num_blocks, policy or make_policy(FULL))
+    predicted = None
+    if policy is not None:
+        precision = str(model.dtype).removeprefix("torch.")
+        need = memory_need(
+            config, plan, batch_size=batch_size, streams=streams, precision=precision
+        )
+        predicted = need.peak
+    added_bytes = laps[name][0].added_bytes
+    weights = (*model.transformer.parameters(), *model.tokenizer.parameters())
+    weight_bytes = sum(parameter.nbytes for parameter in weights)
+    return Row(
+        batch_size=batch_size,
+        name=name,
+        policy=policy,
+        laps=laps[name],
+        full_laps=laps[FULL],
+        image_flops=image_cost(config, plan, streams=streams).total_flops,
+        bound=plan.full_token_layers / plan.token_layers,
+        memory_bytes=weight_bytes + added_bytes if added_bytes else 0,
+        predicted_bytes=predicted,
+        equal_tokens=agreement,
+    )
+
+
+def _print_work(
+    model: LoadedModel, policies: Mapping[str, DepthPolicy], batch_sizes: Sequence[int]
+) -> list[dict[str, object]]:
+    """The table of what is counted; the same for the JSON file."""
+    counted = [
+        (batch_size, name, work_of_batch(model, policy, batch_size))
+        for batch_size in batch_sizes
+        for name, policy in policies.items()
+    ]
+    _print_table([_work_cells(*each) for each in counted])
+    return [
+        {"batch_size": batch_size, "name": name, **asdict(work)}
+        for batch_size, name, work in counted
+    ]
+
+
+def _work_cells(batch_size: int, name: str, work: BatchWork) -> dict[str, str]:
+    sampling, decoding = work.sampling, work.decoding
+    return {
+        "batch": str(batch_size),
+        "policy": name,
+        "operations: sampling": f"{sampling.operations:,}",
+        "operations: decoding": f"{decoding.operations:,}",
+        "GB an image: sampling": f"{sampling.operand_bytes / batch_size / 1e9:.3f}",
+        "GB an image: decoding": f"{decoding.operand_bytes / batch_size / 1e9:.3f}",
+    }
 
 
 def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, DepthPolicy]:
@@ -132,36 +314,6 @@ def heading(model: LoadedModel, device: torch.device) -> list[str]:
     ]
 
 
-def row(
-    config: ModelConfig,
-    name: str,
-    policy: DepthPolicy,
-    batch_size: int,
-    laps: Mapping[str, Sequence[Lap]],
-) -> str:
-    """A line of the table: medians over the rounds, and the ratio's range."""
-    plan = DepthPlan.build(config.sides, config.num_blocks, policy)
-    cost = image_cost(config, plan, streams=config.sampling.streams)
-    ours = laps[name]
-    pairs = zip(ours, laps[FULL], strict=True)
-    ratios = sorted(lap.image_s / full.image_s for lap, full in pairs)
-    peak = max(lap.peak_bytes for lap in ours)
-    return _row(
-        (
-            str(batch_size),
-            name,
-            f"{plan.token_layers / plan.full_token_layers:.1%}",
-            f"{cost.total_flops / 1e9:.2f}",
-            f"{1e3 * median(lap.sampling_s for lap in ours):.2f}",
-            f"{1e3 * median(lap.decoding_s for lap in ours):.2f}",
-            rate_text(1 / median(lap.image_s for lap in ours)),
-            f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-            f"{mean(lap.distance for lap in ours):.4f}",
-            f"{peak / 1e9:.1f} GB" if peak else "",
-        )
-    )
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags; without pydantic, which need not be where the GPU is."""
     parser = argparse.ArgumentParser(
@@ -178,8 +330,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="POLICY:R",
-        help=f"policies with their reference scale, of {', '.join(PRESETS)}; full depth is timed "
-        "too (default: depthvar at three reference scales)",
+        help=f"policies with their reference scale, of {', '.join(PRESETS)}; full depth and the "
+        "published loop are timed too (default: depthvar at three reference scales)",
     )
     parser.add_argument(
         "--batch-sizes",
@@ -199,7 +351,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=_count, default=1, metavar="N", help="CPU threads (default: 1)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the times to this file")
+    parser.add_argument(
+        "--count-only",
+        action="store_true",
+        help="print the operations and bytes alone, without weights and without running anything",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the times to this file (.png, .svg)")
     return parser
 
 
@@ -217,6 +375,11 @@ def _check_paths(flags: argparse.Namespace) -> None:
     if flags.json is not None:
         flags.json = Path(checked_path(flags.json))
         check_output_file(flags.json, "--json")
+    if flags.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise InputError("got --plot, but matplotlib is not installed: pip install matplotlib")
+        flags.plot = Path(checked_path(flags.plot))
+        check_output_file(flags.plot, "--plot")
 
 
 def _device(name: str) -> str:
@@ -233,8 +396,7 @@ def _is_random(flags: argparse.Namespace) -> bool:
     return flags.weights is None and flags.model in MODELS and not is_bundled
 
 
-def _model(flags: argparse.Namespace, device: torch.device) -> LoadedModel:
-    dtype = getattr(torch, flags.precision)
+def _model(flags: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     if _is_random(flags):
         return random_model(flags.model, device=device, dtype=dtype)
     return load_model(find_model(flags.model, flags.weights), device=device, dtype=dtype)
@@ -261,8 +423,57 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
+def _with_range(ascending: Sequence[float]) -> str:
+    return f"{median(ascending):.2f} ({ascending[0]:.2f}-{ascending[-1]:.2f})"
+
+
+def _print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Markdown, with the columns that the first row names."""
+    columns = list(rows[0])
+    for values in (columns, ["---"] * len(columns), *(list(row.values()) for row in rows)):
+        print("| " + " | ".join(values) + " |")
+
+
+def _plot(path: Path, lines: Sequence[str], rows: Sequence[Row]) -> None:
+    """A bar per row: milliseconds of an image in transformer, drawing and decoder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batch_sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    per_batch = len(rows) // len(batch_sizes)
+    figure, axes = pyplot.subplots(
+        len(batch_sizes),
+        squeeze=False,
+        figsize=(8, 1.4 + 0.5 * len(rows) + 0.5 * len(batch_sizes)),
+        layout="constrained",
+    )
+    for axis, batch_size in zip(axes[:, 0], batch_sizes, strict=True):
+        shown = [row for row in rows if row.batch_size == batch_size]
+        names = [row.name for row in shown]
+        begin = [0.0] * per_batch
+        for part in ("transformer", "drawing", "decoder"):
+            length = [1e3 * median(_seconds(lap, part) for lap in row.laps) for row in shown]
+            axis.barh(names, length, left=begin, label=part)
+            begin = [a + b for a, b in zip(begin, length, strict=True)]
+        for place, (row, end) in enumerate(zip(shown, begin, strict=True)):
+            axis.text(end, place, f" {rate_text(1 / row.image_s)} images/s", va="center")
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+        axis.set_title(f"batch {batch_size}", loc="left")
+        axis.set_xlabel("milliseconds an image")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    figure.suptitle("\n".join(lines[:2]), fontsize=8, ha="left", x=0.02)
+    with naming(path):
+        figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _seconds(lap: Lap, part: str) -> float:
+    if part == "transformer":
+        return lap.sampling_s - lap.drawing_s
+    return lap.drawing_s if part == "drawing" else lap.decoding_s
 
 
 if __name__ == "__main__":

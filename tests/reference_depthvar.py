@@ -1,9 +1,9 @@
 """VAR sampling and per-token depth, written out plainly: slow, dense, one sample at a time.
 
-Nothing here comes from the modules under test; a model is a mapping of tensors by their published
-names. Every token is computed at every block in raster order and a boolean mask then decides
-whether it takes what was computed. Where the published method leaves room, this follows the
-documented meaning of the policy's fields:
+Nothing here comes from the modules under test, and the tokenizer's layers from the plain published
+loop; a model is a mapping of tensors by their published names. Every token is computed at every
+block in raster order and a boolean mask then decides whether it takes what was computed. Where the
+published method leaves room, this follows the documented meaning of the policy's fields:
 
 - "up-sampled" means: taken from the token of the coarser scale that covers the finer token's
   centre, the later one when the centre lies on a border;
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthvar import published
 from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig
 from depthvar.policy import DepthPolicy
 
@@ -419,101 +420,21 @@ def draw(logits_V: list[float], uniform: float, settings: SamplingSettings) -> D
     return Draw(chosen, math.log(by_code[chosen]), by_code)
 
 
-# The published tokenizer.
-
-
-def feature_of_codes(state: State, config: TokenizerConfig, scale: int, codes_TZ: Tensor) -> Tensor:
-    """What code vectors of a scale add to the feature map (Z, H, W)."""
-    side, last = config.sides[scale], config.sides[-1]
-    h = codes_TZ.T.reshape(1, -1, side, side)
-    if scale != len(config.sides) - 1:
-        h = F.interpolate(h, (last, last), mode="bicubic", align_corners=False, antialias=False)
-    name = f"quantize.quant_resi.qresi_ls.{config.phi_of_scale[scale]}"
-    smooth = F.conv2d(h, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
-    return (0.5 * h + 0.5 * smooth)[0]
-
-
-def at_side(feature_map_ZHW: Tensor, side: int) -> Tensor:
-    """The feature map area-averaged to a side, as tokens (T, Z)."""
-    return F.interpolate(feature_map_ZHW[None], (side, side), mode="area")[0].flatten(1).T
-
-
-def _conv(state: State, name: str, x: Tensor, **how: int) -> Tensor:
-    return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **how)
-
-
-def _group_norm(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    grouped = x.reshape(len(x), groups, -1)
-    centred = grouped - grouped.mean(2, keepdim=True)
-    normed = centred / torch.sqrt((centred**2).mean(2, keepdim=True) + 1e-6)
-    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-    return normed.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
-
-
-def _res_block(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    h = x
-    for i in (1, 2):
-        h = _silu(_group_norm(state, f"{name}.norm{i}", h, groups))
-        h = _conv(state, f"{name}.conv{i}", h, padding=1)
-    if f"{name}.nin_shortcut.weight" in state:
-        x = _conv(state, f"{name}.nin_shortcut", x)
-    return x + h
-
-
-def _attention(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    qkv = _conv(state, f"{name}.qkv", _group_norm(state, f"{name}.norm", x, groups))
-    q, k, v = qkv.flatten(2).reshape(len(x), 3, x.shape[1], -1).unbind(1)
-    weights = torch.softmax(torch.einsum("bct,bcs->bts", q, k) * x.shape[1] ** -0.5, -1)
-    out = torch.einsum("bts,bcs->bct", weights, v).reshape(x.shape)
-    return x + _conv(state, f"{name}.proj_out", out)
-
-
-def _level(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    index = 0
-    while f"{name}.block.{index}.conv1.weight" in state:
-        x = _res_block(state, f"{name}.block.{index}", x, groups)
-        if f"{name}.attn.{index}.qkv.weight" in state:
-            x = _attention(state, f"{name}.attn.{index}", x, groups)
-        index += 1
-    return x
-
-
-def _mid(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    x = _res_block(state, f"{name}.mid.block_1", x, groups)
-    x = _attention(state, f"{name}.mid.attn_1", x, groups)
-    return _res_block(state, f"{name}.mid.block_2", x, groups)
-
-
-def _out(state: State, name: str, x: Tensor, groups: int) -> Tensor:
-    x = _silu(_group_norm(state, f"{name}.norm_out", x, groups))
-    return _conv(state, f"{name}.conv_out", x, padding=1)
-
-
-def decode(state: State, config: TokenizerConfig, feature_map_BZHW: Tensor) -> Tensor:
-    """Feature map to images (B, channels, H, W) in [-1, 1]."""
-    groups = config.norm_groups
-    x = _conv(state, "post_quant_conv", feature_map_BZHW, padding=1)
-    x = _conv(state, "decoder.conv_in", x, padding=1)
-    x = _mid(state, "decoder", x, groups)
-    for level in range(len(config.multipliers) - 1, -1, -1):
-        x = _level(state, f"decoder.up.{level}", x, groups)
-        if level > 0:
-            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            x = _conv(state, f"decoder.up.{level}.upsample.conv", x, padding=1)
-    return torch.clamp(_out(state, "decoder", x, groups), -1, 1)
+# The published tokenizer: its layers stand in `depthvar.published`, from decoding on.
 
 
 def encode(state: State, config: TokenizerConfig, images_BCHW: Tensor) -> Tensor:
     """Images in [-1, 1] to the continuous latent map (B, Z, h, w)."""
-    groups = config.norm_groups
-    x = _conv(state, "encoder.conv_in", images_BCHW, padding=1)
-    for level in range(len(config.multipliers)):
-        x = _level(state, f"encoder.down.{level}", x, groups)
-        if level < len(config.multipliers) - 1:
+    x = published.conv(state, "encoder.conv_in", images_BCHW, padding=1)
+    for i in range(len(config.multipliers)):
+        x = published.level(state, config, f"encoder.down.{i}", x)
+        if i < len(config.multipliers) - 1:
             right_and_bottom = F.pad(x, (0, 1, 0, 1))
-            x = _conv(state, f"encoder.down.{level}.downsample.conv", right_and_bottom, stride=2)
-    x = _out(state, "encoder", _mid(state, "encoder", x, groups), groups)
-    return _conv(state, "quant_conv", x, padding=1)
+            name = f"encoder.down.{i}.downsample.conv"
+            x = published.conv(state, name, right_and_bottom, stride=2)
+    x = published.middle(state, config, "encoder", x)
+    x = published.norm_out(state, config, "encoder", x)
+    return published.conv(state, "quant_conv", x, padding=1)
 
 
 # Sampling.
@@ -604,7 +525,7 @@ def _sample_one(
     scales, begin, draws = [], 0, []
     for i, side in enumerate(sides):
         end = begin + side**2
-        x_GTC = blocks.embed(i, at_side(f_hat_ZHW, side) if i else None)
+        x_GTC = blocks.embed(i, published.at_side(f_hat_ZHW[None], side)[0] if i else None)
         given_T = random_N[begin:end]
         if i and policy.ranking in ("entropy", "log-probability", "spread"):
             exact = [uncertainty(policy.ranking, drawn, codebook_VZ) for drawn in draws]
@@ -627,7 +548,8 @@ def _sample_one(
         if policy.blending in ("mean", "pruned"):
             probs_TV = torch.tensor([d.probs_V for d in draws], dtype=codebook_VZ.dtype)
             codes_TZ = weight_T1 * codes_TZ + (1 - weight_T1) * (probs_TV @ codebook_VZ)
-        f_hat_ZHW = f_hat_ZHW + feature_of_codes(tokenizer, config.tokenizer, i, codes_TZ)
+        added_BZHW = published.feature_of_codes(tokenizer, config.tokenizer, i, codes_TZ[None])
+        f_hat_ZHW = f_hat_ZHW + added_BZHW[0]
         scales.append(
             SampledScale(
                 result.hidden_GTC,

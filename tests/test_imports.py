@@ -27,6 +27,8 @@ ROOMS = (
     "depthvar.var",
     "depthvar.weights",
     "depthvar.sampling",
+    "depthvar.published",
+    "depthvar.counting",
     "depthvar.timing",
     "depthvar.paths",
     "depthvar.training",

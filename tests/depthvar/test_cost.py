@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, decoder_flops, image_cost, transformer_flops
+from depthvar.counting import is_composite
 from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.sampling import Sampler
@@ -47,13 +47,6 @@ class CountedFlops(TorchDispatchMode):
         if formula := flop_registry.get(func.overloadpacket):
             self.total += formula(*args, **kwargs, out_val=result)
         return result
-
-
-@cache
-def is_composite(operation: torch._ops.OpOverload) -> bool:
-    """Whether an operation is made of others, which are counted in its place."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key)
 
 
 def full_cost(config: ModelConfig) -> Cost:

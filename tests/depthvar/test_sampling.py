@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from depthvar import published
 from depthvar.config import SamplingSettings
 from depthvar.cost import image_cost
 from depthvar.engine import ScaleTrace
@@ -279,7 +280,7 @@ def test_images_are_the_reference_s_pixels_rounded():
         model = tiny_model(0, image_channels=channels)
         policy = make_policy("depthvar", reference_scale=1)
         feature_map = dense(model, policy, GUIDED).feature_map_BZHW
-        pixels = reference.decode(states(model)[1], model.config.tokenizer, feature_map)
+        pixels = published.decode(states(model)[1], model.config.tokenizer, feature_map)
         rounded = torch.floor((pixels + 1) / 2 * 255 + 0.5).permute(0, 2, 3, 1).int()
         images = Sampler(model, policy, GUIDED).decode(feature_map)
         assert images.dtype == torch.uint8
@@ -306,7 +307,7 @@ def test_a_batch_records_what_the_reference_computes():
         depths = [depth for scale in want.scales for depth in scale.depths[2 * i]]
         assert batch.depths_BN[i].tolist() == depths
     assert (batch.depths_BN[0] != batch.depths_BN[1]).any()
-    pixels = reference.decode(states(model)[1], model.config.tokenizer, want.feature_map_BZHW)
+    pixels = published.decode(states(model)[1], model.config.tokenizer, want.feature_map_BZHW)
     rounded = ((pixels + 1) / 2 * 255).round().permute(0, 2, 3, 1).numpy()
     assert (batch.images_BHWC == rounded).all()
     assert batch.sampling_s > 0

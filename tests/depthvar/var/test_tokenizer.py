@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from depthvar import published
 from depthvar.config import model_config
 from depthvar.var.tokenizer import GroupNorm, Tokenizer
 from tests import reference_depthvar as reference
@@ -117,8 +118,8 @@ def test_every_scale_adds_its_phi_of_the_upsampled_codes(shape):
     for scale, side in enumerate(config.sides):
         codes_BTZ = noise(2, side * side, 6, seed=scale)
         got = model.tokenizer.quantize.contribution(scale, codes_BTZ)
-        want = [reference.feature_of_codes(state, config, scale, codes) for codes in codes_BTZ]
-        torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-12)
+        want = published.feature_of_codes(state, config, scale, codes_BTZ)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def cubic_weight(distance: float, a: float = -0.75) -> float:
@@ -194,16 +195,16 @@ def test_tokens_are_nearest_codes_of_what_is_left_scale_by_scale(shape):
     for b in range(2):
         rest, plain_map, begin = latent[b], torch.zeros_like(latent[b]), 0
         for scale, side in enumerate(config.sides):
-            wanted = reference.at_side(rest, side)
+            wanted = published.at_side(rest[None], side)[0]
             distances = ((wanted[:, None] - codebook_VZ[None]) ** 2).sum(2)
             assert tokens[scale][b].tolist() == distances.argmin(1).tolist()
             if scale:
                 end = begin + side * side
-                given = reference.at_side(plain_map, side)
+                given = published.at_side(plain_map[None], side)[0]
                 torch.testing.assert_close(inputs_BTZ[b, begin:end], given, rtol=0, atol=1e-12)
                 begin = end
-            codes = codebook_VZ[tokens[scale][b]]
-            added = reference.feature_of_codes(state, config, scale, codes)
+            codes = codebook_VZ[tokens[scale][b]][None]
+            added = published.feature_of_codes(state, config, scale, codes)[0]
             plain_map, rest = plain_map + added, rest - added
         torch.testing.assert_close(feature_map[b], plain_map, rtol=0, atol=1e-12)
         assert begin == inputs_BTZ.shape[1]
@@ -244,7 +245,7 @@ def test_the_decoder_equals_the_plain_one(channels):
     model = tiny_model(0, image_channels=channels)
     feature_map = noise(2, 6, 5, 5)
     got = model.tokenizer.decode(feature_map)
-    want = reference.decode(states(model)[1], model.config.tokenizer, feature_map)
+    want = published.decode(states(model)[1], model.config.tokenizer, feature_map)
     assert got.shape == (2, channels, 10, 10)
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[torch.float64])
     assert got.abs().max() == 1  # some were clamped
@@ -262,7 +263,7 @@ def three_level_tokenizer() -> Tokenizer:
 def test_deeper_encoders_and_decoders_equal_the_plain_ones():
     model = three_level_tokenizer()
     feature_map, images = noise(1, 6, 5, 5), noise(1, 3, 20, 20).clamp(-1, 1)
-    want = reference.decode(model.state_dict(), model.config, feature_map)
+    want = published.decode(model.state_dict(), model.config, feature_map)
     torch.testing.assert_close(model.decode(feature_map), want, rtol=0, atol=1e-9)
     latent = model.quant_conv(model.encoder(images))
     want = reference.encode(model.state_dict(), model.config, images)

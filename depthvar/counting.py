@@ -1,0 +1,136 @@
+"""What an image takes, counted and not timed: operations that run, and bytes of their operands.
+
+Every machine counts the same, so it is a guard against waste that needs no timer. On a GPU an
+operation is about one kernel, which costs its launch, some microseconds, whatever its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from depthvar.config import ModelConfig
+from depthvar.policy import DepthPolicy
+from depthvar.sampling import Sampler
+from depthvar.weights.checkpoint import LoadedModel, assemble
+from depthvar.weights.find import FoundModel, blank_modules
+
+_aten = torch.ops.aten
+_ONE_KERNEL = {
+    _aten.scaled_dot_product_attention.default,
+    _aten.upsample_bicubic2d.vec,
+    _aten.upsample_nearest2d.vec,
+}
+"""Composed of others by torch's word, but run as one where there is a kernel for it."""
+_NO_KERNEL = {
+    _aten._unsafe_view.default,
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+}
+"""Make a tensor without reading or writing one."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations that are not views, and the bytes of the tensors that they take and give."""
+
+    operations: int
+    operand_bytes: int
+
+
+@dataclass(frozen=True)
+class BatchWork:
+    """The work of a batch: from the labels to the feature map, and from there to the pixels."""
+
+    sampling: Work
+    decoding: Work
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts what runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+        self.operand_bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _ONE_KERNEL and is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not (func.is_view or func in _NO_KERNEL or _copies_onto_itself(func, args)):
+            self.operations += 1
+            leaves = tree_leaves((args, kwargs, result))
+            self.operand_bytes += sum(_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+@cache
+def is_composite(operation: torch._ops.OpOverload) -> bool:
+    """Whether an operation is made of others, which are counted in its place."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key)
+
+
+def _copies_onto_itself(operation: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+    """The end of `x[:, :k] += y`, which torch leaves out."""
+    if operation is not _aten.copy_.default:
+        return False
+    target, source = args[:2]
+    return bool(
+        target.untyped_storage()._cdata == source.untyped_storage()._cdata
+        and target.storage_offset() == source.storage_offset()
+        and target.stride() == source.stride()
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's own elements: those that an expanded one repeats count once."""
+    own = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return torch.Size(own).numel() * tensor.itemsize if tensor.numel() else 0
+
+
+def blank_model(config: ModelConfig, *, dtype: torch.dtype) -> LoadedModel:
+    """A model whose tensors have shapes and no storage: what it does can be counted anywhere."""
+    transformer, tokenizer = blank_modules(config, with_encoder=False)
+    found = FoundModel(config, Path("blank"), Path("blank"), None, ())
+    return assemble(found, transformer, tokenizer, device="meta", dtype=dtype)
+
+
+def work_of_batch(model: LoadedModel, policy: DepthPolicy, batch_size: int) -> BatchWork:
+    """What the plain sampler does for a batch on the device of the model."""
+    config, side = model.config, model.config.tokenizer.latent_side
+    sampler = Sampler(model, policy, config.sampling)
+    with torch.device(model.device):
+        labels_B = torch.zeros(batch_size, dtype=torch.int64)
+        uniforms_BN = torch.full(
+            (batch_size, config.transformer.num_tokens), 0.5, dtype=torch.float64
+        )
+        latent_shape = (batch_size, config.tokenizer.code_channels, side, side)
+        feature_map_BZHW = torch.zeros(latent_shape, dtype=model.dtype)
+    sampling = _counted(lambda: sampler.tokens_from_uniforms(labels_B, uniforms_BN, uniforms_BN))
+    return BatchWork(sampling, _counted(lambda: model.tokenizer.decode(feature_map_BZHW)))
+
+
+def _counted(run: Callable[[], object]) -> Work:
+    with torch.inference_mode(), OperationCounter() as counter:
+        run()
+    return Work(counter.operations, counter.operand_bytes)

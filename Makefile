@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test gpu-check lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup lint
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Needs no more than a Python with torch, numpy and safetensors: make gpu-check PYTHON=python3
+gpu-check:
+	$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(RUN)) $(PYTHON)),$(PYTHON)) -m tests.gpu_check
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 
 from depthvar.config import model_config
 from depthvar.errors import InputError
+from depthvar.memory import memory_need
+from depthvar.plan import DepthPlan
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.timing import Lap, time_policies
+from depthvar.timing import Lap, equal_tokens, time_policies
 from depthvar.weights.checkpoint import random_model
-from jobs.benchmark import chosen_policies, main, row
+from jobs.benchmark import Row, _row_of, chosen_policies, main
 from tests.tiny_models import tiny_model
 
 DIGITS = model_config("digits")
@@ -31,17 +35,33 @@ def test_every_policy_has_a_lap_in_every_round_and_the_first_batch_is_not_counte
 
 def test_times_are_compared_within_a_round():
     laps = {
-        "full": [Lap(t, t / 3, 0, 0.0) for t in (0.003, 0.030, 0.015)],
+        "full": [Lap(t, t / 5, t / 3, 0, 0.0) for t in (0.003, 0.030, 0.015)],
         "depthvar:2": [
-            Lap(0.001, 0.001, 0, 0.01),
-            Lap(0.006, 0.002, 0, 0.02),
-            Lap(0.015, 0.005, 0, 0.06),
+            Lap(0.001, 0.0, 0.001, 0, 0.01),
+            Lap(0.006, 0.002, 0.002, 0, 0.02),
+            Lap(0.015, 0.001, 0.005, 0, 0.06),
         ],
     }
     policy = make_policy("depthvar", reference_scale=2)
-    cells = row(DIGITS, "depthvar:2", policy, 8, laps).strip("| ").split(" | ")
-    assert cells[:3] == ["8", "depthvar:2", "32.3%"]
-    assert cells[4:9] == ["6.00", "2.00", "125", "0.50 (0.20-1.00)", "0.0300"]
+    flops = 4e9
+    row = Row(8, "depthvar:2", policy, laps["depthvar:2"], laps["full"], flops, 3.1, 0, 7, 0.9)
+    cells = row.cells(product_rate=1e12)
+    assert cells["image, ms"] == "8.00 (2.00-20.00)"
+    assert (cells["transformer"], cells["drawing"], cells["decoder"]) == ("5.00", "1.00", "2.00")
+    assert cells["images/s"] == "125"
+    assert cells["time / full"] == "0.50 (0.20-1.00)"
+    assert cells["speed-up"] == "3.00 (1.00-5.00)"
+    assert cells["bound"] == "3.10"
+    assert cells["saving efficiency"] == "96.8%"
+    assert cells["of peak"] == "50.0%"  # 4 GFLOP in 8 ms of a machine that does 1,000 a second
+    assert cells["tokens as float32"] == "90.0%"
+    assert cells["distance"] == "0.0300"
+    numbers = row.numbers(product_rate=1e12)
+    assert numbers["saving_efficiency"] == pytest.approx(3 / 3.1)
+    assert numbers["peak_share"] == pytest.approx(0.5)
+    full = replace(row, policy=None, laps=laps["full"], bound=1.0)
+    assert full.saving_efficiency is None
+    assert full.speed_ups == [1, 1, 1]
 
 
 def test_distances_are_to_the_first_policys_images_of_the_same_round():
@@ -84,19 +104,67 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
         main(flags)
 
 
-def test_the_job_prints_a_row_per_batch_size_and_policy_and_writes_every_lap(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_job_prints_a_row_per_batch_size_and_contender_and_writes_every_lap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    path = tmp_path / "times.json"
+    monkeypatch.setattr("jobs.benchmark._model", lambda _, device, dtype: tiny_model(0, dtype))
+    path, plot = tmp_path / "times.json", tmp_path / "times.png"
     flags = ["--policies", "uniform:2", "--batch-sizes", "1", "2", "--rounds", "2"]
-    assert main([*flags, "--device", "cpu", "--json", str(path)]) == 0
+    flags += ["--device", "cpu", "--precision", "bfloat16"]
+    assert main([*flags, "--json", str(path), "--plot", str(plot)]) == 0
     shown = capsys.readouterr().out
-    rows = [line.split(" | ")[:2] for line in shown.splitlines() if line.startswith("| ")][2:]
-    assert rows == [["| 1", "full"], ["| 1", "uniform:2"], ["| 2", "full"], ["| 2", "uniform:2"]]
+    times, work = (part.splitlines()[2:] for part in shown.split("| batch")[1:])
+    contenders = ["full", "uniform:2", "as published"]
+    assert [line.split(" | ")[:2] for line in times if line] == [
+        [f"| {size}", name] for size in (1, 2) for name in contenders
+    ]
+    assert [line.split(" | ")[:2] for line in work] == [
+        [f"| {size}", name] for size in (1, 2) for name in contenders[:2]
+    ]
     assert f"torch {torch.__version__}" in shown
     numbers = json.loads(path.read_text())
-    assert [len(entry["laps"]) for entry in numbers["rows"]] == [2] * 4
+    assert [len(entry["laps"]) for entry in numbers["rows"]] == [2] * 6
     assert numbers["rows"][1]["policy"]["preset"] == "uniform"
+    plan = DepthPlan.build((1, 2, 3, 5), 5, make_policy("uniform", reference_scale=2))
+    assert numbers["rows"][1]["bound"] == plan.full_token_layers / plan.token_layers
+    assert 0 < numbers["rows"][1]["equal_tokens"] <= 1
+    assert numbers["rows"][2]["policy"] is None
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_counting_alone_runs_and_loads_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jobs.benchmark._model", None)
+    monkeypatch.setattr("jobs.benchmark.model_config", lambda _: tiny_model(0).config)
+    monkeypatch.setattr("jobs.benchmark._is_random", lambda _: True)
+    assert main(["--count-only", "--device", "cpu", "--policies", "uniform:1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    full, uniform = (line.strip("| ").split(" | ") for line in lines[-2:])
+    assert (full[0], full[1], uniform[1]) == ("8", "full", "uniform:1")
+    assert int(uniform[2]) < int(full[2])
+
+
+def test_memory_is_predicted_beside_what_was_measured():
+    model = tiny_model(0, torch.float32)
+    policy = make_policy("uniform", reference_scale=1)
+    laps = {name: [Lap(1.0, 0.1, 0.5, 1000, 0.0)] for name in ("full", "uniform:1")}
+    row = _row_of(model, "uniform:1", policy, 3, laps, None)
+    parts = (model.transformer, model.tokenizer)
+    weights = sum(4 * p.numel() for part in parts for p in part.parameters())
+    assert row.memory_bytes == weights + 1000
+    plan = DepthPlan.build((1, 2, 3, 5), 5, policy)
+    need = memory_need(model.config, plan, batch_size=3, streams=2, precision="float32")
+    assert row.predicted_bytes == need.peak
+
+
+def test_tokens_agree_wholly_with_the_same_precision_and_not_with_another_model():
+    policy = make_policy("depthvar", reference_scale=1)
+    wide = tiny_model(0, torch.float32)
+    assert equal_tokens(tiny_model(0, torch.float64), wide, policy, 3) == 1
+    other = replace(wide, transformer=copy.deepcopy(wide.transformer))
+    other.transformer.head.weight.neg_()
+    assert equal_tokens(other, wide, policy, 3) < 0.5
 
 
 def test_a_random_model_is_the_same_every_time_and_makes_finite_images():

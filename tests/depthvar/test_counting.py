@@ -1,0 +1,83 @@
+"""Operations and bytes, counted: a guard that needs no timer. A change of these numbers is a change
+of what the sampler does, up or down, and its commit says which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from depthvar.config import model_config
+from depthvar.counting import OperationCounter, Work, blank_model, work_of_batch
+from depthvar.policy import make_policy
+from tests.tiny_models import tiny_model
+
+
+def counted(run) -> tuple[int, int]:
+    with torch.inference_mode(), OperationCounter() as counter:
+        run()
+    return counter.operations, counter.operand_bytes
+
+
+def test_operations_count_with_the_bytes_they_take_and_give():
+    x, y = torch.ones(4, 6), torch.ones(6)
+    assert counted(lambda: x + y) == (1, 4 * (24 + 6 + 24))
+    assert counted(lambda: x.add_(1)) == (1, 4 * (24 + 24))
+    assert counted(lambda: F.linear(x, torch.ones(3, 6))) == (2, 4 * 18 + 4 * (24 + 18 + 12))
+
+
+def test_views_and_empty_tensors_are_no_work():
+    x = torch.ones(4, 6)
+    assert counted(lambda: x.t()[:, 1:].unsqueeze(0).expand(5, 6, 3)) == (0, 0)
+    assert counted(lambda: torch.empty_like(x)) == (0, 0)
+
+
+def test_an_expanded_tensor_has_the_bytes_that_it_repeats():
+    assert counted(lambda: torch.ones(1, 6).expand(4, 6).clone())[1] == 4 * (6 + 6 + 24)
+
+
+def test_adding_to_a_slice_is_one_operation():
+    def add() -> None:
+        x[:, :2] += 1
+
+    x = torch.ones(4, 6)
+    assert counted(add) == (1, 4 * 16)
+
+
+def test_fused_attention_and_resizing_are_one_operation_each():
+    q = torch.ones(1, 1, 3, 4)
+    assert counted(lambda: F.scaled_dot_product_attention(q, q, q))[0] == 1
+    assert counted(lambda: F.interpolate(q, (5, 5), mode="bicubic"))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "operations", "operand_bytes"),
+    [("full", 812, 5609418), ("depthvar", 604, 2569130), ("uniform", 566, 2501146)],
+)
+def test_sampling_a_small_model_does_exactly_this_much(preset, operations, operand_bytes):
+    options = {} if preset == "full" else {"reference_scale": 1}
+    work = work_of_batch(tiny_model(0), make_policy(preset, **options), 2)
+    assert work.sampling == Work(operations, operand_bytes)
+    assert work.decoding == Work(68, 758200)
+
+
+def test_operations_do_not_depend_on_the_batch():
+    work = [work_of_batch(tiny_model(1), make_policy("full"), n) for n in (1, 3)]
+    assert work[0].sampling.operations == work[1].sampling.operations
+    assert work[0].sampling.operand_bytes < work[1].sampling.operand_bytes
+
+
+def test_a_model_without_storage_is_counted_like_one_with_it():
+    """To within the copies that torch makes of attention's output where it has no kernel."""
+    policy = make_policy("uniform", reference_scale=0)
+    blank = work_of_batch(blank_model(tiny_model(0).config, dtype=torch.float64), policy, 1)
+    real = work_of_batch(tiny_model(0), policy, 1)
+    assert blank.decoding == real.decoding
+    assert blank.sampling.operations == pytest.approx(real.sampling.operations, rel=0.05)
+    assert blank.sampling.operand_bytes == pytest.approx(real.sampling.operand_bytes, rel=0.05)
+
+
+def test_a_published_model_can_be_counted_without_its_memory():
+    blank = blank_model(model_config("var-d36-512"), dtype=torch.bfloat16)
+    assert blank.transformer.head.weight.is_meta
+    assert blank.transformer.head.weight.dtype == torch.bfloat16

@@ -61,9 +61,16 @@ class PublishedSampler:
         sampled_at = time.perf_counter()
         images_BHWC = self.images(feature_map_BZhw).cpu().numpy()
         decoded_at = time.perf_counter()
-        nothing = np.zeros((len(labels), len(self.config.sides)), np.float32)
+        config, batch = self.config, len(labels)
+        nothing = np.zeros((batch, len(config.sides)), np.float32)
+        depths_BN = np.full((batch, config.transformer.num_tokens), config.num_blocks, np.uint8)
         return SampleBatch(
-            images_BHWC, nothing, nothing, sampled_at - begun, decoded_at - sampled_at
+            images_BHWC=images_BHWC,
+            mean_change_BS=nothing,
+            mean_log_prob_BS=nothing,
+            depths_BN=depths_BN,
+            sampling_s=sampled_at - begun,
+            decoding_s=decoded_at - sampled_at,
         )
 
     @torch.inference_mode()

@@ -87,7 +87,7 @@ def test_the_job_reads_the_request_that_was_given(
 ):
     Path("job.yaml").write_text("precision: float16\naddress: ignored\nper_class: 7\n")
     argv = [*OUT, "--classes", "one,id:3", "--seed", "9007199254740993", "--top-p", "1e-05"]
-    argv += ["--policy-options", "compensation=false", "--policy", "uniform", "--no-extend"]
+    argv += ["--policy-options", "skip_last_scales=1", "--policy", "uniform", "--no-extend"]
     asked = load_config(
         GenerateConfig,
         ["--config", "job.yaml", *argv, "--address", "auto"],

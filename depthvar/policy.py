@@ -109,15 +109,19 @@ OPTIONS = ("blending", "kept_depth", "proxy", "skip_last_scales")
 """The fields that `--policy-options` may change; a study may change any."""
 
 
-def make_policy(
-    preset: str,
-    *,
-    reference_scale: int | None = None,
-    presets: Mapping[str, DepthPolicy] = PRESETS,
-    options: Collection[str] = OPTIONS,
-    **changes: Any,
-) -> DepthPolicy:
+def make_policy(preset: str, *, reference_scale: int | None = None, **changes: Any) -> DepthPolicy:
     """One of the presets with some of the options changed; `InputError` names what is known."""
+    return policy_of(PRESETS, OPTIONS, preset, reference_scale, changes)
+
+
+def policy_of(
+    presets: Mapping[str, DepthPolicy],
+    options: Collection[str],
+    preset: str,
+    reference_scale: int | None,
+    changes: Mapping[str, Any],
+) -> DepthPolicy:
+    """As `make_policy`, of other presets, with other options to change."""
     if preset not in presets:
         raise InputError(
             f"unknown policy {preset!r}, wanted one of {', '.join(presets)}: check --policy"
@@ -134,5 +138,5 @@ def make_policy(
                 f"policy {preset!r} has no reference scale and got {reference_scale}: leave "
                 "--reference-scale out or choose an adaptive policy"
             )
-        changes["reference_scale"] = reference_scale
+        changes = {**changes, "reference_scale": reference_scale}
     return replace(presets[preset], **changes)

@@ -14,7 +14,7 @@ from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.paths import check_output_folder
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import OPTIONS, PRESETS, DepthPolicy, make_policy, policy_of
 from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
@@ -77,7 +77,7 @@ def check_before_submission(config: GenerateConfig) -> None:
 
 def _policy(config: GenerateConfig) -> DepthPolicy:
     options = checked_options(config.policy_options)
-    return make_policy(config.policy, reference_scale=config.reference_scale, **options)
+    return policy_of(PRESETS, OPTIONS, config.policy, config.reference_scale, options)
 
 
 def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -99,6 +99,10 @@ def bad_inputs(tmp_path: Path, weights: Path) -> dict[str, tuple[list[str], str]
         "unknown policy option": (["--policy-options", "zz=1"], "unknown policy option 'zz'"),
         "policy option of a wrong type": (["--policy-options", "kept_depth=x"], "kept_depth"),
         "policy option of studies": (["--policy-options", "dither=true"], "option 'dither'"),
+        "policy option with a flag of its own": (
+            ["--policy-options", "reference_scale=2"],
+            "unknown policy option 'reference_scale'",
+        ),
         "unknown YAML key": (["--config", str(config)], "did you mean per_class?"),
         "missing YAML file": (["--config", str(tmp_path / "none")], "No such file"),
         "unknown flag": (["--per-clas", "3"], "--per-clas"),
@@ -113,7 +117,8 @@ BAD_INPUTS = tuple(
     |foreign output|unknown scheme|more workers than resources|no GPU|no GPU in one process
     |unknown model|missing weights|truncated weights|weights of another model|no calibration
     |unknown policy|unknown policy option
-    |policy option of a wrong type|policy option of studies|unknown YAML key|missing YAML file
+    |policy option of a wrong type|policy option of studies
+    |policy option with a flag of its own|unknown YAML key|missing YAML file
     |unknown flag|address where nothing answers|two sources of labels""".replace(
         "\n    ", ""
     ).split("|")

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ def wait_at_gate(gate: Path, num_workers: int) -> list[str]:
         assert time.monotonic() < deadline_s, f"{waiting} wait at the gate"
         time.sleep(0.02)
     return waiting
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 def open_gate(gate: Path) -> None:

@@ -24,12 +24,12 @@ PLANNED = {
     "imagenet_256": [
         "50,000 images of 1,000 classes, 256x256 jpg",
         "50.3% of the token-layers",
-        "14.7 GB per worker",
+        "13.9 GB per worker",
     ],
     "imagenet_512": [
         "50,000 images of 1,000 classes, 512x512 jpg",
         "57.5% of the token-layers",
-        "15.5 GB per worker",
+        "15.1 GB per worker",
     ],
     "own_model": ["10,000 images of 10 classes", "1,000 images each"],
 }

@@ -23,7 +23,7 @@ from pipeline.shards.manifest import committed_shards, parquet_name, tar_name
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import data_files
-from tests.fakes import open_gate, set_faults, wait_at_gate
+from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for
 from tests.fault_hook import FAULTS_VARIABLE
 
 Mount = Callable[[str, str], Path]
@@ -103,6 +103,7 @@ def test_an_output_that_turns_read_only_stops_the_job_and_a_rerun_completes(
     job = threading.Thread(target=lambda: codes.append(run(out, tmp_path / "scratch")))
     job.start()
     wait_at_gate(gate, 1)
+    wait_for(lambda: done_in(out) == [0, 1])  # shards are committed beside the sampling
     remount(place, "ro")
     open_gate(gate)
     job.join(timeout=60)

@@ -206,7 +206,7 @@ def accuracy(model: Classifier, images_NHWC: np.ndarray, labels_N: np.ndarray) -
     return float((model.read(images_NHWC).labels == labels_N).mean())
 
 
-@lru_cache(maxsize=4)  # parsing the source takes seconds
+@lru_cache(maxsize=4)  # making the scenes takes a while
 def real_arrays(real_set: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """A split of one of `training.data.REAL_SETS`: uint8 (N, H, W, C) and int64 labels.
 

@@ -208,9 +208,14 @@ def few_real_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return ImageSet(whole.images_NCHW[chosen], whole.labels_N[chosen], whole.class_names)
 
     monkeypatch.setattr(features, "REAL_SETS", {name: partial(few_of, name) for name in REAL_SETS})
-    judge_of.cache_clear()
+    forget_real_images()
     yield
+    forget_real_images()
+
+
+def forget_real_images() -> None:
     judge_of.cache_clear()
+    features.real_arrays.cache_clear()
 
 
 def write_scenes_model(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from pipeline.run import ray_crew
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import CommitRecord
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
+from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
 
 NUM_SHARDS = 10
@@ -137,13 +137,6 @@ def records(tmp_path: Path) -> list[CommitRecord]:
 
 def worker_names(tmp_path: Path) -> dict[int, str]:
     return {record.shard_id: record.worker for record in records(tmp_path)}
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(

@@ -147,7 +147,7 @@ def _act_out(faults: dict[str, Any], indices: Sequence[int]) -> None:
     if faults.get("crash") in indices:
         os.kill(os.getpid(), signal.SIGKILL)
     if faults.get("segfault") in indices:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        signal.raise_signal(signal.SIGSEGV)  # in this thread, which goes no further
     if faults.get("memory") in indices:
         bytearray(2**60)
     if faults.get("gpu_memory") in indices:

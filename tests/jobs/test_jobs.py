@@ -349,7 +349,7 @@ METAVARS = {
         tokenizer-steps top-k transformer-steps transformer-tuning-steps workers""",
     "X": "cfg held-out-share layer-drop learning-rate top-p",
     "PATH": "data inception-weights model-out out reference scratch test weights",
-    "FILE": "config json labels-file",
+    "FILE": "config json plot labels-file",
     "MODEL": "model tokenizer-from",
     "CLASSES": "classes",
     "POLICY": "policy",

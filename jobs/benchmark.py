@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model     {config.name}, {flags.precision}, counted without weights\n")
         _print_work(blank, policies, flags.batch_sizes)
         return EXIT_DONE
-    model, wide = (_model(flags, device, of) for of in (dtype, torch.float32))
+    model = _model(flags, device, dtype)
+    wide = model if dtype == torch.float32 else _model(flags, device, torch.float32)
     rate = product_rate(device, dtype, side=PRODUCT_SIDE[device.type])
     lines = [*heading(model, device), f"peak      {rate / 1e12:.3g} TFLOP/s in large products"]
     print("\n".join([*lines, ""]), flush=True)

@@ -88,10 +88,62 @@ def _optimiser(parameters: list[nn.Parameter], schedule: Schedule) -> torch.opti
     )
 
 
-@torch.no_grad()
-def _move_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    for key, value in model.state_dict().items():
-        average[key].lerp_(value, 1 - decay)
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@dataclass
+class _TrainingState:
+    """What a training goes on from: weights, their moving average, the optimiser, steps done."""
+
+    path: Path
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    step: int = 0
+
+    @classmethod
+    def begin(
+        cls, model: nn.Module, schedule: Schedule, path: Path, device: torch.device
+    ) -> _TrainingState:
+        """The state at `path`, or that of the first step where there is none."""
+        average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        state = cls(path, model, _optimiser(_trained(model), schedule), average)
+        if path.exists():
+            stored = torch.load(path, map_location=device, weights_only=True)
+            model.load_state_dict(stored["model"])
+            state.optimiser.load_state_dict(stored["optimiser"])
+            state.average, state.step = stored["average"], stored["step"]
+        return state
+
+    def descend(self, loss: Tensor, schedule: Schedule, process: Process) -> None:
+        """Change the weights by the gradients of a loss, averaged over the processes."""
+        parameters = _trained(self.model)
+        for group in self.optimiser.param_groups:
+            group["lr"] = schedule.rate(self.step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        process.average(_gradients(parameters))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimiser.step()
+
+    @torch.no_grad()
+    def end_step(self, schedule: Schedule) -> None:
+        """Move the average towards the weights; early on it forgets its beginning faster."""
+        self.step += 1
+        decay = min(schedule.ema_decay, self.step / (self.step + 9))
+        for key, value in self.model.state_dict().items():
+            self.average[key].lerp_(value, 1 - decay)
+
+    def save(self) -> None:
+        """Write the file that `begin` reads. Errors: `OSError`."""
+        stored = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average,
+            "step": self.step,
+        }
+        save_state(self.path, stored)
 
 
 def train(
@@ -110,49 +162,30 @@ def train(
 
     Progress goes to `name.jsonl` in the run's folder, the resumable state to `name.pt`.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = _optimiser(parameters, schedule)
-    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    state_path, start = process.folder / f"{name}.pt", 0
-    if state_path.exists():
-        state = torch.load(state_path, map_location=process.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average, start = state["average"], state["step"]
+    state = _TrainingState.begin(model, schedule, process.folder / f"{name}.pt", process.device)
     first = process.rank == 0
     log = (process.folder / f"{name}.jsonl").open("a") if first else nullcontext()
-    bar = tqdm(total=schedule.steps, initial=start, desc=name, unit="step", disable=not first)
+    bar = tqdm(total=schedule.steps, initial=state.step, desc=name, unit="step", disable=not first)
     begun = time.monotonic()
     with log as log_file, bar:
-        for step in range(start, schedule.steps):
+        while (step := state.step) < schedule.steps:
             generator = torch.Generator().manual_seed(
                 (seed * 1_000_003 + step) * process.world + process.rank
             )
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate(step)
             size = schedule.batch // process.world
             images, labels = random_batch(data, size, how, generator, process.device)
             loss, numbers = loss_of_batch(images, labels, step, generator)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            process.average(_gradients(parameters))
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
+            state.descend(loss, schedule, process)
             if after_step:
                 after_step(step, generator)
-            _move_average(average, model, min(schedule.ema_decay, (step + 1) / (step + 10)))
+            state.end_step(schedule)
             bar.update()
-            if log_file and (step % 20 == 19 or step + 1 == schedule.steps):
+            is_last = state.step == schedule.steps
+            if log_file and (state.step % 20 == 0 or is_last):
                 bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()})
-                row = {"step": step + 1, "elapsed_s": round(time.monotonic() - begun, 1), **numbers}
-                log_file.write(json.dumps(row) + "\n")
+                row = {"step": state.step, "elapsed_s": round(time.monotonic() - begun, 1)}
+                log_file.write(json.dumps({**row, **numbers}) + "\n")
                 log_file.flush()
-            if first and ((step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps):
-                saved = {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "average": average,
-                    "step": step + 1,
-                }
-                save_state(state_path, saved)
-    model.load_state_dict(average)
+            if first and (state.step % schedule.save_every == 0 or is_last):
+                state.save()
+    model.load_state_dict(state.average)

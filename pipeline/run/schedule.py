@@ -8,12 +8,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
-
-Device = Literal["auto", "cpu", "cuda"]
+from pipeline.request.generation import Device
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
                 run = ShardRun(storage, plan, queue, bar, done.values())
-                problem = _made(crew.make, run)
+                problem = _work(crew.make, run)
         stopped = stop.is_set()
         return _conclude(
             config, storage, plan, run, problem, interrupted=stopped, given_up=given_up
@@ -133,7 +133,7 @@ class _Crew:
     room: int | None
 
 
-def _made(make: Make, run: ShardRun) -> str | None:
+def _work(make: Make, run: ShardRun) -> str | None:
     """Run to the end; the reason if the job had to be given up."""
     try:
         make(run)
@@ -158,7 +158,7 @@ def _conclude(
     set_aside = given_up | set(() if run is None else run.queue.set_aside)
     done = committed_shards(storage, plan)
     if problem is None and not interrupted:
-        done = _settled(storage, plan, done, set_aside)
+        done = _await_other_jobs(storage, plan, done, set_aside)
     is_complete = len(done) == plan.num_shards
     if run is not None and run.num_images:
         print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
@@ -197,7 +197,7 @@ def _conclude(
     return 1
 
 
-def _settled(
+def _await_other_jobs(
     storage: Storage, plan: JobPlan, done: dict[int, CommitRecord], set_aside: Collection[int]
 ) -> dict[int, CommitRecord]:
     """What is committed once another job has published the shards that it writes over.

@@ -14,6 +14,12 @@ class InputError(ValueError):
     """Input that cannot work: the message says what was got, what was wanted and what to do."""
 
 
+def shown(value: object) -> str:
+    """A value as it stands in a message, cut off after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 _PERMISSIONS = "change the permissions of {nearest}, or choose another"
 _NETWORK = "check the network and the address"
 _ADVICE = {

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from depthvar.errors import InputError, advice
+from depthvar.errors import InputError, advice, shown
 
 DataT = TypeVar("DataT")
 
@@ -34,11 +34,11 @@ def from_json(kind: type[DataT], value: object, where: str) -> DataT:
     unknown, missing and mistyped keys; the dataclass's own checks pass through.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {_shown(value)}, wanted an object")
+        raise InputError(f"{where} is {shown(value)}, wanted an object")
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
     problems = [f"missing {name}" for name in names if name not in value]
-    problems += [f"unknown {_shown(key)}" for key in value if key not in names]
+    problems += [f"unknown {shown(key)}" for key in value if key not in names]
     if problems:
         raise InputError(f"{where}: {', '.join(problems)}: wanted the keys {', '.join(names)}")
     return kind(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in names})
@@ -51,16 +51,11 @@ def _typed(hint: Any, value: object, where: str) -> Any:
         item, dots = typing.get_args(hint)
         assert dots is Ellipsis, "a field is a scalar, a tuple of any length or a dataclass"
         if not isinstance(value, list):
-            raise InputError(f"{where} is {_shown(value)}, wanted a list")
+            raise InputError(f"{where} is {shown(value)}, wanted a list")
         return tuple(_typed(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     # bool is an int to Python, and an int is a good float.
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
-        raise InputError(f"{where} is {_shown(value)}, wanted {_JSON_NAMES[hint]}")
+        raise InputError(f"{where} is {shown(value)}, wanted {_JSON_NAMES[hint]}")
     return value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

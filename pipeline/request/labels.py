@@ -18,15 +18,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depthvar.errors import InputError
+from depthvar.errors import InputError, shown
 from depthvar.host.names import comparable, comparable_in_any_case
 from pipeline.request.text_file import read_text
 
@@ -38,8 +39,7 @@ _CLASS_COLUMNS = ("class", "label", *_ID_COLUMNS, *_NAME_COLUMNS)
 _COUNT_COLUMNS = ("count", "counts", "images", "n", "number", "per_class", "samples")
 _NUMBERS = re.compile(r"\s*(?P<first>[0-9]{1,9})\s*(-\s*(?P<last>[0-9]{1,9})\s*)?")
 _WANTED_COUNT = f"wanted a whole number from 0 to {MAX_SAMPLES}"
-_SHOWN_REPEATS = 3
-_SHOWN_CLASSES = 5
+_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def parse_classes(
     class_id, mentions = Counter(found).most_common(1)[0]
     if mentions > 1:
         raise InputError(
-            f"got class {class_id} more than once in {_short(text)}: name each class once "
+            f"got class {class_id} more than once in {shown(text)}: name each class once "
             "(a labels file gives classes different counts)"
         )
     return tuple(sorted(found))
@@ -206,27 +206,22 @@ def read_labels_file(
     if not any(counts.values()):
         raise InputError(f"{file} has the count 0 for every class, wanted at least one sample")
     if repeated := [class_id for class_id in sorted(counts) if lines_of[class_id] > 1]:
-        note(_repeats(file, repeated, lines_of, counts, class_names))
-    try:
+        many = "1 class" if len(repeated) == 1 else f"{len(repeated):,} classes"
+        added_up = (
+            f"{shown(class_names[i])} {counts[i]:,} from {lines_of[i]:,} lines" for i in repeated
+        )
+        note(f"{file} names {many} more than once, whose counts add up: {_few(added_up)}")
+    with _errors_of(f"{file}"):
         return LabelCounts.from_mapping({i: count for i, count in counts.items() if count})
+
+
+@contextmanager
+def _errors_of(place: str) -> Iterator[None]:
+    """Begin the message of an `InputError` with its place."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-
-
-def _repeats(
-    file: Path,
-    repeated: Sequence[int],
-    lines_of: Mapping[int, int],
-    counts: Mapping[int, int],
-    class_names: Sequence[str],
-) -> str:
-    shown = [
-        f"{_short(class_names[i])} {counts[i]:,} from {lines_of[i]:,} lines"
-        for i in repeated[:_SHOWN_REPEATS]
-    ]
-    more = ["..."] if len(repeated) > _SHOWN_REPEATS else []
-    many = "1 class" if len(repeated) == 1 else f"{len(repeated):,} classes"
-    return f"{file} names {many} more than once, whose counts add up: {', '.join(shown + more)}"
+        raise InputError(f"{place}: {error}") from error
 
 
 Row = tuple[int, int]
@@ -235,32 +230,27 @@ Row = tuple[int, int]
 
 def _json_rows(file: Path, text: str, index: ClassIndex) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if _is_blank_or_comment(line):
-            continue
-        try:
-            name, count = _from_json_line(line)
-            row = index.class_id(name), count
-        except InputError as error:
-            raise InputError(f"{file}, line {number}: {error}") from error
-        yield row
+        if not _is_blank_or_comment(line):
+            with _errors_of(f"{file}, line {number}"):
+                name, count = _from_json_line(line)
+                row = index.class_id(name), count
+            yield row
 
 
 def _csv_rows(file: Path, text: str, index: ClassIndex) -> Iterator[Row]:
     """Classes and counts of the rows after the header, if there is one."""
     columns = _Columns()
     for position, (number, cells) in enumerate(_csv_records(file, text, index)):
-        try:
+        with _errors_of(f"{file}, line {number}"):
             if not _is_header(cells, index):
                 yield columns.row(cells, index)
             elif position == 0:
                 columns = _Columns.of_header(cells)
             else:
                 raise InputError(
-                    f"got the header {_short(','.join(cells))}, wanted it before all classes "
+                    f"got the header {shown(','.join(cells))}, wanted it before all classes "
                     "alone: remove the line"
                 )
-        except InputError as error:
-            raise InputError(f"{file}, line {number}: {error}") from error
 
 
 def _is_blank_or_comment(line: str) -> bool:
@@ -278,35 +268,29 @@ def _csv_records(file: Path, text: str, index: ClassIndex) -> Iterator[tuple[int
         first = number
         number += 1
         if _is_blank_or_comment(line):
-            if name := _class_in_comment(line, index):
+            name = re.split(r"[,\t]", line.strip(), maxsplit=1)[0].strip()
+            if name and index.ids_named(name):
                 raise InputError(
-                    f"{file}, line {first}: got {_short(name)}, a comment or the class of that "
+                    f"{file}, line {first}: got {shown(name)}, a comment or the class of that "
                     "name: put the class in double quotes, or word the comment otherwise"
                 )
             continue
+        has_tab = "\t" in re.sub(r'"[^"]*("|$)', "", line.strip())
         reader = csv.reader(
-            chain([line], lines), delimiter=_delimiter(line), skipinitialspace=True, strict=True
+            chain([line], lines),
+            delimiter="\t" if has_tab else ",",
+            skipinitialspace=True,
+            strict=True,
         )
         try:
             cells = next(reader)
         except csv.Error as error:
             raise InputError(
-                f"{file}, line {first}: got {_short(line.strip())}, which is not CSV: {error}"
+                f"{file}, line {first}: got {shown(line.strip())}, which is not CSV: {error}"
             ) from error
         number = first + reader.line_num
         if any(cell.strip() for cell in cells):
             yield first, cells
-
-
-def _delimiter(line: str) -> str:
-    """A tab where one stands outside of quotes, else a comma."""
-    return "\t" if "\t" in re.sub(r'"[^"]*("|$)', "", line.strip()) else ","
-
-
-def _class_in_comment(line: str, index: ClassIndex) -> str:
-    """The name of a class in what reads as a comment, "" for none: it may begin with `#`."""
-    name = re.split(r"[,\t]", line.strip(), maxsplit=1)[0].strip()
-    return name if name and index.ids_named(name) else ""
 
 
 def _is_header(cells: list[str], index: ClassIndex) -> bool:
@@ -337,7 +321,7 @@ class _Columns:
         at = [i for i, name in enumerate(names) if name in _CLASS_COLUMNS]
         if len(names) > 2 or len(at) > 1:
             raise InputError(
-                f"got the header {_short(','.join(cells))}, wanted class or class,count"
+                f"got the header {shown(','.join(cells))}, wanted class or class,count"
             )
         return _Columns(at[0], names[at[0]])
 
@@ -348,10 +332,10 @@ class _Columns:
                 "(a name that holds a comma stands in double quotes)"
             )
         if self.class_at >= len(cells):
-            raise InputError(f"got {_short(cells[0])}, wanted count,class as the header says")
+            raise InputError(f"got {shown(cells[0])}, wanted count,class as the header says")
         count = cells[1 - self.class_at].strip() if len(cells) == 2 else "1"
         if not re.fullmatch(r"[0-9]{1,13}", count) or int(count) > MAX_SAMPLES:
-            raise InputError(f"got the count {_short(count)}, {_WANTED_COUNT}")
+            raise InputError(f"got the count {shown(count)}, {_WANTED_COUNT}")
         return index.class_id(self._explicit(cells[self.class_at], index)), int(count)
 
     def _explicit(self, name: str, index: ClassIndex) -> str:
@@ -369,15 +353,15 @@ def _from_json_line(line: str) -> tuple[str, int]:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"got {_short(line)}, which is not JSON") from error
+        raise InputError(f"got {shown(line)}, which is not JSON") from error
     record = value if isinstance(value, dict) else {"class": value}
     name, count = record.get("class"), record.get("count", 1)
     if not set(record) <= {"class", "count"} or not (type(name) is int or isinstance(name, str)):
         raise InputError(
-            f'got {_short(line)}, wanted a class id, a name, or {{"class": ..., "count": ...}}'
+            f'got {shown(line)}, wanted a class id, a name, or {{"class": ..., "count": ...}}'
         )
     if type(count) is not int or not 0 <= count <= MAX_SAMPLES:
-        raise InputError(f"got the count {_short(count)}, {_WANTED_COUNT}")
+        raise InputError(f"got the count {shown(count)}, {_WANTED_COUNT}")
     return str(name), count
 
 
@@ -443,7 +427,7 @@ class ClassIndex:
             if self._called_as_a_whole(text):
                 return [self.class_id(text)]
             raise InputError(
-                f"got the classes {_short(text)}, which do not parse: {error}"
+                f"got the classes {shown(text)}, which do not parse: {error}"
             ) from error
         if [cell.strip() for cell in cells] == [text.strip()]:
             return list(self._decided(text, ranges=True))
@@ -521,22 +505,20 @@ class ClassIndex:
 
     def _ambiguous(self, text: str, readings: Sequence[tuple[int, ...]]) -> _AmbiguityError:
         separator = "; " if any(len(ids) > 1 for ids in readings) else ", "
-        write = [f"{self._spelling(text, ids)} for {self._called(ids)}" for ids in readings]
+        write = [
+            f"{self._spelling(text, ids)} for {_few(shown(self._class_names[i]) for i in ids)}"
+            for ids in readings
+        ]
         return _AmbiguityError(
-            f"got {_short(text)}, which may be the classes {separator.join(map(_run, readings))}: "
+            f"got {shown(text)}, which may be the classes {separator.join(map(_run, readings))}: "
             f"write {' or '.join(write)}"
         )
 
-    def _called(self, ids: tuple[int, ...]) -> str:
-        names = [_short(self._class_names[i]) for i in ids[:_SHOWN_CLASSES]]
-        return ", ".join(names + ["..."] * (len(ids) > _SHOWN_CLASSES))
-
     def _spelling(self, text: str, ids: tuple[int, ...]) -> str:
         """Something to write that stands for these classes alone."""
-        if len(ids) > 1 and ids != tuple(range(ids[0], ids[-1] + 1)):
-            shown = [self._spelling(self._class_names[i], (i,)) for i in ids[:_SHOWN_CLASSES]]
-            return ",".join(shown + ["..."] * (len(ids) > _SHOWN_CLASSES))
-        by_id = f"id:{ids[0]}" if len(ids) == 1 else f"id:{ids[0]}-{ids[-1]}"
+        if not _is_run(ids):
+            return _few((self._spelling(self._class_names[i], (i,)) for i in ids), ",")
+        by_id = f"id:{_run(ids)}"
         forms = [f"name:{text.strip()}", by_id, f"name:{self._class_names[ids[0]]}"]
         works = (
             form
@@ -551,32 +533,37 @@ class ClassIndex:
         bounds = _NUMBERS.fullmatch(bare.removeprefix("id:"))
         if bounds is not None and bounds["last"]:
             if not ranges:
-                return InputError(f"got the range {_short(bare)}, wanted a class")
+                return InputError(f"got the range {shown(bare)}, wanted a class")
             if int(bounds["first"]) > int(bounds["last"]):
                 return InputError(f"got the range {bare}, wanted the smaller id first")
             outside = next(b for b in bounds.group("first", "last") if int(b) > last)
             return InputError(
-                f"got class {_short(outside)} in the range {bare}, wanted an id from 0 to {last} "
+                f"got class {shown(outside)} in the range {bare}, wanted an id from 0 to {last} "
                 "of this model: ranges are of ids"
             )
         if re.fullmatch(r"(id:)?\s*[+-]?[0-9]+", bare):
             return InputError(
-                f"got class {_short(bare)}, wanted an id from 0 to {last} of this model"
+                f"got class {shown(bare)}, wanted an id from 0 to {last} of this model"
             )
         near = difflib.get_close_matches(bare[:60], self._class_names, n=1)
         example = near[0] if near else self._class_names[0]
         return InputError(
-            f"got the unknown class {_short(bare)}, wanted an id from 0 to {last} or a name "
-            f"such as {_short(example)}"
+            f"got the unknown class {shown(bare)}, wanted an id from 0 to {last} or a name "
+            f"such as {shown(example)}"
         )
 
 
+def _is_run(ids: tuple[int, ...]) -> bool:
+    return ids == tuple(range(ids[0], ids[-1] + 1))
+
+
 def _run(ids: tuple[int, ...]) -> str:
-    if ids == tuple(range(ids[0], ids[-1] + 1)):
-        return str(ids[0]) if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"
-    return ", ".join([*map(str, ids[:_SHOWN_CLASSES]), *["..."] * (len(ids) > _SHOWN_CLASSES)])
+    if not _is_run(ids):
+        return _few(map(str, ids))
+    return str(ids[0]) if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _few(texts: Iterator[str], separator: str = ", ") -> str:
+    """The first texts, and dots where there are more."""
+    first = list(islice(texts, _FEW + 1))
+    return separator.join(first[:_FEW] + ["..."] * (len(first) > _FEW))

@@ -18,6 +18,7 @@ JOBS = {
     "plan": "show what generate would make and cost; writes nothing",
     "generate": "make a labelled image dataset, or go on with one",
     "submit": "hand generate to a Ray cluster, and follow it",
+    "status": "say how far a dataset is, how fast, and what to do",
     "verify": "check a dataset against its plan, and repair it",
     "report": "show a dataset on one page: images, compute, throughput, state",
     "evaluate": "measure a dataset's quality against real images",

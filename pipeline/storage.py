@@ -115,6 +115,10 @@ class Storage:
             if entry.type == fs.FileType.File and entry.mtime is not None and entry.mtime < latest
         )
 
+    def times(self, folder: str) -> dict[str, datetime]:
+        """File name -> when the file was written, as far as that is known, from one listing."""
+        return {e.base_name: e.mtime for e in self._entries(folder) if e.mtime is not None}
+
     def remove(self, name: str) -> None:
         """Delete a file. Errors: `FileNotFoundError`, `OSError`."""
         self._asking(lambda: self.filesystem.delete_file(self._path(name)))

@@ -137,6 +137,8 @@ def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
         "fingerprint": plan.shard_fingerprint(1),
         "set_aside": True,
         "cause": "shard",
+        "error": "it broke",
+        "at": "2026-01-02T03:04:05+00:00",
     }
     lines: list[object] = [1, [], {}, {**good, "shard_id": 99}, {**good, "fingerprint": "x"}]
     text = "\n".join(["{", "\xff", *map(json.dumps, lines)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 from depthvar.errors import InputError
+from jobs import status as status_job
 from jobs import verify as verify_job
 from pipeline import storage as storage_module
 from pipeline.dataset.loader import iterate_samples, open_dataset, training_pipeline
@@ -175,7 +177,9 @@ def test_a_job_on_a_store_makes_the_bytes_of_a_folder_and_is_verified(
     assert SECRET not in captured.out + captured.err
 
 
-def test_what_is_missing_on_a_store_is_found_and_made_again(uri: str, tmp_path: Path):
+def test_what_is_missing_on_a_store_is_found_and_made_again(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert run(uri, tmp_path) == 0
     storage = Storage.open(uri)
     before = data_files(storage)
@@ -183,8 +187,13 @@ def test_what_is_missing_on_a_store_is_found_and_made_again(uri: str, tmp_path: 
     storage.remove("train/00001.tar")
     storage.publish_bytes(b"{", "commits/00002.json")
     assert verify_job.main([uri]) == 1
+    capsys.readouterr()
+    assert status_job.main([uri, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["shards"]["committed"], told["unsound"]) == (0, [2])
     assert run(uri, tmp_path) == 0
     assert data_files(storage) == before
+    assert status_job.main([uri]) == 0
 
 
 def test_a_store_that_fails_one_request_in_five_loses_nothing(

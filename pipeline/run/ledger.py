@@ -18,17 +18,11 @@ from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import ProgressBar, environment_changes, say
 from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.run.worker import Progress, ShardDone, WorkerInfo
-from pipeline.shards.manifest import (
-    LEDGER_NAME,
-    OLD_LEDGER_NAME,
-    CommitRecord,
-    read_commit,
-    shard_name,
-)
+from pipeline.shards.failures import NODE, SHARD, STORAGE, given_up, ledger_lines
+from pipeline.shards.manifest import LEDGER_NAME, CommitRecord, read_commit, shard_name
 from pipeline.storage import Storage
 
 _SET_ASIDE = f"set aside, see {LEDGER_NAME}"
-_STORAGE = "storage"
 _MAX_STORAGE_FAILURES = 5  # in a row, without a shard committed in between
 
 
@@ -176,7 +170,7 @@ class ShardRun:
             shard_id,
             attempt=assignment.attempt,
             set_aside=set_aside,
-            cause=_STORAGE if is_storage else "shard",
+            cause=STORAGE if is_storage else SHARD,
             error=error,
             traceback=trace,
             worker=worker,
@@ -210,7 +204,7 @@ class ShardRun:
         """Take back the charge for a failure that was none of the shard's."""
         self.queue.refund(shard_id)
         self.unstored.discard(shard_id)
-        self._write_ledger(shard_id, set_aside=False, cause="node", error=reason)
+        self._write_ledger(shard_id, set_aside=False, cause=NODE, error=reason)
         say(f"shard {shard_name(shard_id)} gets its attempt back: {reason}")
 
     def _done(self, shard_id: int) -> None:
@@ -235,7 +229,9 @@ class ShardRun:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            earlier = _read_or_nothing(self._storage, LEDGER_NAME)
+            earlier = b""
+            with contextlib.suppress(FileNotFoundError):
+                earlier = self._storage.read(LEDGER_NAME)
             line = json.dumps(entry).encode() + b"\n"
             self._storage.publish_bytes(earlier + line, LEDGER_NAME)
         except OSError as error:
@@ -249,31 +245,8 @@ def _is_out_of_memory(error: str) -> bool:
 
 
 def set_aside_earlier(storage: Storage, plan: JobPlan) -> frozenset[int]:
-    """The shards that an earlier run of this plan gave up, by the ledger's last word on each.
-
-    Lines that are no entry of this plan say nothing. Errors: `OSError`.
-    """
-    ledgers = [_read_or_nothing(storage, name) for name in (OLD_LEDGER_NAME, LEDGER_NAME)]
-    lines = [line for ledger in ledgers for line in ledger.splitlines()]
-    last: dict[int, bool] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            shard_id, fingerprint = entry["shard_id"], entry["fingerprint"]
-            is_given_up = entry["set_aside"] is True and entry["cause"] != _STORAGE
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
-        is_ours = isinstance(shard_id, int) and 0 <= shard_id < plan.num_shards
-        if is_ours and fingerprint == plan.shard_fingerprint(shard_id):
-            last[shard_id] = is_given_up
-    return frozenset(shard_id for shard_id, is_given_up in last.items() if is_given_up)
-
-
-def _read_or_nothing(storage: Storage, name: str) -> bytes:
-    try:
-        return storage.read(name)
-    except FileNotFoundError:
-        return b""
+    """The shards that an earlier run of this plan gave up. Errors: `OSError`."""
+    return frozenset(given_up(ledger_lines(storage, plan)))
 
 
 def one_line(error: BaseException) -> str:

@@ -277,20 +277,34 @@ def stored_sizes(storage: Storage) -> dict[str, int]:
     }
 
 
-def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
-    """The shards of the plan that are done, by id, from one listing of each folder.
+def listed_shards(sizes: Mapping[str, int], plan: JobPlan) -> dict[int, str]:
+    """The shards of which all files are there, each with the name of its record, in order.
 
-    Errors: `OSError` where the storage does not answer; never for what a file holds.
+    They are done unless their record says something else; `sizes` as of `stored_sizes`.
     """
-    sizes = stored_sizes(storage)
     named = {planned_shard(name, plan) for name in sizes}
-    candidates = {
+    return {
         shard_id: record
         for shard_id in sorted(shard_id for shard_id in named if shard_id is not None)
         if (record := record_in(sizes, shard_id)) is not None
         and tar_name(shard_id) in sizes
         and parquet_name(shard_id) in sizes
     }
+
+
+def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
+    """The shards of the plan that are done, by id, from one listing of each folder.
+
+    Errors: `OSError` where the storage does not answer; never for what a file holds.
+    """
+    sizes = stored_sizes(storage)
+    return committed_among(listed_shards(sizes, plan), storage, plan, sizes)
+
+
+def committed_among(
+    listed: Mapping[int, str], storage: Storage, plan: JobPlan, sizes: Mapping[str, int]
+) -> dict[int, CommitRecord]:
+    """Those of some listed shards whose records are read and say that they are done."""
 
     def read(name: str) -> CommitRecord | None:
         try:
@@ -299,7 +313,7 @@ def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]
             return None
 
     with ThreadPoolExecutor(_READERS) as pool:
-        records = zip(candidates, pool.map(read, candidates.values()), strict=True)
+        records = zip(listed, pool.map(read, listed.values()), strict=True)
         done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
     doubtful = doubtful_shards(storage)
     return {i: r for i, r in sorted(done.items()) if _is_whole(storage, r, doubtful)}

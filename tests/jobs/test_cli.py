@@ -59,12 +59,21 @@ LIGHT_COMMANDS = {
     "unknown job": (["generat"], 2),
     **{
         f"help of {name}": ([name, "--help"], 0)
-        for name in ("generate", "plan", "verify", "export", "train-model", "convert-weights")
+        for name in (
+            "generate",
+            "plan",
+            "verify",
+            "status",
+            "export",
+            "train-model",
+            "convert-weights",
+        )
     },
     "misspelt flag": (["generate", "--clases", "1"], 2),
     "refused value": (["generate", "--out", "x", "--per-class", "many"], 2),
     "flag without out": (["plan"], 2),
     "report of nothing": (["report", "/none"], 2),
+    "status of nothing": (["status", "/none"], 2),
 }
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
+from depthvar.host.rate import duration
 from pipeline.dataset.report import figures
 from pipeline.dataset.report.progress import Timeline, stage_seconds, worker_lines
 from pipeline.dataset.report.survey import Picture, Rows, Survey, spread
@@ -136,14 +137,6 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s` or `4.2 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _class_lines(survey: Survey) -> Iterator[ClassLine]:

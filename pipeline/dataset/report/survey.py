@@ -7,26 +7,18 @@ take turns in every shard, so a shard is a fair sample of the dataset.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import AwareDatetime, BaseModel, ValidationError
 
 from pipeline.request.job_plan import JobPlan, key_of
 from pipeline.shards.depth_maps import read_depth_map
-from pipeline.shards.manifest import (
-    LEDGER_NAME,
-    OLD_LEDGER_NAME,
-    CommitRecord,
-    committed_shards,
-    parquet_name,
-    tar_name,
-)
+from pipeline.shards.failures import LedgerLine, given_up, ledger_lines
+from pipeline.shards.manifest import CommitRecord, committed_shards, parquet_name, tar_name
 from pipeline.shards.samples import ShardError, TarSample, decode_image, read_parquet, read_tar
 from pipeline.storage import Storage
 
@@ -37,23 +29,6 @@ _MAX_CLASSES = 40
 _EXTREMES = 12
 
 Item = TypeVar("Item")
-
-
-class LedgerLine(BaseModel):
-    """A failure of a shard: its worker died, or an error came up; or that it counts no more."""
-
-    shard_id: int
-    fingerprint: str
-    error: str
-    at: AwareDatetime
-    worker: str = ""
-    cause: str = ""
-    set_aside: bool = False
-
-    @property
-    def is_failure(self) -> bool:
-        """False where an attempt was given back: its node had failed, and not the shard."""
-        return self.cause != "node"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +92,7 @@ class Survey:
     @property
     def set_aside(self) -> list[int]:
         """The shards that are not done and that the job has given up."""
-        last = {line.shard_id: line.set_aside and line.cause != "storage" for line in self.ledger}
-        return sorted(i for i, is_given_up in last.items() if is_given_up and i not in self.records)
+        return sorted(given_up(self.ledger).keys() - self.records.keys())
 
     def committed_counts(self) -> dict[int, int]:
         """Committed samples of every planned class."""
@@ -153,27 +127,13 @@ def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
         where=str(storage),
         plan=plan,
         records=records,
-        ledger=list(_ledger(storage, plan)),
+        ledger=list(ledger_lines(storage, plan)),
         rows=rows,
         by_class=[(plan.class_names[c], shown(places)) for c, places in chosen.by_class.items()],
         least_certain=shown(chosen.least_certain),
         most_certain=shown(chosen.most_certain),
         problems=problems,
     )
-
-
-def _ledger(storage: Storage, plan: JobPlan) -> Iterator[LedgerLine]:
-    """The lines of this plan in the order in which they were written; others say nothing."""
-    for name in (OLD_LEDGER_NAME, LEDGER_NAME):
-        data = b""
-        with suppress(FileNotFoundError):
-            data = storage.read(name)
-        for text in data.splitlines():
-            with suppress(ValidationError):
-                line = LedgerLine.model_validate_json(text)
-                is_ours = 0 <= line.shard_id < plan.num_shards
-                if is_ours and line.fingerprint == plan.shard_fingerprint(line.shard_id):
-                    yield line
 
 
 def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> Rows | None:

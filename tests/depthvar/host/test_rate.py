@@ -1,6 +1,6 @@
 import pytest
 
-from depthvar.host.rate import rate_text
+from depthvar.host.rate import duration, rate_text
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,7 @@ from depthvar.host.rate import rate_text
 )
 def test_a_rate_keeps_three_digits_however_slow(per_second: float, text: str):
     assert rate_text(per_second) == text
+
+
+def test_durations_are_short():
+    assert [duration(s) for s in (4.23, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 5 min"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from depthvar.errors import InputError
 from jobs.report import main
-from pipeline.dataset.report.page import data_uri, depth_strip, duration, render
+from pipeline.dataset.report.page import data_uri, depth_strip, render
 from pipeline.dataset.report.survey import Picture, survey
 from pipeline.storage import Storage
 from tests.fake_shards import WITH_DEPTH_MAPS, fake_batch, make_plan, write_dataset
@@ -222,7 +222,3 @@ def test_large_images_are_shown_smaller():
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert image.size == (192, 192)
     assert np.abs(np.asarray(image).astype(int) - (200, 100, 50)).max() <= 3
-
-
-def test_durations_are_short():
-    assert [duration(s) for s in (4.23, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 5 min"]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from depthvar.errors import InputError
 
 _MAX = 2**64
-_TOKENS, _RANKING = 0, 1
+_TOKENS, _RANKING, _PROMPT = 0, 1, 2
 
 
 def _uniforms(seed: int, index: int, use: int, count: int) -> npt.NDArray[np.float64]:
@@ -43,3 +43,8 @@ def token_uniforms(seed: int, indices: Sequence[int], count: int) -> npt.NDArray
 def ranking_uniforms(seed: int, indices: Sequence[int], count: int) -> npt.NDArray[np.float64]:
     """The numbers that random ranking orders tokens by, independent of the others: (B, count)."""
     return _all_uniforms(seed, indices, _RANKING, count)
+
+
+def prompt_uniform(seed: int, index: int) -> float:
+    """The number in [0, 1) that decides which of its wordings a sample's prompt has."""
+    return float(_all_uniforms(seed, [index], _PROMPT, 1)[0, 0])

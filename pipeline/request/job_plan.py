@@ -18,10 +18,12 @@ import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from depthvar.config import SamplingSettings
-from depthvar.errors import InputError
+from depthvar.errors import InputError, shown
 from depthvar.policy import DepthPolicy
+from depthvar.randomness import prompt_uniform
 from pipeline.request.generation import DEFAULT_PNG_LEVEL, ImageFormat, Precision
 from pipeline.request.labels import MAX_SAMPLES, LabelCounts
+from pipeline.request.prompts import Prompt, Prompts, WrittenPrompts
 
 FORMAT_VERSION = 1
 KEY_DIGITS = 12
@@ -109,7 +111,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class ShardPlan:
-    """One shard: the global indices start ... stop - 1 and their labels, int64 (stop - start,)."""
+    """One shard: the global indices start ... stop - 1 and their labels, int64 (stop - start,).
+
+    A label is a class id, or of a text model the entry of `prompts` that a sample is made for.
+    """
 
     shard_id: int
     start: int
@@ -156,18 +161,23 @@ class JobPlan:
     depth_map_sides: tuple[PositiveInt, ...] = ()
     """Sides of the scales whose depths are stored with every image; none without depth maps."""
     png_level: Annotated[int, Field(ge=0, le=9)] = DEFAULT_PNG_LEVEL
+    prompts: Prompts | None = None
+    """What a text model is told; None for a class-conditional model."""
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise InputError("got a plan without samples, wanted at least one")
         if self.image_channels not in (1, 3):
             raise InputError(f"got {self.image_channels} image channels, wanted 1 or 3")
-        num_classes = len(self.class_names)
+        num_labels = len(self.class_names)
+        if self.prompts is not None:
+            self.prompts.check_entries(self.class_names)
+            num_labels = self.prompts.num_entries(self.class_names)
         for segment in self.segments:
-            if segment.counts.class_ids[-1] >= num_classes:
+            if segment.counts.class_ids[-1] >= num_labels:
                 raise InputError(
                     f"got class id {segment.counts.class_ids[-1]}, "
-                    f"wanted 0 to {num_classes - 1} of {self.model}"
+                    f"wanted 0 to {num_labels - 1} of {self.model}"
                 )
         if self.num_samples > MAX_SAMPLES:
             raise InputError(f"got {self.num_samples} samples, wanted at most {MAX_SAMPLES}")
@@ -201,6 +211,63 @@ class JobPlan:
     def total_counts(self) -> LabelCounts:
         """Samples per class over all segments."""
         return _summed(self.segments)
+
+    def class_of(self, label: int) -> int | None:
+        """The class id that a label of a shard stands for; None where there are no classes."""
+        return label if self.prompts is None else self.prompts.class_of(label)
+
+    def prompt_of(self, label: int, index: int) -> Prompt | None:
+        """What the sample of a global index is asked for; None for a class-conditional model."""
+        if self.prompts is None:
+            return None
+        ways = self.prompts.num_wordings
+        chosen = int(ways * prompt_uniform(self.seed, index)) if ways > 1 else 0
+        return self.prompts.worded(label, chosen, self.class_names)
+
+    def distinct_prompts(self) -> Iterator[str]:
+        """Every prompt that a sample may have, each once; none for a class-conditional model."""
+        if self.prompts is not None:
+            worded, names = self.prompts.worded, self.class_names
+            ways = range(self.prompts.num_wordings)
+            texts = (worded(i, k, names).text for i in self.total_counts.class_ids for k in ways)
+            yield from dict.fromkeys(texts)
+
+    @cached_property
+    def subject_counts(self) -> dict[int, int]:
+        """Samples of each subject: what images are sorted by, a class or else a prompt.
+
+        A subject's id is the class id, or where there are no classes the label of a shard.
+        """
+        counts: dict[int, int] = {}
+        for label, count in self.total_counts.as_mapping().items():
+            subject = self.subject_of(label)
+            counts[subject] = counts.get(subject, 0) + count
+        return dict(sorted(counts.items()))
+
+    def subject_of(self, label: int) -> int:
+        """The subject that a label of a shard belongs to."""
+        class_id = self.class_of(label)
+        return label if class_id is None else class_id
+
+    def subject_name(self, subject: int) -> str:
+        """The name of a class, or a prompt."""
+        if self.class_names or self.prompts is None:
+            return self.class_names[subject]
+        return self.prompts.worded(subject, 0, ()).text
+
+    def stored_subject(self, class_id: int | None, prompt: str | None) -> int | None:
+        """The subject of a stored sample by what is stored of it; None for none of the plan's."""
+        return self._subject_of_text.get(prompt) if class_id is None else class_id
+
+    @property
+    def subject_word(self) -> str:
+        """What a subject is called: class or prompt."""
+        return "class" if self.class_names else "prompt"
+
+    @property
+    def caption_suffixes(self) -> tuple[str, ...]:
+        """The members that say what an image of the dataset shows."""
+        return (*("cls",) * bool(self.class_names), *("txt",) * (self.prompts is not None))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -253,26 +320,30 @@ class JobPlan:
         """What differs, field by field: self is what `name` holds, `other` is this run's."""
         pairs = _differing(self._settings, other._settings)
         lines = [f"{field}: {name} has {a}, this run has {b}" for field, a, b in pairs]
+        if self.prompts != other.prompts:
+            return lines
         stored, wanted = self.total_counts.as_mapping(), other.total_counts.as_mapping()
-        changed = [c for c in sorted({*stored, *wanted}) if stored.get(c, 0) != wanted.get(c, 0)]
+        changed = [i for i in sorted({*stored, *wanted}) if stored.get(i, 0) != wanted.get(i, 0)]
         lines += [
-            f"samples of class {c}: {name} has {stored.get(c, 0)}, this run has {wanted.get(c, 0)}"
-            for c in changed[:3]
+            f"samples of {self._called(i)}: {name} has {stored.get(i, 0)}, this run has "
+            f"{wanted.get(i, 0)}"
+            for i in changed[:3]
         ]
         if len(changed) > 3:
-            lines.append(f"and the samples of {len(changed) - 3} more classes")
+            what = "prompts" if isinstance(self.prompts, WrittenPrompts) else "classes"
+            lines.append(f"and the samples of {len(changed) - 3} more {what}")
         return lines
 
     def extended_to(self, counts: LabelCounts) -> JobPlan:
         """This plan with a further segment, so that the totals are `counts`.
 
-        Errors: `InputError` where a class would lose samples.
+        Errors: `InputError` where a class or a prompt would lose samples.
         """
         have, wanted = self.total_counts.as_mapping(), counts.as_mapping()
-        for class_id, count in have.items():
-            if wanted.get(class_id, 0) < count:
+        for label, count in have.items():
+            if wanted.get(label, 0) < count:
                 raise InputError(
-                    f"got {wanted.get(class_id, 0)} samples of class {class_id}, but {count} "
+                    f"got {wanted.get(label, 0)} samples of {self._called(label)}, but {count} "
                     "are planned already: a dataset can grow, not shrink"
                 )
         more = {c: n - have.get(c, 0) for c, n in wanted.items() if n > have.get(c, 0)}
@@ -288,6 +359,18 @@ class JobPlan:
         """Whether no class has fewer samples in `counts` than here."""
         wanted = counts.as_mapping()
         return all(wanted.get(c, 0) >= n for c, n in self.total_counts.as_mapping().items())
+
+    def _called(self, label: int) -> str:
+        """A label of a shard as messages have it."""
+        if isinstance(self.prompts, WrittenPrompts):
+            return f"prompt {shown(self.prompts.texts[label])}"
+        return f"class {label}"
+
+    @cached_property
+    def _subject_of_text(self) -> dict[str | None, int]:
+        """The labels of written prompts."""
+        texts = self.prompts.texts if isinstance(self.prompts, WrittenPrompts) else ()
+        return {text: i for i, text in enumerate(texts)}
 
     def _segment_of(self, shard_id: int) -> int:
         if not 0 <= shard_id < self.num_shards:
@@ -356,7 +439,7 @@ def _as_fields(settings: Mapping[str, JsonValue], segments: JsonValue) -> dict[s
     return {**values, "sampling": sampling, "segments": segments}
 
 
-_FORMERLY = {"depth_map_sides": (), "png_level": DEFAULT_PNG_LEVEL}
+_FORMERLY = {"depth_map_sides": (), "png_level": DEFAULT_PNG_LEVEL, "prompts": None}
 _POLICY = TypeAdapter(DepthPolicy)
 _PLAN_FILE, _PLAN = TypeAdapter(_PlanFile), TypeAdapter(JobPlan)
 
@@ -381,12 +464,23 @@ def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, str, str
         if isinstance(left, dict) and isinstance(right, dict):
             yield from _differing(left, right, f"{prefix}{name}.")
         elif left != right or (name in a) != (name in b):
-            yield f"{prefix}{name}", _brief(left), _brief(right)
+            a_text, b_text = _text(left), _text(right)
+            pairs = enumerate(zip(a_text, b_text, strict=False))
+            differ_at = next((i for i, (x, y) in pairs if x != y), 0)
+            yield f"{prefix}{name}", _brief(a_text, differ_at), _brief(b_text, differ_at)
 
 
-def _brief(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 48 else f"{text[:45]}..."
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _brief(text: str, place: int) -> str:
+    """A text, or of a long one the part around a place."""
+    if len(text) <= 48:
+        return text
+    start = max(0, place - 20)
+    part = text[start : start + 45]
+    return f"{'...' if start else ''}{part}{'...' if start + 45 < len(text) else ''}"
 
 
 def canonical_json(value: object) -> bytes:

@@ -113,6 +113,8 @@ def _agreed(storage: Storage, stored: JobPlan, plan: JobPlan, *, extend: bool = 
     hint = "resume with the old configuration or choose a new output"
     if has_these_settings and stored.is_covered_by(plan.total_counts):
         hint = "add --extend to keep what is there and make the rest, or choose a new output"
+    if extend and stored.prompts != plan.prompts:
+        hint = "--extend makes more images of the same prompts, for others choose a new output"
     raise InputError(f"{'; '.join(differences)}: {hint}")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from depthvar.config import ModelConfig
 from depthvar.cost import Cost
@@ -52,8 +52,10 @@ class SamplerLike(Protocol):
     plan: DepthPlan
     cost: Cost
 
-    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
-        """Sample one image per label; `indices` are their global indices."""
+    def __call__(
+        self, given: Sequence[Any], /, *, seed: int, indices: Sequence[int]
+    ) -> SampleBatch:
+        """Sample one image per label, of a text model per prompt; `indices` are global indices."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,10 @@ class Resampler:
     def sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
         """One micro-batch of a shard, the global indices start ... stop - 1."""
         labels = shard.labels[start - shard.start : stop - shard.start].tolist()
-        return self._sampler(labels, seed=self._plan.seed, indices=range(start, stop))
+        indices = range(start, stop)
+        prompts = [self._plan.prompt_of(*which) for which in zip(labels, indices, strict=True)]
+        texts = [prompt.text for prompt in prompts if prompt is not None]
+        return self._sampler(texts or labels, seed=self._plan.seed, indices=indices)
 
 
 class Worker(Resampler):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depthvar.errors import InputError
-from depthvar.memory import CUDA_BYTES, LIBRARY_BYTES, PROCESS_BYTES
+from depthvar.memory import CUDA_BYTES, HEAP_SLACK, LIBRARY_BYTES, PROCESS_BYTES
 from pipeline.request.generation import Device
 
 
@@ -202,7 +202,8 @@ def worker_room(machines: Iterable[Machine], shape: WorkerShape, workers: int | 
             rooms.append(machine.gpu_memory - CUDA_BYTES)
         elif not shape.num_gpus and slots and machine.memory:
             sharing = min(slots, workers or slots)
-            rooms.append((machine.memory - LIBRARY_BYTES) // sharing - PROCESS_BYTES)
+            share = (machine.memory - LIBRARY_BYTES) // sharing - PROCESS_BYTES
+            rooms.append(int(share / (1 + HEAP_SLACK)))
     return max(0, min(rooms)) if rooms else None
 
 

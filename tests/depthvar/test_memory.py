@@ -118,9 +118,14 @@ def test_the_largest_batch_is_the_last_one_whose_need_fits():
     assert largest_batch(config, plan, 1000, at_most=50, **how) == 0
 
 
-@pytest.mark.parametrize("batch_size", [10, 100])
-def test_a_job_s_process_peaks_within_15_percent_of_the_plan(tmp_path: Path, batch_size: int):
-    """Besides the mapped files, whose resident part is the kernel's choice and has a bound."""
+@pytest.mark.parametrize("batch_size", [10, 60])
+def test_a_job_s_process_takes_no_more_than_planned_and_not_much_less(
+    tmp_path: Path, batch_size: int
+):
+    """15% above would hurt; 25% below is what heaps without slack come to on some machines.
+
+    Besides the mapped files, whose resident part is the kernel's choice and has a bound.
+    """
     program = (
         "import sys; from jobs.generate import main; assert main(sys.argv[1:]) == 0;"
         "print(open('/proc/self/status').read())"
@@ -135,5 +140,6 @@ def test_a_job_s_process_peaks_within_15_percent_of_the_plan(tmp_path: Path, bat
     config = model_config("digits")
     plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
     need = memory_need(config, plan, batch_size=batch_size, streams=2, precision="float32")
-    assert need.process_peak - LIBRARY_BYTES == pytest.approx(peak - files, rel=0.15)
+    planned = need.process_peak - LIBRARY_BYTES
+    assert planned / 1.25 <= peak - files <= planned * 1.15
     assert files <= 1.1 * LIBRARY_BYTES

@@ -19,7 +19,7 @@ RUN case "$DEVICE" in \
     esac \
     && pip install --no-cache-dir --constraint constraints.txt "$@" torch
 COPY . .
-RUN pip install --no-cache-dir --constraint constraints.txt '.[hub]' boto3
+RUN pip install --no-cache-dir --constraint constraints.txt '.[hub,text]' boto3
 
 # Into /usr/local, not a virtual environment: KubeRay starts Ray from a login shell, which forgets
 # the image's PATH.

@@ -26,6 +26,7 @@ ROOMS = (
     "depthvar.engine",
     "depthvar.var",
     "depthvar.weights",
+    "depthvar.text",
     "depthvar.sampling",
     "depthvar.published",
     "depthvar.counting",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -111,21 +111,17 @@ def find_place(name: str, weights: str | None) -> str | None:
 
 def _fetched(model: str, weights: str | None) -> str | None:
     if weights is None and _is_published(model):
-        return _from_hub(model, PUBLISHED_REPO)
+        return from_hub(f"{_HUB_SCHEME}{PUBLISHED_REPO}", _patterns(model))
     if weights is None or Path(weights).exists():
         return weights
-    if weights.startswith(_HUB_SCHEME):
-        repo, _, revision = weights.removeprefix(_HUB_SCHEME).partition("@")
-        if not _HUB_NAME.fullmatch(repo):
-            raise InputError(f"got {weights}, wanted hf://owner/repository[@revision]: correct it")
-        return _from_hub(model, repo, revision or None)
+    fetched = from_hub(weights, _patterns(model))
+    if fetched is not None:
+        return fetched
     if "://" in weights:
         raise InputError(
             f"got weights at {weights.partition('://')[0]}://, wanted a local path or a Hugging "
             "Face repository: fetch the files first (the jobs do it themselves)"
         )
-    if is_repository(weights):
-        return _from_hub(model, weights)
     raise InputError(f"{weights} does not exist, wanted a folder or a file: check --weights")
 
 
@@ -137,7 +133,26 @@ def is_repository(weights: str) -> bool:
     return bool(_HUB_NAME.fullmatch(weights)) and not os.path.exists(os.path.dirname(weights))
 
 
-def _from_hub(model: str, repo: str, revision: str | None = None) -> str:
+def _patterns(model: str) -> list[str]:
+    """The files of a repository that a model may need."""
+    wanted = [*(name for names in file_names(model) for name in names), CALIBRATION_FILE]
+    wanted.append(CONFIG_FILE)
+    if model not in MODELS:
+        wanted += [CLASSES_FILE, *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)]
+    return wanted
+
+
+def from_hub(place: str, wanted: Sequence[str]) -> str | None:
+    """A Hugging Face repository's files of such names, fetched into its cache; the folder there.
+
+    None where `place` is none, as `owner/repository` or `hf://owner/repository[@revision]`. Raises
+    `InputError` where it cannot be fetched.
+    """
+    if not (place.startswith(_HUB_SCHEME) or is_repository(place)):
+        return None
+    repo, _, revision = place.removeprefix(_HUB_SCHEME).partition("@")
+    if not _HUB_NAME.fullmatch(repo):
+        raise InputError(f"got {place}, wanted hf://owner/repository[@revision]: correct it")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -145,15 +160,11 @@ def _from_hub(model: str, repo: str, revision: str | None = None) -> str:
             f"{repo} is no local path, and fetching it from Hugging Face needs huggingface_hub: "
             "pip install huggingface_hub, or give a folder that holds the files"
         ) from None
-    wanted = [*(name for names in file_names(model) for name in names), CALIBRATION_FILE]
-    wanted.append(CONFIG_FILE)
-    if model not in MODELS:
-        wanted += [CLASSES_FILE, *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)]
     try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return str(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted)))
     except Exception as error:  # the client's errors (HTTP, offline, cache) share no base
         lines = str(error).splitlines() or [type(error).__name__]
-        at = "" if revision is None else f" at {revision}"
+        at = f" at {revision}" if revision else ""
         raise InputError(
             f"{repo}{at} cannot be fetched from Hugging Face ({lines[0]}): check the name and the "
             "connection, or give a local folder that holds the files"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from depthvar.errors import InputError, advice
 from depthvar.paths import checked_path, checked_weights, is_uri
+from depthvar.text.encoder_files import WANTED_ENCODER, encoder_files
 from depthvar.weights.files import WEIGHTS_SUFFIXES, choose_files, sha256_of
 from pipeline.storage import Storage
 
@@ -63,9 +65,33 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
     if storage.root.endswith(WEIGHTS_SUFFIXES):  # what else the model needs lies beside it
         folder, _, file = storage.root.rpartition("/")
         storage = replace(storage, root=folder)
+    entry = _local_copy(
+        storage,
+        lambda names: choose_files(model, names, file),
+        f"the transformer and the tokenizer of {model}: check --weights, which may name the"
+        " transformer's file",
+        cache,
+    )
+    return str(entry if file is None else entry / file)
+
+
+def local_encoder(place: str, *, cache: Path | None = None) -> str:
+    """A copy on this machine of a text encoder at a URI; everything else comes back as it is."""
+    if not is_uri(place) or place.startswith("hf://"):
+        return place
+    return str(_local_copy(Storage.open(place), encoder_files, WANTED_ENCODER, cache))
+
+
+def _local_copy(
+    storage: Storage,
+    choose: Callable[[Collection[str]], tuple[str, ...]],
+    wanted: str,
+    cache: Path | None,
+) -> Path:
+    """The cache entry of the files that `choose` takes of a folder in a store."""
     cache = cache or default_cache()
     try:
-        entry = _fetched(storage, model, file, cache)
+        return _fetched(storage, choose, wanted, cache)
     except OSError as error:
         place = str(storage) if isinstance(error, FileNotFoundError) else cache
         reason = " ".join(str(error).split())
@@ -73,19 +99,19 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
             f"the weights at {storage} cannot be fetched ({reason}): "
             f"{advice(error, place)}, then run it again"
         ) from error
-    return str(entry if file is None else entry / file)
 
 
-def _fetched(storage: Storage, model: str, file: str | None, cache: Path) -> Path:
-    """The cache entry of a folder in a store."""
+def _fetched(
+    storage: Storage,
+    choose: Callable[[Collection[str]], tuple[str, ...]],
+    wanted: str,
+    cache: Path,
+) -> Path:
     listing = storage.list("")
-    names = choose_files(model, listing, file)
+    names = choose(listing)
     if not names:
         held = ", ".join(sorted(listing)[:8]) or "no files"
-        raise InputError(
-            f"{storage} holds {held}, wanted the transformer and the tokenizer of {model}: check "
-            "--weights, which may name the transformer's file"
-        )
+        raise InputError(f"{storage} holds {held}, wanted {wanted}")
     infos = storage.filesystem.get_file_info([f"{storage.root}/{name}" for name in names])
     facts = sorted((n, i.size, i.mtime_ns) for n, i in zip(names, infos, strict=True))
     state = [str(storage), *facts]

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 import pipeline.request.weights
 from depthvar.errors import InputError
-from pipeline.request.weights import default_cache, fetch_model, local_weights
+from pipeline.request.weights import default_cache, fetch_model, local_encoder, local_weights
 from pipeline.storage import Storage
 
 URI = "s3://bucket/weights"
@@ -70,6 +70,22 @@ def test_a_user_s_own_model_is_fetched_by_its_file(store: Store):
     assert held == {"best.pt", PTH[1], "classes.txt", "sha256.json"}
     with pytest.raises(InputError, match=r"check --weights, which may name the transformer's file"):
         local_weights("shoes", URI)
+
+
+def test_a_text_encoder_is_fetched_once_by_its_files(store: Store):
+    folder = store.root / "bucket" / "weights"
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    for name in (*names, "pytorch_model.bin"):
+        (folder / name).write_bytes(name.encode())
+    found = local_encoder(URI)
+    assert {path.name for path in Path(found).iterdir()} == {*names, "sha256.json"}
+    assert local_encoder(URI) == found
+    assert store.reads == list(names)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"wanted a text encoder .*: check --text-encoder"):
+        local_encoder(URI)
+    for local in ("google/flan-t5-xl", "hf://me/t5", str(folder)):
+        assert local_encoder(local) == local
 
 
 def test_one_file_is_fetched_with_what_lies_beside_it(store: Store):

@@ -1,65 +1,106 @@
-"""Show what `depthvar generate` with the same flags would make and cost. Writes nothing."""
+"""Show what `depthvar generate` with the same flags would make and cost. Writes nothing there.
+
+With --calibrate it times a few batches first, in the scratch folder.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from depthvar.memory import memory_need
-from jobs._entry import EXIT_DONE, run_job
+from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.request.flags import load_config
-from pipeline.request.generation import GenerateConfig
-from pipeline.request.job import plan_job
-from pipeline.request.plan_file import check_output
-from pipeline.run.console import depth_plan, human_bytes, memory_warning, plan_report
+from pipeline.request.generation import PlanConfig
+from pipeline.request.job import UNREAD_WEIGHTS, plan_job
+from pipeline.request.job_plan import JobPlan
+from pipeline.request.plan_file import check_output, read_plan
+from pipeline.run.address import cluster_address
+from pipeline.run.console import depth_plan, memory_warning, say
+from pipeline.run.forecast import plan_report, plan_warnings, speed_report
 from pipeline.run.schedule import (
     Machine,
     available_cores,
     available_memory,
-    gpu_memory,
+    gpu_memories,
+    num_slots,
+    shape_wanted,
     worker_room,
-    worker_shape,
 )
 from pipeline.shards.manifest import committed_shards
 from pipeline.storage import Storage
 
+if TYPE_CHECKING:
+    from pipeline.run.driver import Trial
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the dry run; exit code 0."""
-    config = load_config(GenerateConfig, argv, prog="depthvar plan", description=__doc__ or "")
+
+def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = None) -> int:
+    """Print the dry run; exit code 0, 1 where no batch could be timed.
+
+    `sampler_factory` as of `Workplace`.
+    """
+    config = load_config(PlanConfig, argv, prog="depthvar plan", description=__doc__ or "")
     notes: list[str] = []
-    plan, model = plan_job(config, note=notes.append)
+    plan, model = plan_job(config, note=notes.append, fetches=config.calibrate)
     storage = Storage.open(config.out)
+    if plan.weights_sha256 == UNREAD_WEIGHTS and (there := read_plan(storage)):
+        plan = replace(plan, weights_sha256=there.weights_sha256)
     stored = check_output(storage, plan, extend=config.extend)
     records = {} if stored is None else committed_shards(storage, stored)
-    workers = config.workers
-    if workers is None and config.address is None:
-        workers = available_cores() // config.threads_per_worker
     plan = stored or plan
-    depth = depth_plan(plan, model)
-    print(plan_report(plan, depth, model.sides, records, where=str(storage), workers=workers))
+    print(plan_report(plan, model, depth_plan(plan, model), records, where=str(storage)))
     for note in notes:
         print(f"note: {note}")
-    need = memory_need(
-        model,
-        depth,
-        batch_size=plan.batch_size,
-        streams=plan.sampling.streams,
-        precision=plan.precision,
-    )
-    print(
-        f"memory    {human_bytes(need.peak)} per worker at batch {config.batch_size}:"
-        f" weights {human_bytes(need.weights)}, cache {human_bytes(need.cache)},"
-        f" sampling {human_bytes(need.sampling)}, decoding {human_bytes(need.decoding)};"
-        f" a CPU worker's process {human_bytes(need.process_peak)}"
-    )
-    gpu = gpu_memory() if config.device != "cpu" else None
-    machine = Machine(available_cores(), 0 if gpu is None else 1, available_memory(), gpu)
-    shape = worker_shape([machine], device=config.device, threads_per_worker=1, encode_threads=None)
-    if config.address is None and (
-        warning := memory_warning(plan, model, worker_room([machine], shape, workers or 1))
-    ):
+    trial = None
+    if config.calibrate and len(records) < plan.num_shards:
+        trial = _try_out(config, plan, sampler_factory)
+        if trial is None:
+            return EXIT_INCOMPLETE
+    workers, room = (trial.workers, trial.room) if trial else _workers_here(config)
+    if trial:
+        lines = speed_report(
+            plan,
+            trial.speed,
+            trial.shape,
+            records,
+            encoders=trial.encoders,
+            workers=trial.workers,
+            price_per_gpu_hour=config.price_per_gpu_hour,
+            now=datetime.now(),
+        )
+        print("\n".join(["", *lines]))
+    warnings = plan_warnings(plan, workers)
+    if warning := memory_warning(plan, model, room):
+        warnings.append(warning)
+    for warning in warnings:
         print(f"warning: {warning}")
     return EXIT_DONE
+
+
+def _try_out(config: PlanConfig, plan: JobPlan, sampler_factory: str | None) -> Trial | None:
+    """A worker timed; None, with the reason said, where it can make no batch."""
+    from pipeline.run.driver import try_out  # brings torch and Ray
+    from pipeline.run.ledger import JobStopped
+    from pipeline.run.worker import LOAD_SAMPLER
+
+    try:
+        return try_out(config, plan, sampler_factory=sampler_factory or LOAD_SAMPLER)
+    except JobStopped as error:
+        say(f"error: {error}")
+        return None
+
+
+def _workers_here(config: PlanConfig) -> tuple[int | None, int | None]:
+    """How many workers this machine would have, and the bytes for each; None where nobody knows."""
+    if config.workers != 0 and cluster_address(config.address, os.environ) is not None:
+        return config.workers, None
+    gpus = gpu_memories() if config.device != "cpu" else ()
+    machine = Machine(available_cores(), len(gpus), available_memory(), min(gpus, default=None))
+    shape = shape_wanted(config, [machine])
+    workers = 1 if config.workers == 0 else config.workers or num_slots([machine], shape) or None
+    return workers, worker_room([machine], shape, workers)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
 
 class GenerateConfig(JobConfig):
-    """What `depthvar generate` and `depthvar plan` can be told."""
+    """What `depthvar generate` can be told, and `plan` and `submit` besides."""
 
     out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
     model: ModelName = Field("digits", description="model to sample from, by name, folder or file")
@@ -138,6 +138,29 @@ class GenerateConfig(JobConfig):
             raise ValueError(
                 f"labels_file was given together with {' and '.join(doubled)}, wanted one source"
                 " of labels: drop one of them"
+            )
+        return self
+
+
+class PlanConfig(GenerateConfig):
+    """What `depthvar plan` can be told: what `generate` can, and how to price it."""
+
+    calibrate: bool = Field(
+        False,
+        description="also time a few batches, here or on a node of the cluster: reads the weights",
+    )
+    price_per_gpu_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="what an hour of one GPU costs, with --calibrate (default: none)",
+    )
+
+    @model_validator(mode="after")
+    def _priced_by_time(self) -> PlanConfig:
+        if self.price_per_gpu_hour is not None and not self.calibrate:
+            raise ValueError(
+                "price_per_gpu_hour was given without calibrate, wanted both: add --calibrate"
             )
         return self
 

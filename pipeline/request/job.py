@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,25 +13,44 @@ from pydantic import TypeAdapter, ValidationError
 from depthvar.config import MODELS, ModelConfig, SamplingSettings, model_name
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
-from depthvar.paths import check_output_folder
+from depthvar.paths import check_output_folder, is_uri
 from depthvar.plan import DepthPlan
 from depthvar.policy import OPTIONS, PRESETS, DepthPolicy, make_policy, policy_of
+from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.weights import fetch_model
 
+UNREAD_WEIGHTS = "0" * 64
+"""Stands for the SHA-256 of weights in a plan that was made without them."""
+
+
+@dataclass(frozen=True)
+class _KnownModel:
+    """A published model by its name alone, as `FoundModel` of weights that were read."""
+
+    config: ModelConfig
+    sha256: str = UNREAD_WEIGHTS
+    calibration: None = None
+    notes: tuple[str, ...] = ()
+
 
 def plan_job(
-    config: GenerateConfig, *, note: Callable[[str], object] = lambda text: None
+    config: GenerateConfig,
+    *,
+    note: Callable[[str], object] = lambda text: None,
+    fetches: bool = True,
 ) -> tuple[JobPlan, ModelConfig]:
     """What a request will make, checked against its model, and the model's sizes.
 
-    Loads no weights and writes nothing; `note` is told what may have been meant otherwise. Raises
-    `InputError` for names, classes, scales and weights that cannot work.
+    Loads no weights and writes nothing; `note` is told what may have been meant otherwise. Without
+    `fetches` a published model whose weights lie elsewhere is taken by its name: the plan has
+    `UNREAD_WEIGHTS`. Raises `InputError` for names, classes, scales and weights that cannot work.
     """
     _check_scratch(config)
-    found = fetch_model(config.model, config.weights)
+    by_name = None if fetches else _known_model(config)
+    found = by_name or fetch_model(config.model, config.weights)
     model = found.config
     policy = _policy(config)
     sampling = _sampling(config, model.sampling)
@@ -62,6 +82,15 @@ def plan_job(
         depth_map_sides=model.sides if config.save_depth_maps else (),
     )
     return plan, model
+
+
+def _known_model(config: GenerateConfig) -> _KnownModel | None:
+    """A published model whose weights would have to be fetched."""
+    weights = config.weights
+    is_here = weights is not None and not is_uri(weights) and not is_repository(weights)
+    if config.model not in MODELS or is_here or (BUNDLED / config.model).is_dir():
+        return None
+    return _KnownModel(MODELS[config.model])
 
 
 def check_before_submission(config: GenerateConfig) -> None:

@@ -266,48 +266,6 @@ def missing_summary(
     return "\n".join(lines)
 
 
-def plan_report(
-    plan: JobPlan,
-    depth: DepthPlan,
-    sides: Sequence[int],
-    records: Mapping[int, CommitRecord],
-    *,
-    where: str,
-    workers: int | None,
-) -> str:
-    """The dry run: what would be made, what it costs, what is there already, and warnings."""
-    done = sum(record.num_samples for record in records.values())
-    side, classes = plan.image_side, len(plan.total_counts.class_ids)
-    sampling = plan.sampling
-    drawing = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
-    images = f"{plan.num_samples:,} images of {classes:,} classes, {side}x{side}"
-    lines = [
-        f"model     {plan.model}, weights {plan.weights_sha256[:12]}, {plan.precision}",
-        f"policy    {plan.policy.preset}, {drawing}, seed {plan.seed}",
-        f"dataset   {images} {plan.image_format}",
-        class_line(plan),
-        f"shards    {plan.num_shards:,} of {plan.samples_per_shard:,} images",
-        f"done      {done:,} images in {len(records):,} shards",
-        f"bytes     {_expected_bytes(plan, records)}",
-        f"compute   {compute_line(plan)}",
-        f"where     {where}",
-        f"identity  {plan.fingerprint}",
-        "",
-        depth_table(depth, sides),
-    ]
-    warnings = plan_warnings(plan, workers)
-    return "\n".join(lines + ([""] if warnings else []) + [f"warning: {w}" for w in warnings])
-
-
-def _expected_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> str:
-    """A forecast from the shards that are there; nothing is known before the first."""
-    done = sum(record.num_samples for record in records.values())
-    if not done:
-        return "not known before the first shard is committed"
-    tar_bytes = sum(record.files.tar.size for record in records.values())
-    return f"about {human_bytes(tar_bytes / done * plan.num_samples)} of images"
-
-
 def class_line(plan: JobPlan) -> str:
     """Which class each id stands for and how many images it gets, in one line."""
     counts = plan.total_counts.as_mapping()
@@ -328,47 +286,3 @@ def class_line(plan: JobPlan) -> str:
 def _name(name: str) -> str:
     text = repr(name)
     return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 3]}..."
-
-
-def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:
-    """One row per scale: tokens, mean depth, and how many tokens how many blocks compute."""
-    rows = [("scale", "side", "tokens", "depth", "tokens x blocks")]
-    for index, (side, mean) in enumerate(zip(sides, depth.mean_depth_per_scale, strict=True)):
-        is_sampled = index < len(depth.scales)
-        widths = Counter(int(k) for k in depth.scales[index].prefix) if is_sampled else {}
-        work = ", ".join(f"{k} x {n}" for k, n in sorted(widths.items(), reverse=True))
-        work = work or "not sampled"
-        rows.append((str(index), str(side), str(side * side), f"{mean:.2f}", work))
-    widths_of = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths_of, strict=False)), row[4]])
-        for row in rows
-    )
-
-
-def plan_warnings(plan: JobPlan, workers: int | None) -> list[str]:
-    """What will work, but perhaps not as meant."""
-    size, batch = plan.samples_per_shard, plan.batch_size
-    warnings = []
-    start, stop = plan.shard_range(plan.num_shards - 1)
-    if stop - start < size:
-        warnings.append(
-            f"the last shard holds {stop - start:,} images, the others {size:,}:"
-            " choose --samples-per-shard that divides the total for equal shards"
-        )
-    if size % batch and size > batch:
-        warnings.append(
-            f"--batch-size {batch} does not divide --samples-per-shard {size}: every shard ends"
-            f" with a batch of {size % batch}"
-        )
-    if batch > size:
-        warnings.append(
-            f"--batch-size {batch} is more than --samples-per-shard {size}: batches of {size}"
-        )
-    if workers is not None and plan.num_shards < workers:
-        warnings.append(
-            f"{plan.num_shards} {_shards(plan.num_shards)} for {workers} workers:"
-            f" {workers - plan.num_shards} of them stay idle; fewer --samples-per-shard make more"
-            " shards"
-        )
-    return warnings

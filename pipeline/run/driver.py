@@ -11,8 +11,10 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from depthvar.config import is_model_path
+from depthvar.errors import InputError
 from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
 from pipeline.dataset.loader import Dataset
 from pipeline.faults import reach
@@ -38,19 +40,20 @@ from pipeline.run.console import (
     run_summary,
     say,
 )
+from pipeline.run.forecast import Speed
 from pipeline.run.in_process import run_in_process
-from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, set_aside_earlier
-from pipeline.run.ray_crew import RayCrew
+from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set_aside_earlier
+from pipeline.run.ray_crew import RayCrew, on_a_worker
 from pipeline.run.schedule import (
-    Machine,
     ShardQueue,
     WorkerShape,
     num_slots,
     require_fit,
     require_slots,
+    shape_wanted,
     worker_room,
-    worker_shape,
 )
+from pipeline.run.speed import measure_speed
 from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
 from pipeline.shards.claims import sweep_claims
 from pipeline.shards.manifest import (
@@ -225,9 +228,7 @@ def _crew(
     address = None if config.workers == 0 else cluster_address(config.address, os.environ)
     if config.workers == 0:
         machine = this_machine(with_gpus=config.device != "cpu")
-        shape = worker_shape(
-            [machine], device=config.device, threads_per_worker=1, encode_threads=None
-        )
+        shape = shape_wanted(config, [machine])
         place = _with_encoders(place, config, int(machine.num_cpus))
         require_slots(None, num_slots([machine], shape), shape)
         require_device(config.device)
@@ -242,15 +243,6 @@ def _crew(
         yield _local_crew(config, place, stop)
 
 
-def _worker_shape(config: GenerateConfig, machines: Collection[Machine]) -> WorkerShape:
-    return worker_shape(
-        machines,
-        device=config.device,
-        threads_per_worker=config.threads_per_worker,
-        encode_threads=config.encode_threads,
-    )
-
-
 def _with_encoders(place: Workplace, config: GenerateConfig, num_cpus: int) -> Workplace:
     """The place of a worker that has so many CPUs."""
     return replace(place, encode_threads=config.encode_threads or max(1, num_cpus))
@@ -259,7 +251,7 @@ def _with_encoders(place: Workplace, config: GenerateConfig, num_cpus: int) -> W
 def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> _Crew:
     """Check that the workers fit on this machine, then make shards with Ray started here."""
     machine = this_machine(with_gpus=config.device != "cpu")
-    shape = _worker_shape(config, [machine])
+    shape = shape_wanted(config, [machine])
     slots = num_slots([machine], shape)
     require_slots(config.workers, slots, shape)
     require_device(config.device)
@@ -278,7 +270,7 @@ def _cluster_crew(
 ) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
     machines, node_types = cluster_machines(), known_node_types()
-    shape = _worker_shape(config, [*machines, *(node_types or ())])
+    shape = shape_wanted(config, [*machines, *(node_types or ())])
     if node_types is not None:
         require_fit(machines, node_types, shape)
     limit = autoscaler_limit()
@@ -299,3 +291,52 @@ def _cluster_crew(
     place = _with_encoders(place, config, shape.num_cpus)
     make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
     return _Crew(make, worker_room(machines, shape, config.workers))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One worker tried out: its speed and shape, its encoders, and how many there would be.
+
+    `room`: as of `worker_room`.
+    """
+
+    speed: Speed
+    shape: WorkerShape
+    encoders: int
+    workers: int
+    room: int | None
+
+
+def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOAD_SAMPLER) -> Trial:
+    """Measure a worker as `generate` would have it, here or on a node of the cluster.
+
+    Raises `InputError` for workers that do not fit and for weights that are not those planned,
+    `JobStopped` where no batch can be made.
+    """
+    place = _workplace(config, Storage.open(config.out), sampler_factory)
+    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
+    with contextlib.ExitStack() as session:
+        machines, node_types = [this_machine(with_gpus=config.device != "cpu")], None
+        if address is not None:
+            session.enter_context(ray_session({"address": found_cluster(address).text}))
+            machines, node_types = cluster_machines(), known_node_types()
+        shape = shape_wanted(config, [*machines, *(node_types or ())])
+        if config.workers == 0:
+            shape = replace(shape, num_cpus=int(machines[0].num_cpus))
+        slots = num_slots(machines, shape)
+        place = _with_encoders(place, config, shape.num_cpus)
+        if address is None:
+            require_slots(config.workers or None, slots, shape)
+            require_device(config.device)
+        elif node_types is not None:
+            require_fit(machines, node_types, shape)
+        say(f"timing a few batches on a worker with {shape.each}")
+        measure = partial(measure_speed, plan, place)
+        try:
+            speed = measure() if address is None else on_a_worker(measure, shape)
+        except (InputError, JobStopped):
+            raise
+        except Exception as error:
+            raise JobStopped(f"no batch can be made: {one_line(error)}") from error
+    workers = 1 if config.workers == 0 else config.workers or max(slots, 1)
+    return Trial(speed, shape, place.encode_threads, workers, worker_room(machines, shape, workers))

@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
 from ray import exceptions as ray_errors
@@ -38,6 +38,23 @@ _REMIND_S = 60.0
 _STOP_GRACE_S = 20.0
 _LOADING_GRACE_S = 1.0  # for one that may have claimed its scratch and was not heard yet
 _MAX_LOAD_FAILURES = 2
+
+Answer = TypeVar("Answer")
+
+
+def on_a_worker(work: Callable[[], Answer], shape: WorkerShape) -> Answer:
+    """What a function gives in a process of the cluster that has what a worker of a shape has.
+
+    Raises what the function raises, and `JobStopped` where its process is lost.
+    """
+    task: Any = ray.remote(lambda: work())
+    options = {"num_cpus": shape.num_cpus, "num_gpus": shape.num_gpus, "max_retries": 0}
+    try:
+        return cast(Answer, ray.get(task.options(**options).remote()))
+    except ray_errors.RayTaskError as error:
+        raise error.cause from None
+    except ray_errors.RayError as error:
+        raise JobStopped(reason_of(error)) from error
 
 
 class RayWorker(Worker):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, HEAP_SLACK, LIBRARY_BYTES, PROCESS_BYTES
-from pipeline.request.generation import Device
+from pipeline.request.generation import Device, GenerateConfig
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,17 @@ def worker_shape(
     return WorkerShape(max(threads_per_worker, encode_threads or 0), 0)
 
 
+def shape_wanted(config: GenerateConfig, machines: Iterable[Machine]) -> WorkerShape:
+    """The shape of the workers that a request wants; in one process all else is theirs too."""
+    is_one_process = config.workers == 0
+    return worker_shape(
+        machines,
+        device=config.device,
+        threads_per_worker=1 if is_one_process else config.threads_per_worker,
+        encode_threads=None if is_one_process else config.encode_threads,
+    )
+
+
 def num_slots(machines: Iterable[Machine], shape: WorkerShape) -> int:
     """Workers of this shape that fit on the machines at once."""
     wants = [("num_gpus", shape.num_gpus), ("num_cpus", shape.num_cpus)]
@@ -284,9 +295,16 @@ def _memory_limit(file: Path) -> int | None:
 
 def gpu_memory() -> int | None:
     """Bytes of this machine's smallest NVIDIA GPU; None without one. Starts no CUDA context."""
+    return min(gpu_memories(), default=None)
+
+
+def gpu_memories() -> tuple[int, ...]:
+    """Bytes of each NVIDIA GPU of this machine that a process may see."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return min(int(line) for line in told.stdout.split()) * 2**20
+        found = tuple(int(line) * 2**20 for line in told.stdout.split())
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        return ()
+    return found if visible is None else found[: len([name for name in visible.split(",") if name])]

@@ -72,12 +72,13 @@ LIGHT_COMMANDS = {
     "misspelt flag": (["generate", "--clases", "1"], 2),
     "refused value": (["generate", "--out", "x", "--per-class", "many"], 2),
     "flag without out": (["plan"], 2),
+    "plan of a published model": (["plan", "--model", "var-d30", "--out", "/tmp/none"], 0),
     "report of nothing": (["report", "/none"], 2),
     "status of nothing": (["status", "/none"], 2),
 }
 
 
-def test_help_and_refused_flags_import_neither_torch_nor_ray():
+def test_what_needs_no_model_imports_neither_torch_nor_ray():
     """All in one process, which would show the first heavy import of any of them."""
     script = f"""
 import sys

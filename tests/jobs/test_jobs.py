@@ -210,7 +210,8 @@ def test_plan_prints_the_dry_run_and_writes_nothing(
     assert "classes   2 images each: 1 'one', 4 'four', 7 'seven'\n" in text
     assert "2 of 4 images" in text
     assert "GFLOP per image, full depth" in text
-    assert "not known before the first shard" in text
+    assert "bytes a pixel, measured on the bundled model's digits" in text
+    assert "all 16 blocks; " in text
     assert "the last shard holds 2 images, the others 4" in text
     assert "--batch-size 3 does not divide --samples-per-shard 4" in text
     assert "2 shards for 4 workers" in text
@@ -347,7 +348,7 @@ METAVARS = {
         max-attempts per-class png-level processes real reference-scale regenerate rounds runs
         samples samples-per-shard seed seeds steps threads threads-per-worker timing-rounds
         tokenizer-steps top-k transformer-steps transformer-tuning-steps workers""",
-    "X": "cfg held-out-share layer-drop learning-rate top-p",
+    "X": "cfg held-out-share layer-drop learning-rate price-per-gpu-hour top-p",
     "PATH": "data inception-weights model-out out reference scratch test weights",
     "FILE": "config json plot labels-file",
     "MODEL": "model tokenizer-from",

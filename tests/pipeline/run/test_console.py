@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -7,13 +6,10 @@ from pipeline.run.console import (
     ProgressBar,
     class_line,
     dataset_summary,
-    depth_table,
     environment_changes,
     human_bytes,
     missing_summary,
     mixture_lines,
-    plan_report,
-    plan_warnings,
     ranges,
     run_summary,
     time_line,
@@ -194,50 +190,7 @@ def test_who_stopped_a_job_reads_first_that_nothing_is_lost_and_last_how_to_go_o
     assert "run the same command again" not in summary(set_aside=[2, 3, 4])
 
 
-@pytest.mark.parametrize(
-    ("changes", "workers", "told"),
-    [
-        ({"samples_per_shard": 11, "batch_size": 11}, 2, []),
-        ({"samples_per_shard": 22, "batch_size": 22}, None, []),
-        ({"samples_per_shard": 9, "batch_size": 3}, 3,
-         ["the last shard holds 4 images, the others 9: choose --samples-per-shard"]),
-        ({"samples_per_shard": 11, "batch_size": 4}, 1,
-         [("--batch-size 4 does not divide --samples-per-shard 11: every shard ends with a batch "
-          "of 3")]),
-        ({"samples_per_shard": 11, "batch_size": 12}, 1,
-         ["--batch-size 12 is more than --samples-per-shard 11: batches of 11"]),
-        ({"samples_per_shard": 22, "batch_size": 22}, 3, ["1 shard for 3 workers: 2 of them stay"]),
-    ],
-)  # fmt: skip
-def test_what_may_not_be_meant_is_warned_of(changes, workers, told):
-    warnings = plan_warnings(make_plan(**changes), workers)
-    assert len(warnings) == len(told)
-    assert all(map(str.startswith, warnings, told))
-
-
-def test_the_depth_of_every_scale_is_a_row():
-    depth = SimpleNamespace(
-        scales=[SimpleNamespace(prefix=[4, 4, 2, 1])], mean_depth_per_scale=(2.75, 0.0)
-    )
-    assert depth_table(depth, (2, 13)).splitlines() == [
-        "scale  side  tokens  depth  tokens x blocks",
-        "    0     2       4   2.75  4 x 2, 2 x 1, 1 x 1",
-        "    1    13     169   0.00  not sampled",
-    ]
-
-
 def test_a_long_class_name_is_cut():
     name = "a" * 38
     assert class_line(make_plan({0: 1}, class_names=(name,))).endswith(f" 0 '{name}'")
     assert class_line(make_plan({0: 1}, class_names=(name + "b",))).endswith(f" 0 '{'a' * 36}...")
-
-
-def test_a_forecast_of_bytes_follows_from_the_shards_that_are_there(tmp_path):
-    plan = write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
-    records = committed_shards(Storage.open(tmp_path / "out"), plan)
-    first = {0: records[0]}
-    wanted = human_bytes(records[0].files.tar.size / 9 * 22)
-    for some, line in ((first, f"about {wanted} of images"), ({}, "not known before the first")):
-        depth = SimpleNamespace(scales=[], mean_depth_per_scale=())
-        report = plan_report(plan, depth, (), some, where="W", workers=None)
-        assert f"bytes     {line}" in report

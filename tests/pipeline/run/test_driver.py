@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import ray
 from depthvar.errors import InputError
 from pipeline.faults import VARIABLE as FAULT_VARIABLE
 from pipeline.request.generation import GenerateConfig
+from pipeline.request.job import plan_job
 from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
 from pipeline.run.driver import generate
 from pipeline.run.ray_crew import RayCrew
 from pipeline.run.schedule import Machine, WorkerShape
+from pipeline.run.speed import measure_speed
+from pipeline.run.worker import Workplace
 from pipeline.run.worker_failures import cause_of, reason_of
 from pipeline.shards.manifest import CommitRecord
 from pipeline.storage import Storage
@@ -256,6 +260,19 @@ def test_a_model_that_cannot_load_stops_the_job_with_its_real_error(
     assert len(loads.read_text().split()) <= max(1, workers, 2)
     assert attempts(tmp_path / "out") == {}
     assert ledger(tmp_path / "out") == []
+
+
+def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
+    ray_here, faults, tmp_path
+):
+    plan, _ = plan_job(config(tmp_path / "out"))
+    place = Workplace("out", scratch=str(tmp_path), device="cpu", sampler_factory=FAKE_SAMPLER)
+    found = ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
+    assert (found.device, found.num_images) == ("cpu", 9)
+    assert list(tmp_path.iterdir()) == [tmp_path / "labels.csv"]
+    faults(load_error="no such model")
+    with pytest.raises(RuntimeError, match=r"^no such model$"):
+        ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
 
 
 def test_no_more_workers_are_started_than_shards_are_missing(ray_here, faults, tmp_path):

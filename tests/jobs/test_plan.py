@@ -1,0 +1,93 @@
+"""`depthvar plan`: what it needs, and what it says of workers, time and price."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from depthvar.errors import InputError
+from jobs import plan
+from pipeline.request.flags import load_config
+from pipeline.request.generation import GenerateConfig
+from pipeline.request.job import plan_job
+from pipeline.request.plan_file import open_plan
+from pipeline.storage import Storage
+from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fakes import FAULTS_VARIABLE, set_faults
+
+PUBLISHED = ["var-d16", "var-d20", "var-d24", "var-d30", "var-d36-512"]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_plan_knows_a_published_model_by_its_name_alone(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Neither fetched nor read: also where weights are named that lie elsewhere."""
+    monkeypatch.setattr("pipeline.request.job.fetch_model", None)
+    argv = ["--model", model, "--out", str(tmp_path / "out"), "--address", "auto"]
+    for weights in ([], ["--weights", "s3://bucket/var"], ["--weights", "FoundationVision/var"]):
+        assert plan.main([*argv, *weights]) == 0
+        text = capsys.readouterr().out
+        assert f"model     {model}, weights not read, float32\n" in text
+        assert "identity  not known before the weights are read\n" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_without_weights_goes_on_with_what_was_planned_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    argv = ["--model", "var-d16", "--out", str(tmp_path / "out"), "--classes", "3"]
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    stored, _ = plan_job(load_config(GenerateConfig, argv, prog="", description=""))
+    open_plan(Storage.open(tmp_path / "out"), stored)
+    assert plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert f"weights {'ab' * 6}, float32\n" in text
+    assert f"identity  {stored.fingerprint}\n" in text
+    with pytest.raises(InputError, match=r"^seed: .* has 0, this run has 1: resume"):
+        plan.main([*argv, "--seed", "1"])
+
+
+def test_plan_times_a_worker_and_prices_it_where_it_has_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    argv = ["--out", str(tmp_path / "out"), "--per-class", "2", "--batch-size", "4"]
+    argv += ["--device", "cpu", "--workers", "0", "--scratch", str(tmp_path / "scratch")]
+    argv += ["--calibrate", "--price-per-gpu-hour", "2"]
+    assert plan.main(argv, sampler_factory=FAKE_SAMPLER) == 0
+    text = capsys.readouterr().out
+    assert "images/s of a worker with " in text
+    assert " an image, from 12 of them\n" in text
+    assert "time      20 images left: " in text
+    assert "worker hours of " in text
+    assert "cost      not known: no GPU was measured" in text
+    assert [file.name for file in tmp_path.rglob("*")] == ["scratch"]
+    set_faults(tmp_path / "faults", memory=0)
+    monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults"))
+    assert plan.main(argv, sampler_factory=FAKE_SAMPLER) == 1
+    assert "error: no batch can be made: MemoryError" in capsys.readouterr().err
+    with pytest.raises(InputError, match="wanted both: add --calibrate"):
+        plan.main([*argv, "--no-calibrate"])
+
+
+def test_plan_counts_workers_and_memory_as_generate_would_place_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    monkeypatch.setattr(plan, "available_cores", lambda: 9)
+    monkeypatch.setattr(plan, "available_memory", lambda: 2 * 10**9)
+    argv = ["--out", str(tmp_path / "out"), "--device", "cpu", "--samples-per-shard", "500"]
+    for more, workers in (
+        ([], 9),
+        (["--threads-per-worker", "4"], 2),
+        (["--encode-threads", "3"], 3),
+    ):
+        assert plan.main([*argv, *more]) == 0
+        text = capsys.readouterr().out
+        assert (f"2 shards for {workers} workers" in text) == (workers > 2)
+        assert ("a worker needs about" in text) == (workers > 8)

@@ -58,7 +58,8 @@ def plan_job(
     for text in found.notes:
         note(text)
     counts = _label_counts(config, model, note)
-    if policy.proxy == "calibrated" and found.calibration is None:
+    is_read = found.sha256 != UNREAD_WEIGHTS
+    if is_read and policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
             f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
             " no calibration: run depthvar calibrate, or choose another policy"

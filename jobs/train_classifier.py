@@ -28,7 +28,7 @@ from pipeline.request.paths import LocalPath, Location, dataset_location, path_f
 
 if TYPE_CHECKING:
     from pipeline.dataset.loader import Dataset
-    from pipeline.research.quality.downstream import HeldOut, TrainingSet
+    from pipeline.research.quality.downstream import TestSet, TrainingSet
     from pipeline.research.quality.features import Classifier, ClassifierRecipe
 
 _COLUMNS = ("synthetic", "real", "test accuracy", "seconds per run", "images/s")
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from depthvar.training.pictures import Background
     from pipeline.dataset.loader import open_dataset
-    from pipeline.research.quality.downstream import open_held_out, training_sets
+    from pipeline.research.quality.downstream import open_test_set, training_sets
     from pipeline.research.quality.features import ClassifierRecipe, to_safetensors
     from pipeline.shards.samples import ShardError
 
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = ClassifierRecipe(steps=config.steps, batch=config.batch_size)
     dataset = None if config.out is None else open_dataset(config.out)
     try:
-        held_out = open_held_out(
+        test_set = open_test_set(
             config.test,
             dataset,
             background=background,
@@ -148,21 +148,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sets = training_sets(
             dataset,
-            held_out,
+            test_set,
             samples=config.samples,
             real=config.real,
             num_workers=config.loader_workers,
             recipe=recipe,
         )
-        print(_heading(config, dataset, held_out))
+        print(_heading(config, dataset, test_set))
         rows: list[Row] = []
         total = len(sets) * config.runs * config.steps
         with tqdm(total=total, unit="step", desc="train", file=sys.stderr) as bar:
             for training_set in sets:
-                row, model = _row(training_set, held_out, recipe, config, bar)
+                row, model = _row(training_set, test_set, recipe, config, bar)
                 tqdm.write(row.text(), file=sys.stdout)
                 rows.append(row)
-                write_report(config, _numbers(config, dataset, held_out, rows))
+                write_report(config, _numbers(config, dataset, test_set, rows))
     except ShardError as error:
         raise InputError(str(error)) from error
     if config.model_out is not None:
@@ -185,7 +185,7 @@ def _check_model_out(config: TrainClassifierConfig) -> None:
 
 def _row(
     training_set: TrainingSet,
-    held_out: HeldOut,
+    test_set: TestSet,
     recipe: ClassifierRecipe,
     config: TrainClassifierConfig,
     bar: tqdm[Any],
@@ -197,17 +197,17 @@ def _row(
     started, accuracies = time.perf_counter(), []
     for run in range(config.runs):
         model = train_on(training_set, recipe, seed=config.seed + run, after_step=bar.update)
-        accuracies.append(accuracy(model, held_out.images_NHWC, held_out.labels_N))
+        accuracies.append(accuracy(model, test_set.images_NHWC, test_set.labels_N))
     elapsed_s = time.perf_counter() - started
     rate = config.runs * recipe.steps * recipe.batch / elapsed_s
     return Row(training_set, tuple(accuracies), elapsed_s, rate), model
 
 
-def _heading(config: TrainClassifierConfig, dataset: Dataset | None, held_out: HeldOut) -> str:
+def _heading(config: TrainClassifierConfig, dataset: Dataset | None, test_set: TestSet) -> str:
     """What is trained on and tested on, and the head of the table."""
-    lines = [f"test      {len(held_out.labels_N):,} {held_out.name}"]
-    if held_out.reading is not None:
-        lines += [f"          {line}" for line in held_out.reading.text().splitlines()]
+    lines = [f"test      {len(test_set.labels_N):,} {test_set.name}"]
+    if test_set.reading is not None:
+        lines += [f"          {line}" for line in test_set.reading.text().splitlines()]
     if dataset is None:
         lines.insert(0, "train on  real training digits")
     else:
@@ -233,7 +233,7 @@ def _heading(config: TrainClassifierConfig, dataset: Dataset | None, held_out: H
 
 
 def _numbers(
-    config: TrainClassifierConfig, dataset: Dataset | None, held_out: HeldOut, rows: Sequence[Row]
+    config: TrainClassifierConfig, dataset: Dataset | None, test_set: TestSet, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """What the JSON file holds: the settings, then the rows that are done."""
     plan = None if dataset is None else dataset.plan
@@ -242,8 +242,8 @@ def _numbers(
         "fingerprint": None if dataset is None else dataset.plan.fingerprint,
         "policy": None if plan is None else plan.policy.preset,
         "token_layers_ratio": None if plan is None else plan.compute.token_layers_ratio,
-        "test": held_out.name,
-        "test_images": len(held_out.labels_N),
+        "test": test_set.name,
+        "test_images": len(test_set.labels_N),
         "steps": config.steps,
         "batch_size": config.batch_size,
         "runs": config.runs,

@@ -42,15 +42,15 @@ def train_set(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tested_on(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_colours(tmp_path_factory.mktemp("test") / "data", colour_plan(seed=6))
 
 
 def test_a_classifier_learns_the_labels_of_the_shards(
-    train_set: str, held_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_set: str, tested_on: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "numbers.json"
-    flags = ["--test", held_out, "--samples", "16", "48", "--runs", "2", "--json", str(path)]
+    flags = ["--test", tested_on, "--samples", "16", "48", "--runs", "2", "--json", str(path)]
     assert main([train_set, *flags, *QUICK]) == 0
     numbers = json.loads(path.read_text())
     few, all_ = numbers["rows"]
@@ -63,16 +63,16 @@ def test_a_classifier_learns_the_labels_of_the_shards(
     shown = capsys.readouterr().out.splitlines()
     assert f"48 images of 3 classes in 6 shards of {train_set}" in shown[0]
     assert "policy depthvar, 34.0% of the token-layers" in shown[0]
-    assert shown[1] == f"test      48 images of {held_out}"
+    assert shown[1] == f"test      48 images of {tested_on}"
     table = [line for line in shown if line.startswith("| ")]
     assert [line.split(" | ")[:2] for line in table[1:]] == [["| 16", "0"], ["| 48", "0"]]
     assert f"{all_['accuracy']:.1%} +- " in table[2]
 
 
-def test_wrong_labels_in_the_shards_give_a_wrong_classifier(held_out: str, tmp_path: Path):
+def test_wrong_labels_in_the_shards_give_a_wrong_classifier(tested_on: str, tmp_path: Path):
     path, wrong = tmp_path / "numbers.json", tmp_path / "data"
     write_colours(wrong, colour_plan(), shift=1)
-    flags = ["--test", held_out, "--runs", "1", "--json", str(path)]
+    flags = ["--test", tested_on, "--runs", "1", "--json", str(path)]
     assert main([str(wrong), *flags, *QUICK]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["accuracy"] < 0.4
@@ -95,12 +95,12 @@ def test_real_digits_alone_need_no_dataset(
 
 
 def test_an_unfinished_dataset_says_so(
-    held_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tested_on: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "data"
     write_colours(out, colour_plan())
     (out / "commits" / "00004.json").unlink()
-    assert main([str(out), "--test", held_out, "--runs", "1", *QUICK]) == 0
+    assert main([str(out), "--test", tested_on, "--runs", "1", *QUICK]) == 0
     assert "not finished: 40 of 48 images are committed" in capsys.readouterr().out
 
 
@@ -120,15 +120,15 @@ def test_an_unfinished_dataset_says_so(
         (["--json", "no/x.json"], "whose folder does not exist"),
     ],
 )
-def test_mistakes_are_said_before_the_training(train_set: str, held_out: str, flags, message):
+def test_mistakes_are_said_before_the_training(train_set: str, tested_on: str, flags, message):
     with pytest.raises(InputError, match=message):
-        main([train_set, "--test", held_out, *QUICK, *flags])
+        main([train_set, "--test", tested_on, *QUICK, *flags])
 
 
-def test_a_damaged_shard_is_a_clear_error(held_out: str, tmp_path: Path):
+def test_a_damaged_shard_is_a_clear_error(tested_on: str, tmp_path: Path):
     out = tmp_path / "data"
     write_colours(out, colour_plan())
     tar = out / "train" / "00001.tar"
     tar.write_bytes(bytes(512) + tar.read_bytes()[512:])
     with pytest.raises(InputError, match=r"train/00001\.tar: .*run verify --deep"):
-        main([str(out), "--test", held_out, *QUICK])
+        main([str(out), "--test", tested_on, *QUICK])

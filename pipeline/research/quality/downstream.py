@@ -53,7 +53,7 @@ _LOADED_BATCH = 100
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOut:
+class TestSet:
     """The images to test on: uint8 (N, H, W, C) and int64 labels, with a name for reports.
 
     `reading` says how the pictures of a folder were read.
@@ -106,13 +106,13 @@ class TrainingSet:
         return found
 
 
-def open_held_out(
+def open_test_set(
     test: str,
     dataset: Dataset | None,
     *,
     background: Background = WHITE,
     skip_unreadable: bool = False,
-) -> HeldOut:
+) -> TestSet:
     """The images that `--test` names, held in memory: what a classifier of `dataset` can read.
 
     `digits` are the 1,000 real held-out digits. Else a dataset of the same classes and image
@@ -126,7 +126,7 @@ def open_held_out(
                 f"got --test digits for {dataset.storage}, which shows no 32x32 grey digits: name "
                 "a dataset or a folder <class name>/<image files> of its classes"
             )
-        return HeldOut("real held-out digits", *digit_arrays("held-out"))
+        return TestSet("real held-out digits", *digit_arrays("held-out"))
     if dataset is None:
         raise InputError(
             f"got --test {test} without a dataset, wanted --test digits for real digits alone: "
@@ -146,7 +146,7 @@ def open_held_out(
 
 def training_sets(
     dataset: Dataset | None,
-    held_out: HeldOut,
+    test_set: TestSet,
     *,
     samples: Sequence[int],
     real: Sequence[int],
@@ -175,11 +175,11 @@ def training_sets(
     ]
     for one in sets:
         check_enough_images(one.num_samples + one.num_real, recipe)
-        missing = sorted(set(held_out.labels_N.tolist()) - one.class_ids())
+        missing = sorted(set(test_set.labels_N.tolist()) - one.class_ids())
         if missing:
             raise InputError(
                 f"got no image of {len(missing)} classes to train on, class {missing[0]} first, "
-                f"which {held_out.name} have: generate all classes, or ask for more samples"
+                f"which {test_set.name} have: generate all classes, or ask for more samples"
             )
     return sets
 
@@ -323,7 +323,7 @@ def _real_digits(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _folder_images(
     folder: Path, dataset: Dataset, background: Background, skip_unreadable: bool
-) -> HeldOut:
+) -> TestSet:
     plan = dataset.plan
     pictures = PictureFolder.open(folder, flag="--test")
     ids = _ids_of_folders(pictures, plan.class_names)
@@ -340,7 +340,7 @@ def _folder_images(
         skip_unreadable=skip_unreadable,
     )
     ids_of_folders = np.array(list(ids.values()), np.int64)
-    return HeldOut(
+    return TestSet(
         f"images of {folder}",
         np.ascontiguousarray(images.images_NCHW.permute(0, 2, 3, 1).numpy()),
         ids_of_folders[images.labels_N.numpy()],
@@ -359,7 +359,7 @@ def _ids_of_folders(pictures: PictureFolder, class_names: Sequence[str]) -> dict
     return ids
 
 
-def _dataset_images(test: Dataset, dataset: Dataset) -> HeldOut:
+def _dataset_images(test: Dataset, dataset: Dataset) -> TestSet:
     ours, theirs = dataset.plan, test.plan
     our_names, their_names = ([*map(comparable, s.class_names)] for s in (ours, theirs))
     differing = {
@@ -377,4 +377,4 @@ def _dataset_images(test: Dataset, dataset: Dataset) -> HeldOut:
         raise InputError(
             f"--test {test.storage} holds the images that are trained on: test on other images"
         )
-    return HeldOut(f"images of {test.storage}", *stacked(list(iterate_samples(test))))
+    return TestSet(f"images of {test.storage}", *stacked(list(iterate_samples(test))))

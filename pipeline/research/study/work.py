@@ -24,10 +24,11 @@ from depthvar.weights.find import FoundModel
 from pipeline.research.quality.features import (
     MAX_CAS_SAMPLES,
     cas,
+    real_arrays,
     to_safetensors,
     train_features,
 )
-from pipeline.research.quality.held_out import HeldOutImages
+from pipeline.research.quality.forced_images import ForcedImages
 from pipeline.research.study.measure import (
     Judge,
     PolicySamples,
@@ -218,13 +219,13 @@ def _judge(study: Study) -> Judge:
 
 
 @lru_cache(maxsize=1)
-def _held_out(found: FoundModel, real_set: str) -> HeldOutImages:
-    """Real images as a model's tokens, made once in a process."""
-    return HeldOutImages.of_set(load_model(found, with_encoder=True), real_set)
+def _forced_images(found: FoundModel, real_set: str) -> ForcedImages:
+    """Those of the held-out images, made once in a process."""
+    return ForcedImages(load_model(found, with_encoder=True), *real_arrays(real_set, "held-out"))
 
 
 def _take_losses(study: Study, cell: Cell, advance: Advance) -> None:
-    images = _held_out(study.weights, study.real_set)
+    images = _forced_images(study.weights, study.real_set)
     buffer = io.BytesIO()
     np.save(buffer, images.losses(cell.policy))
     study.storage.publish_bytes(buffer.getvalue(), study.losses_file(cell))
@@ -232,7 +233,7 @@ def _take_losses(study: Study, cell: Cell, advance: Advance) -> None:
 
 
 def _ask_headroom(study: Study, after: int, advance: Advance) -> None:
-    images = _held_out(study.weights, study.real_set)
+    images = _forced_images(study.weights, study.real_set)
     found = images.headroom(after, num_images=HEADROOM_IMAGES, after_batch=advance)
     _publish_json(study, study.headroom_file, [asdict(headroom) for headroom in found])
 

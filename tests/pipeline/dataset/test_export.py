@@ -15,7 +15,7 @@ from jobs.export import main
 from pipeline.dataset import export
 from pipeline.dataset.export import export_adm_npz, export_png_folder
 from pipeline.dataset.loader import Dataset, Sample, iterate_samples, open_dataset
-from pipeline.research.quality.downstream import open_held_out
+from pipeline.research.quality.downstream import open_test_set
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
@@ -101,7 +101,7 @@ def test_train_model_and_test_read_the_folders_with_the_classes_own_names(tmp_pa
     assert len(list((tmp_path / "out").iterdir())) == 8, "no folder of a class without images"
     read = PictureFolder.open(tmp_path / "out", flag="--data").class_names
     assert sorted(read) == sorted([*names[:7], "crane%~7"])
-    labels = open_held_out(str(tmp_path / "out"), dataset).labels_N.tolist()
+    labels = open_test_set(str(tmp_path / "out"), dataset).labels_N.tolist()
     assert sorted(labels) == sorted(2 * [*range(8)])
     for sample in iterate_samples(dataset):
         (file,) = (tmp_path / "out").glob(f"*/{sample.key}.png")
@@ -114,7 +114,7 @@ def open_held_out_ids(class_folder: Path, dataset: Dataset) -> set[int]:
     alone = class_folder.parent.parent / "alone"
     shutil.rmtree(alone, ignore_errors=True)
     shutil.copytree(class_folder, alone / class_folder.name)
-    return set(open_held_out(str(alone), dataset).labels_N.tolist())
+    return set(open_test_set(str(alone), dataset).labels_N.tolist())
 
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path):

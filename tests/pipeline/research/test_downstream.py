@@ -17,7 +17,7 @@ from depthvar.training.pictures import Background
 from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
 from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import downstream
-from pipeline.research.quality.downstream import TrainingSet, open_held_out, train_on, training_sets
+from pipeline.research.quality.downstream import TrainingSet, open_test_set, train_on, training_sets
 from pipeline.research.quality.features import ClassifierRecipe, to_safetensors, train_classifier
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
@@ -144,9 +144,9 @@ def test_training_leaves_the_global_random_stream_alone(noise: Dataset):
 
 
 def rows(dataset: Dataset | None, **changes: Any) -> list[TrainingSet]:
-    held_out = open_held_out("digits", dataset)
+    test_set = open_test_set("digits", dataset)
     options: dict[str, Any] = {"samples": [], "real": [0], "num_workers": None, "recipe": TINY}
-    return training_sets(dataset, held_out, **{**options, **changes})
+    return training_sets(dataset, test_set, **{**options, **changes})
 
 
 def test_every_number_of_samples_meets_every_number_of_real_digits(noise: Dataset):
@@ -192,23 +192,23 @@ def test_classes_that_only_the_test_has_are_refused(tmp_path: Path):
 
 def test_digits_do_not_test_what_shows_none(colours: Dataset):
     with pytest.raises(InputError, match=r"got --test digits for .* shows no 32x32 grey digits"):
-        open_held_out("digits", colours)
+        open_test_set("digits", colours)
 
 
 def test_real_digits_are_not_mixed_with_what_shows_none(colours: Dataset, tmp_path: Path):
-    held_out = open_held_out(str(class_folders(tmp_path / "real", {"a": 1})), colours)
+    test_set = open_test_set(str(class_folders(tmp_path / "real", {"a": 1})), colours)
     with pytest.raises(InputError, match=r"got --real 7 for .* leave --real out"):
-        training_sets(colours, held_out, samples=[], real=[7], num_workers=None, recipe=TINY)
+        training_sets(colours, test_set, samples=[], real=[7], num_workers=None, recipe=TINY)
 
 
 def test_a_held_out_dataset_is_read_whole(colours: Dataset, tmp_path: Path):
     plan = make_plan(
         {0: 5, 1: 6}, image_side=9, image_channels=3, class_names=colours.plan.class_names, seed=77
     )
-    held_out = open_held_out(written(tmp_path, plan).storage.uri, colours)
-    assert np.array_equal(held_out.images_NHWC, fake_batch(plan, range(11)).images_BHWC)
+    test_set = open_test_set(written(tmp_path, plan).storage.uri, colours)
+    assert np.array_equal(test_set.images_NHWC, fake_batch(plan, range(11)).images_BHWC)
     wanted = np.concatenate([plan.shard(i).labels for i in range(plan.num_shards)])
-    assert held_out.labels_N.tolist() == wanted.tolist()
+    assert test_set.labels_N.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_dataset_that_cannot_test_is_refused(colours: Dataset, tmp_path: Path,
     settings: dict[str, Any] = {"image_side": 9, "image_channels": 3, "class_names": tuple("cabd")}
     plan = make_plan({0: 8, 1: 8, 3: 8}, **{**settings, **changes})
     with pytest.raises(InputError, match=message):
-        open_held_out(written(tmp_path, plan).storage.uri, colours)
+        open_test_set(written(tmp_path, plan).storage.uri, colours)
 
 
 def class_folders(folder: Path, sides: dict[str, int]) -> Path:
@@ -237,12 +237,12 @@ def class_folders(folder: Path, sides: dict[str, int]) -> Path:
 
 def test_a_folder_of_images_is_read_by_class_name(colours: Dataset, tmp_path: Path):
     folder = class_folders(tmp_path / "real", {"a": 10, "b": 20, "c": 30})
-    held_out = open_held_out(str(folder), colours)
+    test_set = open_test_set(str(folder), colours)
     names = colours.plan.class_names
-    found = dict(zip(held_out.labels_N.tolist(), held_out.images_NHWC, strict=True))
+    found = dict(zip(test_set.labels_N.tolist(), test_set.images_NHWC, strict=True))
     greys = {names[label]: set(image.ravel().tolist()) for label, image in found.items()}
     assert greys == {"a": {10}, "b": {20}, "c": {30}}
-    assert held_out.images_NHWC.shape == (3, 9, 9, 3)
+    assert test_set.images_NHWC.shape == (3, 9, 9, 3)
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301"])
@@ -250,9 +250,9 @@ def test_class_folders_are_matched_in_any_unicode_form(tmp_path: Path, name: str
     names = ("2", "caf\u00e9", "1")
     dataset = written(tmp_path, make_plan({0: 8, 1: 8, 2: 8}, class_names=names, image_side=9))
     folder = class_folders(tmp_path / "real", {"1": 10, "2": 20, name: 30})
-    held_out = open_held_out(str(folder), dataset)
-    greys = held_out.images_NHWC[:, 0, 0, 0].tolist()
-    assert dict(zip(held_out.labels_N.tolist(), greys, strict=True)) == {0: 20, 1: 30, 2: 10}
+    test_set = open_test_set(str(folder), dataset)
+    greys = test_set.images_NHWC[:, 0, 0, 0].tolist()
+    assert dict(zip(test_set.labels_N.tolist(), greys, strict=True)) == {0: 20, 1: 30, 2: 10}
 
 
 def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Path):
@@ -261,7 +261,7 @@ def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Pa
         for seed, name in enumerate(("caf\u00e9", "cafe\u0301"))
     ]
     ours, theirs = (written(tmp_path / str(plan.seed), plan) for plan in plans)
-    assert len(open_held_out(theirs.storage.uri, ours).labels_N) == 16
+    assert len(open_test_set(theirs.storage.uri, ours).labels_N) == 16
 
 
 def test_a_folder_is_read_as_for_training(colours: Dataset, tmp_path: Path):
@@ -271,39 +271,39 @@ def test_a_folder_is_read_as_for_training(colours: Dataset, tmp_path: Path):
     (folder / "a" / "Thumbs.db").touch()
     (folder / "a" / "zero.png").touch()
     with pytest.raises(InputError, match=r"a/zero\.png is no readable picture: the file is empty"):
-        open_held_out(str(folder), colours)
+        open_test_set(str(folder), colours)
     background = Background.of("#070809")
-    held_out = open_held_out(str(folder), colours, background=background, skip_unreadable=True)
-    assert held_out.images_NHWC[:, 0, 0].tolist() == [[10, 10, 10], [7, 8, 9]]
-    assert held_out.reading is not None
-    assert held_out.reading.passed_over == {".*": 1, "Thumbs.db": 1}
-    assert len(held_out.reading.unreadable) == 1
+    test_set = open_test_set(str(folder), colours, background=background, skip_unreadable=True)
+    assert test_set.images_NHWC[:, 0, 0].tolist() == [[10, 10, 10], [7, 8, 9]]
+    assert test_set.reading is not None
+    assert test_set.reading.passed_over == {".*": 1, "Thumbs.db": 1}
+    assert len(test_set.reading.unreadable) == 1
 
 
 def test_a_test_folder_of_splits_is_named_for_what_it_is(colours: Dataset, tmp_path: Path):
     class_folders(tmp_path / "real" / "train", {"a": 1})
     class_folders(tmp_path / "real" / "val", {"a": 1})
     with pytest.raises(InputError, match=r"wanted --test .*real/val"):
-        open_held_out(str(tmp_path / "real"), colours)
+        open_test_set(str(tmp_path / "real"), colours)
 
 
 def test_a_folder_of_other_classes_is_refused(colours: Dataset, tmp_path: Path):
     other = class_folders(tmp_path / "other", {"a": 1, "zebra": 2})
     with pytest.raises(InputError, match=r"a class folder 'zebra', wanted .* such as 'c'"):
-        open_held_out(str(other), colours)
+        open_test_set(str(other), colours)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no class folder"):
-        open_held_out(str(tmp_path / "empty"), colours)
+        open_test_set(str(tmp_path / "empty"), colours)
 
 
 def test_images_too_small_for_the_classifier_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="7x7 pixels, wanted at least 8x8"):
-        open_held_out("elsewhere", written(tmp_path, make_plan()))
+        open_test_set("elsewhere", written(tmp_path, make_plan()))
 
 
 def test_another_test_than_digits_wants_a_dataset(tmp_path: Path):
     with pytest.raises(InputError, match="without a dataset, wanted --test digits"):
-        open_held_out(str(tmp_path), None)
+        open_test_set(str(tmp_path), None)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

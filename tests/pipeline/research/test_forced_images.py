@@ -12,7 +12,7 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.training.data import to_float
 from depthvar.var.transformer import block_causal_mask
-from pipeline.research.quality.held_out import HeldOutImages, _gain_of_top, _headroom
+from pipeline.research.quality.forced_images import ForcedImages, _gain_of_top, _headroom
 from tests.tiny_models import tiny_model
 
 
@@ -22,11 +22,11 @@ def test_the_loss_of_a_real_image_is_what_training_minimises():
     side, classes = model.config.image_side, model.config.num_classes
     images = generator.integers(0, 256, (7, side, side, 3), dtype=np.uint8)
     labels = np.arange(7) % classes
-    held_out = HeldOutImages(model, images, labels)
-    losses_NS = held_out.losses(make_policy("full"))
+    forced = ForcedImages(model, images, labels)
+    losses_NS = forced.losses(make_policy("full"))
     pixels = to_float(torch.from_numpy(images).permute(0, 3, 1, 2)).double()
     expected_tokens, codes, _ = model.tokenizer.tokenize(model.tokenizer.encode(pixels))
-    assert all(map(torch.equal, held_out.tokens, expected_tokens))
+    assert all(map(torch.equal, forced.tokens, expected_tokens))
     mask = block_causal_mask(model.config.sides)
     blocks = list(range(model.config.num_blocks))
     logits = model.transformer(torch.from_numpy(labels), codes, mask, blocks)
@@ -39,9 +39,9 @@ def test_the_loss_of_a_real_image_is_what_training_minimises():
 def test_the_loss_of_a_shallow_policy_differs_after_its_reference_scale_alone():
     model = tiny_model(1)
     images = np.random.default_rng(1).integers(0, 256, (3, 10, 10, 3), dtype=np.uint8)
-    held_out = HeldOutImages(model, images, np.array([0, 1, 2]))
+    forced = ForcedImages(model, images, np.array([0, 1, 2]))
     full, shallow = (
-        held_out.losses(policy)
+        forced.losses(policy)
         for policy in (make_policy("full"), make_policy("uniform", reference_scale=1))
     )
     assert (full[:, :2] == shallow[:, :2]).all()
@@ -51,9 +51,9 @@ def test_the_loss_of_a_shallow_policy_differs_after_its_reference_scale_alone():
 def test_headroom_is_the_divergence_of_tokens_that_all_have_one_depth():
     model = tiny_model(3)
     images = np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    held_out = HeldOutImages(model, images, np.array([0, 1, 2, 3]))
+    forced = ForcedImages(model, images, np.array([0, 1, 2, 3]))
     counted: list[int] = []
-    found = held_out.headroom(1, num_images=3, after_batch=counted.append)
+    found = forced.headroom(1, num_images=3, after_batch=counted.append)
     assert counted == [3]
     assert [(h.scale, h.depth) for h in found] == [(i, d) for i in (2, 3, 4) for d in (2, 4)]
     plain = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
@@ -64,7 +64,7 @@ def test_headroom_is_the_divergence_of_tokens_that_all_have_one_depth():
             [0, 1, 2],
             seed=5,
             indices=range(3),
-            forced=[tokens_NT[:3] for tokens_NT in held_out.tokens],
+            forced=[tokens_NT[:3] for tokens_NT in forced.tokens],
             on_scale=lambda scale, logits, trace: scales.append(logits.log_softmax(2)),
         )
         return scales

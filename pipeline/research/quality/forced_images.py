@@ -25,7 +25,6 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.training.data import to_float
 from depthvar.weights.checkpoint import LoadedModel
-from pipeline.research.quality.features import real_arrays
 
 NOISE_SEED = 0
 """The seed of what a policy draws on the way through an image: a random ranking, say."""
@@ -60,8 +59,8 @@ class _ScaleRun:
     change_BT: Tensor
 
 
-class HeldOutImages:
-    """Real images as a model's tokens."""
+class ForcedImages:
+    """Real images as the tokens that a model is made to take, scale by scale."""
 
     @torch.inference_mode()
     def __init__(self, model: LoadedModel, images_NHWC: np.ndarray, labels_N: np.ndarray) -> None:
@@ -74,11 +73,6 @@ class HeldOutImages:
         self._model = model
         self._labels_N = labels_N
         self.tokens = [torch.cat(of_scale) for of_scale in zip(*parts, strict=True)]
-
-    @classmethod
-    def of_set(cls, model: LoadedModel, real_set: str) -> HeldOutImages:
-        """The held-out images of one of `training.data.REAL_SETS`."""
-        return cls(model, *real_arrays(real_set, "held-out"))
 
     def __len__(self) -> int:
         return len(self._labels_N)

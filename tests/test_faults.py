@@ -32,10 +32,7 @@ from pipeline.request.generation import GenerateConfig
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.labels import read_labels_file
 from pipeline.request.plan_file import read_plan
-from pipeline.run.console import ProgressBar
 from pipeline.run.driver import generate
-from pipeline.run.ledger import ShardRun, StopSignals, set_aside_earlier
-from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.shards.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
 from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.shards.samples import ShardError
@@ -114,42 +111,6 @@ def test_a_poison_shard_is_set_aside_until_it_is_asked_for(
     assert run(out) == 1
     assert len(ledger(out)) == 2, "it was not tried"
     assert run(out, retry_failed=True) == 0
-
-
-def test_a_charge_that_is_taken_back_is_forgotten_by_the_ledger(tmp_path: Path):
-    storage, plan = Storage.open(tmp_path), make_plan()
-    queue = ShardQueue([2], max_attempts=1)
-    with ProgressBar(plan, num_done=0, shards_done=0) as bar:
-        shard_run = ShardRun(storage, plan, queue, bar)
-        assignment = queue.take()
-        assert assignment is not None
-        assert shard_run.failed(assignment, "its process died", "trace", "host:1")
-        assert set_aside_earlier(storage, plan) == {2}
-        shard_run.refund(2, "its node is gone")
-    assert set_aside_earlier(storage, plan) == frozenset(), "a run that ends now gives up nothing"
-    assert queue.take() == Assignment(2, 2)
-
-
-def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
-    storage, plan = Storage.open(tmp_path), make_plan()
-    good = {
-        "shard_id": 1,
-        "fingerprint": plan.shard_fingerprint(1),
-        "set_aside": True,
-        "cause": "shard",
-        "error": "it broke",
-        "at": "2026-01-02T03:04:05+00:00",
-    }
-    lines: list[object] = [1, [], {}, {**good, "shard_id": 99}, {**good, "fingerprint": "x"}]
-    text = "\n".join(["{", "\xff", *map(json.dumps, lines)])
-    storage.publish_bytes(text.encode("latin-1"), "commits/failures.jsonl")
-    assert set_aside_earlier(storage, plan) == frozenset()
-    more = f"{text}\n{json.dumps(good)}"
-    storage.publish_bytes(more.encode("latin-1"), "commits/failures.jsonl")
-    assert set_aside_earlier(storage, plan) == {1}
-    retried = json.dumps({**good, "cause": "storage"})
-    storage.publish_bytes(f"{more}\n{retried}".encode("latin-1"), "commits/failures.jsonl")
-    assert set_aside_earlier(storage, plan) == frozenset()
 
 
 # Storage
@@ -629,28 +590,6 @@ def test_images_sampled_again_are_exact_or_the_difference_is_told(
 
 
 # Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_asks_for_an_orderly_stop_only_while_the_job_works(number: signal.Signals):
-    before = signal.getsignal(number)
-    with StopSignals() as stop:
-        assert signal.getsignal(number) == before, "what joins a cluster may be ended at once"
-        stop.install()
-        os.kill(os.getpid(), number)
-        assert stop.is_set()
-    assert signal.getsignal(number) == before
-
-
-def test_a_lost_terminal_stops_nothing_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop:
-            stop.install()
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.is_set()
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):

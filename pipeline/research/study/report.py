@@ -31,7 +31,6 @@ from pipeline.research.study.protocol import (
 RESULTS_NAME = "results.parquet"
 TABLE_NAME = "table.md"
 LOSS = "held_out_loss"
-_PERCENT = ("label_accuracy", "cas")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Interval:
     half_width: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float] | np.ndarray) -> Interval:
         """Student's t over independent values."""
         from scipy.stats import t
 
@@ -57,11 +56,54 @@ class Interval:
         """Whether zero lies outside the interval."""
         return abs(self.mean) > self.half_width
 
-    def text(self, digits: int, *, percent: bool = False, signed: bool = False) -> str:
-        """`0.381 +- 0.012`; a share as percent."""
-        factor = 100 if percent else 1
-        sign = "+" if signed else ""
+    def text(self, digits: int, factor: int = 1, sign: str = "") -> str:
+        """`0.381 ± 0.012`, of numbers that many times as large; with "+" a sign before each."""
         return f"{self.mean * factor:{sign}.{digits}f} ± {self.half_width * factor:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is shown: its name in full and short, and its digits after the point.
+
+    factor: 100 for a share that is shown in percent. linear_to: of a measure whose lower values are
+    better, up to where the logarithmic scale of its differences is linear.
+    """
+
+    title: str
+    short: str
+    digits: int
+    factor: int = 1
+    linear_to: float | None = None
+
+    def text(self, interval: Interval | None, sign: str = "") -> str:
+        """An interval as it stands in a table; empty where there is none."""
+        return "" if interval is None else interval.text(self.digits, self.factor, sign)
+
+    def difference_text(self, interval: Interval | None) -> str:
+        """A difference as it stands in a table, bold where its interval excludes zero."""
+        text = self.text(interval, "+")
+        return f"**{text}**" if interval is not None and interval.excludes_zero else text
+
+
+MEASURES = {
+    "label_accuracy": Measure("read as its label, %", "read as label", 2, factor=100),
+    "frechet_distance": Measure("Frechet distance", "Frechet", 3, linear_to=0.1),
+    "cas": Measure("CAS, %", "CAS", 2, factor=100),
+    "precision": Measure("precision", "precision", 3),
+    "recall": Measure("recall", "recall", 3),
+    "diversity": Measure("diversity", "diversity", 3),
+    DISTANCE: Measure("distance to full depth", "distance", 4, linear_to=0.01),
+    LOSS: Measure("held-out loss", "loss", 4, linear_to=0.01),
+}
+"""In the order to show them."""
+_COMPARED = ("frechet_distance", "cas", DISTANCE, LOSS)
+_ABLATED = (DISTANCE, "frechet_distance", "label_accuracy", "precision", LOSS)
+"""Measures that ablations are compared by."""
+_FILTERED = ("label_accuracy", "frechet_distance", "cas", "precision")
+"""Measures of what is left when the worst are left out."""
+_COLOURS = 10
+_MARKERS = "os^"
+"""Of the methods in a plot: the next one after as many as there are colours."""
 
 
 @dataclass(frozen=True)
@@ -117,45 +159,40 @@ class Findings:
         """The methods of a section that the others are compared with, besides full depth."""
         return [name for name in self.study.config.compare_with if self.find(section, name)]
 
+    def values(self, cell: Cell, measure: str) -> np.ndarray | None:
+        """A measure by seed, or by real held-out image; None where it was not taken."""
+        if measure == LOSS:
+            return self.losses.get(cell.name)
+        values = [self.by_cell[cell.name][seed].get(measure) for seed in self.study.config.seeds]
+        return None if None in values else np.array(values)
+
     def interval(self, cell: Cell, measure: str) -> Interval | None:
         """A measure over the seeds, or over the real held-out images."""
-        if measure == LOSS:
-            losses_N = self.losses.get(cell.name)
-            return None if losses_N is None else Interval.of(losses_N.tolist())
-        by_seed = self.by_cell[cell.name]
-        if any(measure not in measured for measured in by_seed.values()):
-            return None
-        return Interval.of([measured[measure] for measured in by_seed.values()])
-
-    def measured(self, section: str) -> list[str]:
-        """The measures that any cell of a section has, in the order to show them."""
-        return [
-            name
-            for name in _MEASURES
-            if any(self.interval(cell, name) is not None for cell in self.cells(section))
-        ]
-
-    def text(self, cell: Cell, measure: str) -> str:
-        """A measure as it stands in a table; empty where it was not taken."""
-        return _text(self.interval(cell, measure), measure)
-
-    def difference_text(self, cell: Cell, base: Cell | None, measure: str) -> str:
-        """A difference as it stands in a table, bold where its interval excludes zero."""
-        found = None if cell is base else self.difference(cell, base, measure)
-        return "" if found is None else _difference_text(found, measure)
+        values = self.values(cell, measure)
+        return None if values is None else Interval.of(values)
 
     def difference(self, cell: Cell, base: Cell | None, measure: str) -> Interval | None:
         """A measure less that of another cell, paired by seed, or by real held-out image."""
         if base is None:
             return None
-        if measure == LOSS:
-            if cell.name not in self.losses or base.name not in self.losses:
-                return None
-            return Interval.of((self.losses[cell.name] - self.losses[base.name]).tolist())
-        ours, theirs = self.by_cell[cell.name], self.by_cell[base.name]
-        if any(measure not in m for m in (*ours.values(), *theirs.values())):
-            return None
-        return Interval.of([ours[seed][measure] - theirs[seed][measure] for seed in ours])
+        ours, theirs = self.values(cell, measure), self.values(base, measure)
+        return None if ours is None or theirs is None else Interval.of(ours - theirs)
+
+    def measured(self, section: str) -> list[str]:
+        """The measures that any cell of a section has, in the order to show them."""
+        cells = self.cells(section)
+        return [
+            name for name in MEASURES if any(self.values(cell, name) is not None for cell in cells)
+        ]
+
+    def text(self, cell: Cell, measure: str) -> str:
+        """A measure as it stands in a table; empty where it was not taken."""
+        return MEASURES[measure].text(self.interval(cell, measure))
+
+    def difference_text(self, cell: Cell, base: Cell | None, measure: str) -> str:
+        """A difference as it stands in a table, bold where its interval excludes zero."""
+        found = None if cell is base else self.difference(cell, base, measure)
+        return MEASURES[measure].difference_text(found)
 
 
 def write_report(study: Study) -> list[str]:
@@ -214,41 +251,6 @@ def time_ratio(cell: Cell, full: Cell, times: dict[str, list[float]]) -> str:
     return f"{np.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
-_MEASURES = {
-    "label_accuracy": ("read as its label, %", 2),
-    "frechet_distance": ("Frechet distance", 3),
-    "cas": ("CAS, %", 2),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "diversity": ("diversity", 3),
-    DISTANCE: ("distance to full depth", 4),
-    LOSS: ("held-out loss", 4),
-}
-_SHORT = {
-    "label_accuracy": "read as label",
-    "frechet_distance": "Frechet",
-    "cas": "CAS",
-    "precision": "precision",
-    DISTANCE: "distance",
-    LOSS: "loss",
-}
-_ABLATED = {
-    DISTANCE: "left",
-    "frechet_distance": "left",
-    "label_accuracy": "right",
-    "precision": "right",
-    LOSS: "left",
-}
-"""Measures that ablations are compared by, and where the better ones are in a plot."""
-_FILTERED = ("label_accuracy", "frechet_distance", "cas", "precision")
-"""Measures of what is left when the worst are left out."""
-_COLOURS = 10
-_MARKERS = "os^"
-"""Of the methods in a plot: the next one after as many as there are colours."""
-_LINEAR_TO = {DISTANCE: 0.01, LOSS: 0.01, "frechet_distance": 0.1}
-"""Differences on a logarithmic scale in a plot, and up to where it is linear."""
-
-
 def markdown(findings: Findings, times: dict[str, list[float]]) -> str:
     """All tables."""
     config = findings.study.config
@@ -276,11 +278,11 @@ def method_table(findings: Findings, times: dict[str, list[float]]) -> str:
     full = findings.find("methods", FULL)
     assert full is not None
     shown = findings.measured("methods")
-    compared = [name for name in ("frechet_distance", "cas", DISTANCE, LOSS) if name in shown]
+    compared = [name for name in _COMPARED if name in shown]
     bases = findings.bases("methods")
     columns = ["budget", "method", "token-layers", "GFLOP", "time / full"]
-    columns += [_MEASURES[name][0] for name in shown]
-    columns += [f"{_SHORT[name]} - {base}" for base in (FULL, *bases) for name in compared]
+    columns += [MEASURES[name].title for name in shown]
+    columns += [f"{MEASURES[name].short} - {base}" for base in (FULL, *bases) for name in compared]
     rows = []
     for cell in by_budget(findings.cells("methods")):
         values = [cell.budget, cell.method, *_cost_texts(cell), time_ratio(cell, full, times)]
@@ -302,9 +304,9 @@ def by_budget(cells: Sequence[Cell]) -> list[Cell]:
 def ablation_table(findings: Findings) -> str:
     """A row per variant, with paired differences to the unchanged ones at its budget."""
     shown = findings.measured("ablations")
-    columns = ["variant", "token-layers", "GFLOP", *(_MEASURES[name][0] for name in shown)]
+    columns = ["variant", "token-layers", "GFLOP", *(MEASURES[name].title for name in shown)]
     bases = findings.bases("ablations")
-    columns += [f"{_SHORT[name]} - {base}" for base in bases for name in _ABLATED]
+    columns += [f"{MEASURES[name].short} - {base}" for base in bases for name in _ABLATED]
     rows = []
     for cell in findings.cells("ablations"):
         values = [f"{cell.method} ({cell.budget})", *_cost_texts(cell)]
@@ -333,19 +335,19 @@ def signal_tables(study: Study, cell: Cell) -> str:
     auroc = _table(["signal", "read as another digit", "poorest 5%"], rows)
     filters = [content["without_worst"] for content in read]
     measures = [m for m in _FILTERED if all(m in q for f in filters for q in f.values())]
-    columns = ["left out: the worst by", *(_MEASURES[name][0] for name in measures)]
-    columns += [f"{_SHORT[name]} - {AT_RANDOM}" for name in measures]
+    columns = ["left out: the worst by", *(MEASURES[name].title for name in measures)]
+    columns += [f"{MEASURES[name].short} - {AT_RANDOM}" for name in measures]
     rows = []
     for name in filters[0]:
         base = f"{AT_RANDOM} {name.rsplit(maxsplit=1)[-1]}"
-        values = [name]
+        texts, gain_texts = [], []
         for measure in measures:
             found = [by_filter[name][measure] for by_filter in filters]
-            values.append(_text(Interval.of(found), measure))
-        for measure in measures:
             gains = [by_filter[name][measure] - by_filter[base][measure] for by_filter in filters]
-            values.append("" if name == base else _difference_text(Interval.of(gains), measure))
-        rows.append(values)
+            texts.append(MEASURES[measure].text(Interval.of(found)))
+            gain = None if name == base else Interval.of(gains)
+            gain_texts.append(MEASURES[measure].difference_text(gain))
+        rows.append([name, *texts, *gain_texts])
     head = f"## Signals of {cell.method} at {cell.budget}\n\nAUROC:\n"
     return "\n".join([head, auroc, _table(columns, rows)])
 
@@ -383,38 +385,21 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _text(interval: Interval | None, measure: str) -> str:
-    if interval is None:
-        return ""
-    return interval.text(_MEASURES[measure][1], percent=measure in _PERCENT)
-
-
-def _difference_text(interval: Interval, measure: str) -> str:
-    digits = _MEASURES[measure][1]
-    text = interval.text(digits, percent=measure in _PERCENT, signed=True)
-    return f"**{text}**" if interval.excludes_zero else text
-
-
 def budget_plot(findings: Findings) -> bytes:
     """Quality over the share of token-layers, a panel per measure and a line per method, as PNG."""
     from matplotlib.figure import Figure
 
     shown = findings.measured("methods")
-    measures = [m for m in ("frechet_distance", "cas", DISTANCE) if m in shown]
+    measures = [name for name in ("frechet_distance", "cas", DISTANCE) if name in shown]
+    methods = dict.fromkeys(cell.method for cell in findings.cells("methods"))
+    cells = sorted(findings.cells("methods"), key=lambda cell: cell.share)
     figure = Figure(figsize=(6.4 * len(measures), 4.8), layout="constrained")
     for place, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), place + 1)
-        factor = 100 if measure in _PERCENT else 1
-        methods = dict.fromkeys(cell.method for cell in findings.cells("methods"))
+        factor = MEASURES[measure].factor
         for number, method in enumerate(methods):
-            cells = [c for c in findings.cells("methods") if c.method == method]
-            cells.sort(key=lambda c: c.share)
-            intervals = [findings.interval(cell, measure) for cell in cells]
-            points = [
-                (cell.share, interval)
-                for cell, interval in zip(cells, intervals, strict=True)
-                if interval is not None
-            ]
+            found = [(c.share, findings.interval(c, measure)) for c in cells if c.method == method]
+            points = [(share, interval) for share, interval in found if interval is not None]
             axes.errorbar(
                 [share for share, _ in points],
                 [interval.mean * factor for _, interval in points],
@@ -426,7 +411,7 @@ def budget_plot(findings: Findings) -> bytes:
                 label=method,
             )
         axes.set_xlabel("share of the token-layers of full depth")
-        axes.set_ylabel(_MEASURES[measure][0])
+        axes.set_ylabel(MEASURES[measure].title)
         if measure == "frechet_distance":
             axes.set_yscale("log")
         axes.grid(visible=True, alpha=0.3)
@@ -448,24 +433,24 @@ def ablation_plot(findings: Findings) -> bytes:
             rows.append((f"{cell.method} ({cell.budget})", intervals))
     rows.sort(key=lambda row: -row[1][0].mean)
     figure = Figure(figsize=(18, 1.2 + 0.28 * len(rows)), layout="constrained")
-    for place, (measure, better) in enumerate(_ABLATED.items()):
+    for place, name in enumerate(_ABLATED):
         axes = figure.add_subplot(1, len(_ABLATED), place + 1)
-        factor = 100 if measure in _PERCENT else 1
+        measure = MEASURES[name]
         axes.errorbar(
-            [intervals[place].mean * factor for _, intervals in rows],
+            [intervals[place].mean * measure.factor for _, intervals in rows],
             range(len(rows)),
-            xerr=[intervals[place].half_width * factor for _, intervals in rows],
+            xerr=[intervals[place].half_width * measure.factor for _, intervals in rows],
             fmt="o",
             capsize=2,
         )
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows] if place == 0 else [])
+        axes.set_yticks(range(len(rows)), [variant for variant, _ in rows] if place == 0 else [])
         axes.tick_params(axis="y", labelsize=8)
         axes.axvline(0, color="grey", linewidth=1)
-        if better == "left":
-            axes.set_xscale("symlog", linthresh=_LINEAR_TO[measure])
-        axes.set_xlabel(
-            f"{_MEASURES[measure][0]}\nless that of {' or '.join(bases)} ({better} is better)"
-        )
+        better = "right" if measure.linear_to is None else "left"
+        if measure.linear_to is not None:
+            axes.set_xscale("symlog", linthresh=measure.linear_to)
+        less = f"less that of {' or '.join(bases)} ({better} is better)"
+        axes.set_xlabel(f"{measure.title}\n{less}")
         axes.grid(visible=True, axis="both", alpha=0.3)
     return _png(figure)
 

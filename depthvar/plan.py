@@ -18,10 +18,11 @@ import numpy.typing as npt
 
 from depthvar.errors import InputError
 from depthvar.knobs import BlockOrder
-from depthvar.policy import MAX_COMPENSATION, DepthPolicy
+from depthvar.policy import DepthPolicy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+_MAX_COMPENSATION = 4 / 3
 
 
 def block_order(num_blocks: int, order: BlockOrder = "bit-reversal") -> tuple[int, ...]:
@@ -232,7 +233,7 @@ def _plan_scale(
     }.get(policy.blending, scores)
     compensation = np.ones(count)
     if policy.compensation:
-        compensation = np.minimum(MAX_COMPENSATION, np.sqrt(num_blocks / np.maximum(depths, 1)))
+        compensation = np.minimum(_MAX_COMPENSATION, np.sqrt(num_blocks / np.maximum(depths, 1)))
     return ScalePlan(
         side=sides[index],
         ranked=bool(np.ptp(depths) or np.ptp(code_weights)),

@@ -1,8 +1,7 @@
-"""Depth policies as values: the presets a user may choose, and what may be changed in one.
+"""Depth policies as values: the presets a user may choose, and the options that change one.
 
-`DepthPolicy` is the value that plan and engine run by. A stored plan holds all its fields, those of
-`PolicyKnobs` with its own, as one flat mapping: `dataclasses.asdict` makes it of any policy and
-`DepthPolicy(**stored)` takes it back, so what a study or an earlier release planned stays readable.
+A stored plan holds all fields of a policy, those of `PolicyKnobs` too, as one flat mapping:
+`dataclasses.asdict(policy)`, which `DepthPolicy(**stored)` takes back.
 """
 
 from __future__ import annotations
@@ -17,10 +16,6 @@ from depthvar.knobs import PolicyKnobs
 Proxy = Literal["none", "raw", "calibrated", "output"]
 Blending = Literal["none", "score", "mean", "pruned"]
 
-MAX_COMPENSATION = 4 / 3
-GOLDEN_ROTATION = 0.381966
-"""Fraction of a turn whose multiples spread most evenly over the circle."""
-
 
 @dataclass(frozen=True)
 class DepthPolicy(PolicyKnobs):
@@ -30,8 +25,7 @@ class DepthPolicy(PolicyKnobs):
     reference_scale: R, the last scale at full depth, 0-based; later scales may spend what scale R
         spent (P). None: every scale runs at full depth.
     blending: weight of the drawn code: full, the depth score S (P), S with the expected code in
-        place of the rest, or full but for pruned tokens, those that run no block, which take the
-        expected code.
+        place of the rest, or full but for tokens that run no block, which take the expected code.
     kept_depth: share of the blocks that a kept token of schedule `step` runs, in (0, 1]; more
         where the budget could not be spent otherwise. 1 is pruning, the mean depth uniform depth.
     proxy: what a skipped token takes at a block: nothing, the previous scale's change (P), that
@@ -86,7 +80,7 @@ PRESETS: Mapping[str, DepthPolicy] = {
             "depthvar-paper",
             reference_scale=4,
             schedule="linear",
-            rotation=GOLDEN_ROTATION,
+            rotation=0.381966,  # of a turn: its multiples spread most evenly over the circle
             proxy="raw",
             blending="score",
         ),

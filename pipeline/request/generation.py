@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from depthvar.policy import DEFAULT_PRESET, DepthPolicy
+from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, DepthPolicy
 from pipeline.request.flags import JobConfig
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
 from pipeline.request.yaml_file import FieldsOf
@@ -41,14 +41,14 @@ class GenerateConfig(JobConfig):
         " (default: none)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
-    policy: str = Field(DEFAULT_PRESET, description="depth policy by preset name")
+    policy: str = Field(DEFAULT_PRESET, description=f"depth policy: {', '.join(PRESETS)}")
     reference_scale: int | None = Field(
         None,
         description="last scale at full depth, from 0: the budget (default: the policy's own)",
     )
     policy_options: PolicyOptions = Field(
         default_factory=dict,
-        description="fields of the policy to change, as key=value (default: none)",
+        description=f"options of the policy: {', '.join(OPTIONS)} (default: its own)",
     )
     cfg: float | None = Field(
         None,

@@ -178,19 +178,19 @@ def _evaluate_digits(
 
 def _cas_samples(request: EvaluationRequest, count: int) -> int:
     """Images to train on, 0 for no CAS."""
-    least = ClassifierRecipe().batch
-    if request.cas_runs == 0 and request.cas_samples is not None:
+    least, wanted = ClassifierRecipe().batch, request.cas_samples
+    if request.cas_runs == 0 and wanted is not None:
         raise InputError("got --cas-samples without trainings for CAS, wanted both: add --cas-runs")
-    if request.cas_runs == 0:
+    if request.cas_runs == 0 or (wanted is None and count < least):
         return 0
-    if request.cas_samples is None:
-        return 0 if count < least else min(count, MAX_CAS_SAMPLES)
-    if not least <= request.cas_samples <= count:
+    if wanted is None:
+        return min(count, MAX_CAS_SAMPLES)
+    if not least <= wanted <= count:
         raise InputError(
-            f"got --cas-samples {request.cas_samples}, wanted {least} to {count}, the images there "
-            "are: generate more, or choose another number"
+            f"got --cas-samples {wanted}, wanted {least} to {count}, the images there are: "
+            "generate more, or choose another number"
         )
-    return request.cas_samples
+    return wanted
 
 
 def _cas_runs(
@@ -227,19 +227,13 @@ def _cas_runs(
 def _evaluate_with_inception(
     dataset: Dataset, request: EvaluationRequest, count: int, listener: Listener
 ) -> Evaluation:
+    weights = "torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+    statistics = "reference statistics such as OpenAI's VIRTUAL_imagenet256_labeled.npz"
     missing = [
         f"{flag} is missing, wanted {what}: nothing is downloaded, so fetch it and name it"
         for flag, path, what in (
-            (
-                "--inception-weights",
-                request.inception_weights,
-                "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
-            ),
-            (
-                "--reference",
-                request.reference,
-                "reference statistics such as OpenAI's VIRTUAL_imagenet256_labeled.npz",
-            ),
+            ("--inception-weights", request.inception_weights, weights),
+            ("--reference", request.reference, statistics),
         )
         if path is None
     ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline.run.schedule import (
     WorkerShape,
     available_cores,
     available_memory,
+    gpu_memory,
     num_slots,
     require_fit,
     require_slots,
@@ -60,6 +62,7 @@ def test_a_lost_worker_costs_no_attempt_and_its_shard_is_next():
     for attempt in range(1, 50):
         assert queue.take() == Assignment(0, attempt)
         queue.lost(0)
+        assert queue.num_open == 2
     assert queue.failures(0) == 0
     assert queue.set_aside == ()
 
@@ -71,7 +74,29 @@ def test_a_refund_brings_a_shard_back_that_was_set_aside():
     assert queue.finished
     queue.refund(3)
     assert queue.set_aside == ()
+    assert queue.failures(3) == 0
     assert queue.take() == Assignment(3, 2)
+
+
+def test_a_refund_takes_one_charge_back_and_starts_no_shard_twice():
+    queue = ShardQueue([3], max_attempts=4)
+    for _ in range(2):
+        queue.take()
+        assert not queue.failed(3)
+    queue.refund(3)
+    assert queue.failures(3) == 1
+    for _ in range(2):
+        queue.refund(3)
+    assert queue.failures(3) == 0, "never below"
+    assert queue.take() == Assignment(3, 3)
+    assert queue.take() is None
+
+
+def test_shards_set_aside_are_told_in_order():
+    queue = ShardQueue([8, 1, 0], max_attempts=1)
+    while (assignment := queue.take()) is not None:
+        queue.failed(assignment.shard_id)
+    assert queue.set_aside == (0, 1, 8)
 
 
 def test_no_shard_is_ever_lost_or_doubled_whatever_happens():
@@ -126,6 +151,7 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus_and_a_cpu_worker_its_threads()
 
     assert shape(gpu_node, cpu_node, device="auto") == WorkerShape(4, 1)
     assert shape(gpu_node, Machine(1, 2), device="auto") == WorkerShape(0, 1)
+    assert shape(Machine(5, 1), device="auto") == WorkerShape(5, 1)
     assert shape(gpu_node, device="auto", encode=6) == WorkerShape(6, 1)
     assert shape(cpu_node, device="auto") == WorkerShape(3, 0)
     assert shape(gpu_node, device="cpu") == WorkerShape(3, 0)
@@ -145,8 +171,12 @@ def test_more_workers_than_the_machine_has_room_for_are_refused():
     require_slots(None, 2, WorkerShape(1, 0))
     with pytest.raises(InputError, match=r"--workers is 3 .* at most 2"):
         require_slots(3, 2, WorkerShape(1, 0))
-    with pytest.raises(InputError, match="no GPU worker fits"):
+    with pytest.raises(InputError, match="no GPU worker fits here with 1 GPU, wanted"):
         require_slots(None, 0, WorkerShape(0, 1))
+    with pytest.raises(InputError, match="no CPU worker fits here with 2 CPUs, wanted"):
+        require_slots(None, 0, WorkerShape(2, 0))
+    with pytest.raises(InputError, match="--workers is 9 with 2 GPUs and 1 CPU each"):
+        require_slots(9, 2, WorkerShape(1, 2))
 
 
 def test_a_worker_that_fits_on_no_node_of_a_cluster_nor_on_one_it_may_start_is_refused():
@@ -159,8 +189,10 @@ def test_a_worker_that_fits_on_no_node_of_a_cluster_nor_on_one_it_may_start_is_r
         require_fit([head], [Machine(64, 0)], WorkerShape(0, 1))
     with pytest.raises(InputError, match=r"1 GPU and 9 CPUs.*has 2 GPUs and 8 CPUs.*--encode-thr"):
         require_fit([Machine(8, 2)], [], WorkerShape(9, 1))
-    with pytest.raises(InputError, match="largest of its 0 nodes has 0"):
+    with pytest.raises(InputError, match=r"0 nodes has 0 CPUs.* autoscaler: lower --threads-per"):
         require_fit([], [], WorkerShape(1, 0))
+    with pytest.raises(InputError, match=r"0 nodes has 0 GPUs.* autoscaler: choose --device cpu"):
+        require_fit([], [], WorkerShape(0, 1))
 
 
 def test_available_cores_is_at_least_one():
@@ -180,11 +212,16 @@ def test_a_worker_has_its_share_of_the_tightest_machine():
     assert worker_room([small], shape, 99) == beside_another
     assert worker_room([Machine(4, 0, 1000)], shape, None) == 0
     assert worker_room([unknown, Machine(1, 0, 1000)], shape, None) is None
+    assert worker_room([Machine(4, 0, 8 * 10**9, gpu_memory=1000)], shape, 1) == (
+        shared - PROCESS_BYTES
+    ), "a GPU that it does not use"
 
 
 def test_a_gpu_worker_has_its_gpu_whatever_the_machine_holds():
     node = Machine(1, 2, memory=1000, gpu_memory=24 * 10**9)
-    assert worker_room([node, Machine(1, 1)], WorkerShape(0, 1), 7) == 24 * 10**9 - CUDA_BYTES
+    shape, cpu_node = WorkerShape(0, 1), Machine(4, 0, memory=1000, gpu_memory=1000)
+    assert worker_room([node, Machine(1, 1), cpu_node], shape, 7) == 24 * 10**9 - CUDA_BYTES
+    assert worker_room([replace(node, gpu_memory=1000)], shape, None) == 0
 
 
 def test_the_memory_of_this_process_is_the_least_that_a_control_group_leaves(tmp_path: Path):
@@ -194,9 +231,57 @@ def test_the_memory_of_this_process_is_the_least_that_a_control_group_leaves(tmp
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory(groups, membership) == physical
     (groups / "slice" / "job" / "memory.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("3\n")  # of no group
     (groups / "slice" / "memory.max").write_text("5000\n")
     assert available_memory(groups, membership) == 5000
     (groups / "memory").mkdir()
     (groups / "memory" / "memory.limit_in_bytes").write_text("4000\n")
     assert available_memory(groups, membership) == 4000
     assert available_memory(groups, tmp_path / "none") == 4000
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("250000 100000", 2), ("max 100000", 3), ("900000 100000", 3), ("50000 100000", 1), (None, 3)],
+)
+def test_cores_are_those_of_the_affinity_mask_as_far_as_the_quota_goes(quota, cores, monkeypatch):
+    def read(path: Path) -> str:
+        assert path == Path("/sys/fs/cgroup/cpu.max")
+        if quota is None:
+            raise FileNotFoundError
+        return f"{quota}\n"
+
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda pid: {1, 4, 5} if pid == 0 else {1}, raising=False
+    )
+    monkeypatch.setattr(Path, "read_text", read)
+    assert available_cores() == cores
+
+
+@pytest.mark.parametrize(("count", "cores"), [(6, 6), (None, 1)])
+def test_without_an_affinity_mask_every_core_counts(count, cores, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    for quota in ("max 100000", "2000000 100000"):
+        monkeypatch.setattr(Path, "read_text", lambda path, quota=quota: quota)
+        assert available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("program", "memory"),
+    [
+        ("echo 81559; echo 24576", 24576 * 2**20),
+        ("true", None),
+        ("echo '[N/A]'", None),
+        ("echo 24576; exit 9", None),
+        (None, None),
+    ],
+)
+def test_the_memory_of_gpus_is_that_of_the_smallest(program, memory, tmp_path: Path, monkeypatch):
+    if program is not None:
+        wanted = "--query-gpu=memory.total --format=csv,noheader,nounits"
+        file = tmp_path / "nvidia-smi"
+        file.write_text(f'#!/bin/sh\n[ "$*" = "{wanted}" ] || exit 1\n{program}\n')
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory() == memory

@@ -212,9 +212,8 @@ def test_a_worker_has_its_share_of_the_tightest_machine():
     assert worker_room([small], shape, 99) == beside_another
     assert worker_room([Machine(4, 0, 1000)], shape, None) == 0
     assert worker_room([unknown, Machine(1, 0, 1000)], shape, None) is None
-    assert worker_room([Machine(4, 0, 8 * 10**9, gpu_memory=1000)], shape, 1) == (
-        shared - PROCESS_BYTES
-    ), "a GPU that it does not use"
+    with_gpu = Machine(4, 0, 8 * 10**9, gpu_memory=1000)
+    assert worker_room([with_gpu], shape, 1) == alone, "it uses no GPU"
 
 
 def test_a_gpu_worker_has_its_gpu_whatever_the_machine_holds():
@@ -268,20 +267,28 @@ def test_without_an_affinity_mask_every_core_counts(count, cores, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("program", "memory"),
+    ("program", "visible", "memory"),
     [
-        ("echo 81559; echo 24576", 24576 * 2**20),
-        ("true", None),
-        ("echo '[N/A]'", None),
-        ("echo 24576; exit 9", None),
-        (None, None),
+        ("echo 81559; echo 24576", None, 24576 * 2**20),
+        ("echo 81559; echo 24576", "0", 81559 * 2**20),
+        ("echo 81559; echo 24576", "0,1", 24576 * 2**20),
+        ("echo 81559; echo 24576", "", None),
+        ("true", None, None),
+        ("echo '[N/A]'", None, None),
+        ("echo 24576; exit 9", None, None),
+        (None, None, None),
     ],
 )
-def test_the_memory_of_gpus_is_that_of_the_smallest(program, memory, tmp_path: Path, monkeypatch):
+def test_the_memory_of_gpus_is_that_of_the_smallest(
+    program, visible, memory, tmp_path: Path, monkeypatch
+):
     if program is not None:
         wanted = "--query-gpu=memory.total --format=csv,noheader,nounits"
         file = tmp_path / "nvidia-smi"
         file.write_text(f'#!/bin/sh\n[ "$*" = "{wanted}" ] || exit 1\n{program}\n')
         file.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_memory() == memory

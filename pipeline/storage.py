@@ -128,6 +128,16 @@ class Storage:
         with self.open_input(name) as stream:
             return stream.read()
 
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file, fewer where it ends. Errors: `FileNotFoundError`."""
+        path = self._path(name)
+
+        def get() -> bytes:
+            with self.filesystem.open_input_file(path) as file:
+                return cast(bytes, file.read_at(length, start))
+
+        return self._asking(get)
+
     def open_input(self, name: str) -> IO[bytes]:
         """A readable binary stream from the start. Errors: `FileNotFoundError`."""
         if self.is_local:

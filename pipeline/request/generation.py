@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, DepthPolicy
 from pipeline.request.flags import JobConfig
+from pipeline.request.marks import Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
 from pipeline.request.yaml_file import FieldsOf
 
@@ -28,6 +29,16 @@ class GenerateConfig(JobConfig):
         None,
         description="weights as a folder, file, URI or Hugging Face repository"
         " (default: those that come with the model, or the public ones)",
+    )
+    text_encoder: Weights | None = Field(
+        None,
+        description="T5 encoder of a text model as a folder, URI or Hugging Face repository"
+        " (default: google/flan-t5-xl)",
+    )
+    text_states: Annotated[LocalPath, Metavar("FILE")] | None = Field(
+        None,
+        description="safetensors file with the states of all prompts in place of a text encoder"
+        " (default: none)",
     )
     classes: str = Field(
         "all",
@@ -127,6 +138,15 @@ class GenerateConfig(JobConfig):
             raise ValueError(
                 f"png_level was given together with image_format {self.image_format}, wanted it"
                 " with png: drop one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_text_states(self) -> GenerateConfig:
+        if self.text_states is not None and self.text_encoder is not None:
+            raise ValueError(
+                "text_states was given together with text_encoder, wanted one source of the"
+                " prompts' states: drop one of them"
             )
         return self
 

@@ -52,6 +52,7 @@ def plan_job(
     by_name = None if fetches else _known_model(config)
     found = by_name or fetch_model(config.model, config.weights)
     model = found.config
+    _check_text(config, model)
     policy = _policy(config)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
@@ -103,6 +104,16 @@ def check_before_submission(config: GenerateConfig) -> None:
     if model is not None:
         _compute(model, _policy(config), _sampling(config, model.sampling))
         _label_counts(config, model, lambda note: None)
+
+
+def _check_text(config: GenerateConfig, model: ModelConfig) -> None:
+    """`InputError` for what only a text model can be told."""
+    for name in ("text_encoder", "text_states"):
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"got --{name.replace('_', '-')} for {model.name}, which takes classes and reads no"
+                " text: drop it, or choose a text model"
+            )
 
 
 def _policy(config: GenerateConfig) -> DepthPolicy:

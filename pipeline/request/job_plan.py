@@ -163,6 +163,8 @@ class JobPlan:
     png_level: Annotated[int, Field(ge=0, le=9)] = DEFAULT_PNG_LEVEL
     prompts: Prompts | None = None
     """What a text model is told; None for a class-conditional model."""
+    text_encoder_sha256: Sha256 | None = None
+    """Identity of what makes states of the prompts, or of the file of states in its place."""
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -439,7 +441,12 @@ def _as_fields(settings: Mapping[str, JsonValue], segments: JsonValue) -> dict[s
     return {**values, "sampling": sampling, "segments": segments}
 
 
-_FORMERLY = {"depth_map_sides": (), "png_level": DEFAULT_PNG_LEVEL, "prompts": None}
+_FORMERLY = {
+    "depth_map_sides": (),
+    "png_level": DEFAULT_PNG_LEVEL,
+    "prompts": None,
+    "text_encoder_sha256": None,
+}
 _POLICY = TypeAdapter(DepthPolicy)
 _PLAN_FILE, _PLAN = TypeAdapter(_PlanFile), TypeAdapter(JobPlan)
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -36,16 +37,7 @@ class ProgressBar:
         self._num_shards = plan.num_shards
         self._shards_done = shards_done
         self._of_shard: dict[int, int] = {}
-        on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=plan.num_samples,
-            initial=num_done,
-            desc=plan.model,
-            unit="image",
-            dynamic_ncols=on_terminal,
-            mininterval=0.2 if on_terminal else 10.0,
-            file=sys.stderr,
-        )
+        self._bar = _bar(plan.model, "image", plan.num_samples, num_done)
         self._show_shards()
 
     def __enter__(self) -> ProgressBar:
@@ -76,6 +68,24 @@ class ProgressBar:
 
     def _show_shards(self) -> None:
         self._bar.set_postfix_str(f"{self._shards_done}/{self._num_shards} shards")
+
+
+def encoding_bar(num_prompts: int) -> tqdm[NoReturn]:
+    """Prompts on stderr while they are encoded, with rate and time left."""
+    return _bar("text encoder", "prompt", num_prompts, 0)
+
+
+def _bar(name: str, unit: str, total: int, num_done: int) -> tqdm[NoReturn]:
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=num_done,
+        desc=name,
+        unit=unit,
+        dynamic_ncols=on_terminal,
+        mininterval=0.2 if on_terminal else 10.0,
+        file=sys.stderr,
+    )
 
 
 def ranges(numbers: Iterable[int]) -> str:

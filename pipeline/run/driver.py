@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,15 +35,17 @@ from pipeline.run.console import (
     ProgressBar,
     class_line,
     dataset_summary,
+    encoding_bar,
     memory_warning,
     missing_summary,
     run_summary,
     say,
 )
+from pipeline.run.encoding import missing_prompts
 from pipeline.run.forecast import Speed
-from pipeline.run.in_process import run_in_process
+from pipeline.run.in_process import encode_in_process, run_in_process
 from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set_aside_earlier
-from pipeline.run.ray_crew import RayCrew, on_a_worker
+from pipeline.run.ray_crew import RayCrew, encode_on_a_worker, on_a_worker
 from pipeline.run.schedule import (
     ShardQueue,
     WorkerShape,
@@ -69,6 +71,7 @@ from pipeline.storage import Storage
 _SETTLING_S = 60.0  # a publication takes seconds, to a slow store up to a minute
 
 Make = Callable[[ShardRun], None]
+Encode = Callable[[JobPlan], Generator[int]]
 
 
 def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> int:
@@ -102,9 +105,13 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
             plan = open_plan(storage, plan)
             num_done = sum(record.num_samples for record in done.values())
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
-            with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
-                run = ShardRun(storage, plan, queue, bar, done.values())
-                problem = _work(crew.make, run)
+            run = None
+            with crew.session():
+                problem = _encode(crew.encode, plan, place.out, stop)
+                if problem is None and not stop.is_set():
+                    with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
+                        run = ShardRun(storage, plan, queue, bar, done.values())
+                        problem = _work(crew.make, run)
         stopped = stop.is_set()
         return _conclude(
             config, storage, plan, run, problem, interrupted=stopped, given_up=given_up
@@ -116,11 +123,11 @@ def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -
     weights = config.weights
     if weights is None and is_model_path(config.model):
         weights = config.model
-    if weights is not None and os.path.exists(weights):
-        weights = os.path.abspath(weights)
     return Workplace(
         out=storage.root if storage.is_local else storage.uri,
-        weights=weights,
+        weights=_absolute(weights),
+        text_encoder=_absolute(config.text_encoder),
+        text_states=_absolute(config.text_states),
         scratch=None if config.scratch is None else os.path.abspath(config.scratch),
         device=config.device,
         threads=config.threads_per_worker,
@@ -128,12 +135,40 @@ def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -
     )
 
 
+def _absolute(place: str | os.PathLike[str] | None) -> str | None:
+    """A path that is there, whatever the current folder; a URI or a repository as it is."""
+    if place is None:
+        return None
+    return os.path.abspath(place) if os.path.exists(place) else os.fspath(place)
+
+
 @dataclass(frozen=True)
 class _Crew:
-    """Who makes the shards, and the bytes that one worker may take, None if nobody knows."""
+    """Who makes the shards and encodes the prompts before, both within `session`.
+
+    `room`: the bytes that one worker may take, None if nobody knows.
+    """
 
     make: Make
+    encode: Encode
     room: int | None
+    session: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+def _encode(encode: Encode, plan: JobPlan, out: str, stop: StopSignals) -> str | None:
+    """Have the prompts encoded whose states are missing; the reason if that cannot be."""
+    missing = missing_prompts(plan, out)
+    if not missing:
+        return None
+    try:
+        with encoding_bar(len(missing)) as bar, contextlib.closing(encode(plan)) as encoded:
+            for num_prompts in encoded:
+                bar.update(num_prompts)
+                if stop.is_set():
+                    break
+    except JobStopped as error:
+        return f"the prompts cannot be encoded: {error}"
+    return None
 
 
 def _work(make: Make, run: ShardRun) -> str | None:
@@ -233,7 +268,9 @@ def _crew(
         require_slots(None, num_slots([machine], shape), shape)
         require_device(config.device)
         yield _Crew(
-            lambda run: run_in_process(place, run, stop.is_set), worker_room([machine], shape, 1)
+            lambda run: run_in_process(place, run, stop.is_set),
+            lambda plan: encode_in_process(plan, place),
+            worker_room([machine], shape, 1),
         )
     elif address is not None:
         found = found_cluster(address)
@@ -257,12 +294,22 @@ def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> 
     require_device(config.device)
     place = _with_encoders(place, config, shape.num_cpus)
 
-    def make(run: ShardRun) -> None:
+    @contextlib.contextmanager
+    def session() -> Iterator[None]:
         with ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
             stop.install()
-            RayCrew(place, shape, lambda: config.workers or slots, stop.is_set).make(run)
+            yield
 
-    return _Crew(make, worker_room([machine], shape, config.workers))
+    make = RayCrew(place, shape, lambda: config.workers or slots, stop.is_set).make
+    room = worker_room([machine], shape, config.workers)
+    return _Crew(make, _encoder(place, shape, stop), room, session)
+
+
+def _encoder(place: Workplace, shape: WorkerShape, stop: StopSignals) -> Encode:
+    """Who encodes where Ray has the workers: a file of states lies where the driver is."""
+    if place.text_states is not None:
+        return lambda plan: encode_in_process(plan, place)
+    return lambda plan: encode_on_a_worker(plan, place, shape, stop.is_set)
 
 
 def _cluster_crew(
@@ -290,7 +337,8 @@ def _cluster_crew(
 
     place = _with_encoders(place, config, shape.num_cpus)
     make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
-    return _Crew(make, worker_room(machines, shape, config.workers))
+    room_of_one = worker_room(machines, shape, config.workers)
+    return _Crew(make, _encoder(place, shape, stop), room_of_one)
 
 
 @dataclass(frozen=True)

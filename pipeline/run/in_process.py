@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from depthvar.errors import InputError, advice
+from pipeline.request.job_plan import JobPlan
+from pipeline.run.encoding import encode_missing
 from pipeline.run.ledger import JobStopped, ShardRun, one_line
 from pipeline.run.schedule import SHARDS_IN_HAND, Assignment, InHand, takes_more
 from pipeline.run.worker import Progress, ShardDone, ShardStopped, Worker, Workplace
@@ -32,6 +34,16 @@ def run_in_process(place: Workplace, run: ShardRun, should_stop: Callable[[], bo
         _make(worker, run, should_stop)
     finally:
         worker.close()
+
+
+def encode_in_process(plan: JobPlan, place: Workplace) -> Generator[int]:
+    """`encode_missing` in this process. Raises `InputError`, `OSError` or `JobStopped`."""
+    try:
+        yield from encode_missing(plan, place)
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        raise JobStopped(one_line(error)) from error
 
 
 def _make(worker: Worker, run: ShardRun, should_stop: Callable[[], bool]) -> None:

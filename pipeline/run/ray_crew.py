@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import ray
 from ray import exceptions as ray_errors
 
+from depthvar.errors import InputError
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, is_placed
 from pipeline.run.console import say
+from pipeline.run.encoding import encode_missing
 from pipeline.run.ledger import JobStopped, ShardRun
 from pipeline.run.schedule import SHARDS_IN_HAND, InHand, WorkerShape, num_slots, takes_more
 from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, Workplace
@@ -38,6 +40,7 @@ _REMIND_S = 60.0
 _STOP_GRACE_S = 20.0
 _LOADING_GRACE_S = 1.0  # for one that may have claimed its scratch and was not heard yet
 _MAX_LOAD_FAILURES = 2
+_MAX_ENCODERS = 3
 
 Answer = TypeVar("Answer")
 
@@ -55,6 +58,39 @@ def on_a_worker(work: Callable[[], Answer], shape: WorkerShape) -> Answer:
         raise error.cause from None
     except ray_errors.RayError as error:
         raise JobStopped(reason_of(error)) from error
+
+
+def encode_on_a_worker(
+    plan: JobPlan, place: Workplace, shape: WorkerShape, should_stop: Callable[[], bool]
+) -> Generator[int]:
+    """`encode_missing` in a process that has what a worker has, and is gone afterwards.
+
+    One that is lost is followed by another, which goes on with what is missing. Raises `InputError`
+    and `OSError` as it does, and `JobStopped` for other errors and where too many are lost.
+    """
+    # A process is not used again: the next one on its GPU finds the memory free.
+    task: Any = ray.remote(max_calls=1)(encode_missing)
+    options = {"num_cpus": shape.num_cpus, "num_gpus": shape.num_gpus, "max_retries": 0}
+    for remaining in reversed(range(_MAX_ENCODERS)):
+        stream = task.options(**options, num_returns="streaming").remote(plan, place)
+        try:
+            while not should_stop():
+                if ray.wait([stream], timeout=_WAIT_S)[0]:
+                    yield ray.get(next(stream))
+        except StopIteration:
+            return
+        except ray_errors.RayTaskError as error:
+            if isinstance(error.cause, InputError | OSError):
+                raise error.cause from None
+            raise JobStopped(reason_of(error)) from error
+        except ray_errors.RayError as error:
+            if not remaining:
+                raise JobStopped(reason_of(error)) from error
+            say(f"the text encoder goes to another worker: {reason_of(error)}")
+        else:
+            return
+        finally:
+            ray.cancel(stream)
 
 
 class RayWorker(Worker):

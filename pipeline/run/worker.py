@@ -32,6 +32,7 @@ from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
 from pipeline.request.weights import fetch_model
 from pipeline.shards.manifest import CommitRecord, publish_shard
+from pipeline.shards.text_states import TextStates
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
 
@@ -55,19 +56,25 @@ class SamplerLike(Protocol):
     def __call__(
         self, given: Sequence[Any], /, *, seed: int, indices: Sequence[int]
     ) -> SampleBatch:
-        """Sample one image per label, of a text model per prompt; `indices` are global indices."""
+        """Sample one image of each label, or of each prompt's states, float32 (tokens, width).
+
+        `indices` are their global indices.
+        """
 
 
 @dataclass(frozen=True)
 class Workplace:
     """What a worker is told beside the plan: where things are, and what it may use.
 
-    `out` and `weights` must mean the same on every machine. `sampler_factory` names a function
+    `out`, `weights` and `text_encoder` must mean the same on every machine; `text_states` is a file
+    of the driver's. `sampler_factory` names a function
     `module:function` that takes the plan, this and a torch device's name.
     """
 
     out: str
     weights: str | None = None
+    text_encoder: str | None = None
+    text_states: str | None = None
     scratch: str | None = None
     device: Device = "auto"
     threads: int = 1
@@ -145,7 +152,10 @@ class Resampler:
     def __init__(self, plan: JobPlan, place: Workplace) -> None:
         """Load the model; its errors pass through."""
         self._plan = plan
-        device = _resolve_device(place.device)
+        self._text = None
+        if plan.text_encoder_sha256 is not None:
+            self._text = TextStates(Storage.open(place.out), plan.text_encoder_sha256)
+        device = resolve_device(place.device)
         self._sampler = _imported(place.sampler_factory)(plan, place, device)
         assert self._sampler.plan.token_layers == plan.compute.token_layers
         self.info = WorkerInfo(
@@ -158,11 +168,24 @@ class Resampler:
 
     def sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
         """One micro-batch of a shard, the global indices start ... stop - 1."""
-        labels = shard.labels[start - shard.start : stop - shard.start].tolist()
-        indices = range(start, stop)
-        prompts = [self._plan.prompt_of(*which) for which in zip(labels, indices, strict=True)]
-        texts = [prompt.text for prompt in prompts if prompt is not None]
-        return self._sampler(texts or labels, seed=self._plan.seed, indices=indices)
+        return self._sample(self._given(shard, start, stop), start, stop)
+
+    def _sample(self, given: Sequence[Any], start: int, stop: int) -> SampleBatch:
+        return self._sampler(given, seed=self._plan.seed, indices=range(start, stop))
+
+    def _given(self, shard: ShardPlan, start: int, stop: int) -> Sequence[Any]:
+        """What the samples of a micro-batch are made from: labels, or the states of prompts."""
+        labels: list[int] = shard.labels[start - shard.start : stop - shard.start].tolist()
+        if self._text is None:
+            return labels
+        import torch
+
+        found = []
+        for label, index in zip(labels, range(start, stop), strict=True):
+            prompt = self._plan.prompt_of(label, index)
+            assert prompt is not None, "a plan with a text encoder has prompts"
+            found.append(torch.from_numpy(self._text.of(prompt.text)))
+        return found
 
 
 class Worker(Resampler):
@@ -237,18 +260,19 @@ class Worker(Resampler):
     ) -> Generator[tuple[int, int, SampleBatch]]:
         """(start, stop, batch) of the micro-batches in order, the next one always being sampled."""
 
-        def ask(start: int, stop: int) -> Future[SampleBatch]:
+        def ask(given: Sequence[Any], start: int, stop: int) -> Future[SampleBatch]:
             if should_stop():
                 raise ShardStopped(f"shard {shard.shard_id} was stopped before sample {start}")
-            return self._thread.submit(self.sample, shard, start, stop)
+            return self._thread.submit(self._sample, given, start, stop)
 
         batches = shard.micro_batches
-        ahead = ask(*batches[0])
+        ahead = ask(self._given(shard, *batches[0]), *batches[0])
         try:
             for (start, stop), following in zip_longest(batches, batches[1:]):
+                given = self._given(shard, *following) if following else ()
                 batch = ahead.result()
                 if following:
-                    ahead = ask(*following)
+                    ahead = ask(given, *following)
                 yield start, stop, batch
         finally:
             wait([ahead])
@@ -312,7 +336,7 @@ def _imported(path: str) -> Callable[[JobPlan, Workplace, str], SamplerLike]:
     return factory
 
 
-def _resolve_device(wanted: Device) -> str:
+def resolve_device(wanted: Device) -> str:
     """`auto` is the GPU that torch sees, else the CPU."""
     if wanted != "auto":
         return wanted

@@ -107,6 +107,14 @@ def bad_inputs(tmp_path: Path, weights: Path) -> dict[str, tuple[list[str], str]
         "missing YAML file": (["--config", str(tmp_path / "none")], "No such file"),
         "unknown flag": (["--per-clas", "3"], "--per-clas"),
         "address where nothing answers": (["--address", "127.0.0.1:1"], "nothing answers"),
+        "text encoder of a model of classes": (
+            ["--text-encoder", "google/flan-t5-xl"],
+            "got --text-encoder for digits, which takes classes and reads no text",
+        ),
+        "two sources of text states": (
+            ["--text-encoder", "google/flan-t5-xl", "--text-states", str(file)],
+            "text_states was given together with text_encoder",
+        ),
         "two sources of labels": (["--labels-file", str(labels)], "drop"),
     }
 
@@ -119,9 +127,8 @@ BAD_INPUTS = tuple(
     |unknown policy|unknown policy option
     |policy option of a wrong type|policy option of studies
     |policy option with a flag of its own|unknown YAML key|missing YAML file
-    |unknown flag|address where nothing answers|two sources of labels""".replace(
-        "\n    ", ""
-    ).split("|")
+    |unknown flag|address where nothing answers|text encoder of a model of classes
+    |two sources of text states|two sources of labels""".replace("\n    ", "").split("|")
 )
 
 
@@ -349,8 +356,8 @@ METAVARS = {
         samples samples-per-shard seed seeds steps threads threads-per-worker timing-rounds
         tokenizer-steps top-k transformer-steps transformer-tuning-steps workers""",
     "X": "cfg held-out-share layer-drop learning-rate price-per-gpu-hour top-p",
-    "PATH": "data inception-weights model-out out reference scratch test weights",
-    "FILE": "config json plot labels-file",
+    "PATH": "data inception-weights model-out out reference scratch test text-encoder weights",
+    "FILE": "config json plot labels-file text-states",
     "MODEL": "model tokenizer-from",
     "CLASSES": "classes",
     "POLICY": "policy",

@@ -33,6 +33,8 @@ def test_what_is_published_is_read_and_listed(storage, tmp_path):
     assert storage.size("meta/00001.json") is None
     with storage.open_input("train/00000.tar") as stream:
         assert stream.read(5) == b"abcab"
+    assert storage.read_range("train/00000.tar", 4, 3) == b"bca"
+    assert storage.read_range("train/00000.tar", 2999, 9) == b"c"
 
 
 def test_publishing_again_replaces(storage):
@@ -55,6 +57,8 @@ def test_an_empty_file_is_published(storage, tmp_path):
 def test_a_missing_file_is_a_file_not_found_error(storage):
     with pytest.raises(FileNotFoundError):
         storage.read("meta/none.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("meta/none.json", 0, 1)
 
 
 def test_temporary_names_are_neither_listed_nor_content(tmp_path):

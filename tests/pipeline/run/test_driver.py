@@ -21,17 +21,20 @@ from pipeline.request.job import plan_job
 from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
 from pipeline.run.driver import generate
-from pipeline.run.ray_crew import RayCrew
+from pipeline.run.encoding import missing_prompts
+from pipeline.run.ray_crew import RayCrew, encode_on_a_worker
 from pipeline.run.schedule import Machine, WorkerShape
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import Workplace
 from pipeline.run.worker_failures import cause_of, reason_of
 from pipeline.shards.manifest import CommitRecord
+from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
+from tests.fake_text import text_job
 from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
-from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, hold
+from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, arm, armed, hold
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +276,24 @@ def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
     faults(load_error="no such model")
     with pytest.raises(RuntimeError, match=r"^no such model$"):
         ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
+
+
+def test_an_encoder_that_dies_is_followed_by_another_that_goes_on_with_what_is_missing(
+    ray_here, tmp_path, capsys
+):
+    plan, place = text_job(tmp_path)
+    shape = WorkerShape(num_cpus=1, num_gpus=0)
+    arm(ray_here.parent, "file-replaced")  # a file is there and nothing was heard of it
+    assert list(encode_on_a_worker(plan, place, shape, lambda: False)) == []
+    assert armed(ray_here.parent) == []
+    assert "the text encoder goes to another worker: its process died" in capsys.readouterr().err
+    assert missing_prompts(plan, place.out) == []
+
+    Path(str(place.text_states)).unlink()
+    for file in Path(place.out, TEXT_FOLDER).iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"states\.safetensors, which cannot be read"):
+        list(encode_on_a_worker(plan, place, shape, lambda: False))
 
 
 def test_no_more_workers_are_started_than_shards_are_missing(ray_here, faults, tmp_path):

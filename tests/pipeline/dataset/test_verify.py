@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.verify import Report, verify
+from pipeline.dataset.verify import Problem, Report, verify
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import open_plan
 from pipeline.shards.card import sealed
+from pipeline.shards.claims import make_claim
 from pipeline.shards.manifest import (
     committed_shards,
     parquet_name,
@@ -30,10 +32,16 @@ from tests.fake_shards import (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JobPlan]:
+    folder = tmp_path_factory.mktemp("made")
+    storage = Storage.open(folder / "out")
+    return folder / "out", write_dataset(storage, make_plan(), folder / "scratch")
+
+
 @pytest.fixture
-def out(tmp_path) -> tuple[Storage, JobPlan]:
-    storage = Storage.open(str(tmp_path / "out"))
-    return storage, write_dataset(storage, make_plan(), tmp_path / "scratch")
+def out(made: tuple[Path, JobPlan], tmp_path: Path) -> tuple[Storage, JobPlan]:
+    return Storage.open(shutil.copytree(made[0], tmp_path / "out")), made[1]
 
 
 def found(report: Report) -> list[tuple[int | None, str]]:
@@ -68,11 +76,17 @@ def test_an_unfinished_dataset_names_the_shards_to_make(tmp_path):
     storage = Storage.open(str(tmp_path / "out"))
     plan = open_plan(storage, make_plan())
     publish_one(storage, plan, 1, tmp_path / "scratch")
-    report = verify(storage, plan)
-    assert report.shards_to_make == report.not_made == (0, 2)
-    assert found(report) == []
-    assert not report.is_sound
-    assert report.num_samples == 9
+    ticks: list[int] = []
+    for deep in (False, True):
+        report = verify(storage, plan, deep, ticks.append)
+        assert report.shards_to_make == report.not_made == (0, 2)
+        assert found(report) == []
+        assert not report.is_sound
+        assert (report.num_shards, report.num_sound, report.num_samples) == (3, 1, 9)
+        assert report.records.keys() == {1}
+        assert report.is_deep == deep
+        assert report.notes == ()
+    assert sum(ticks) == 6
 
 
 def test_verifying_changes_nothing(out):
@@ -98,39 +112,82 @@ def test_a_flipped_bit_is_found_by_reading_everything(out, name, part):
     report = verify(storage, plan, deep=True)
     assert report.shards_to_make == (1,)
     assert (1, "hash") in found(report)
+    assert all(problem.is_hidden for problem in report.problems)
+    assert (report.num_sound, report.num_samples) == (2, 13)
 
 
 @pytest.mark.parametrize("name", [tar_name(0), parquet_name(0)])
 def test_a_truncated_file_is_found_by_its_size(out, name):
     storage, plan = out
-    storage.publish_bytes(storage.read(name)[:-1024], name)
-    report = verify(storage, plan)
-    assert found(report) == [(0, "size")]
-    assert name in report.problems[0].message
+    whole = storage.read(name)
+    storage.publish_bytes(whole[:-1024], name)
+    said = f"{name} has {len(whole) - 1024} bytes, wanted {len(whole)}"
+    assert verify(storage, plan).problems == (Problem(0, "size", said),)
 
 
-@pytest.mark.parametrize("name", [tar_name(2), parquet_name(2), record_name(2)])
-def test_a_missing_file_is_found(out, name):
+@pytest.mark.parametrize(
+    "names",
+    [
+        *([tar_name(2)], [parquet_name(2)], [record_name(2)]),
+        *([tar_name(2), parquet_name(2)], [parquet_name(2), record_name(2)]),
+    ],
+)
+def test_missing_files_are_named(out, names):
     storage, plan = out
-    Path(storage.root, name).unlink()
-    report = verify(storage, plan)
-    assert found(report) == [(2, "missing")]
-    assert name in report.problems[0].message
+    for name in names:
+        Path(storage.root, name).unlink()
+    said = f"{' and '.join(names)} missing"
+    assert verify(storage, plan).problems == (Problem(2, "missing", said),)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff" * 99])
 def test_a_record_that_is_none_is_found(out, data):
     storage, plan = out
     storage.publish_bytes(data, record_name(0))
+    said = f"{record_name(0)} is not a commit record ({len(data)} bytes)"
+    assert verify(storage, plan).problems == (Problem(0, "record", said),)
+
+
+def test_a_record_that_is_taken_away_meanwhile_is_none(out, monkeypatch):
+    storage, plan = out
+    read = Storage.read
+
+    def without(self: Storage, name: str) -> bytes:
+        if name == record_name(0):
+            raise FileNotFoundError(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read", without)
     assert found(verify(storage, plan)) == [(0, "record")]
 
 
 def test_a_record_of_another_plan_is_found(out, tmp_path):
     storage, plan = out
     publish_one(storage, make_plan(seed=77), 1, tmp_path / "scratch")
+    said = f"{record_name(1)} belongs to another plan"
     report = verify(storage, plan)
+    assert report.problems == (Problem(1, "record", said),)
     assert report.shards_to_make == (1,)
-    assert "another plan" in report.problems[0].message
+
+
+def test_a_record_of_another_shard_is_found(out):
+    storage, plan = out
+    other = json.loads(storage.read(record_name(0)))
+    other["fingerprint"] = plan.shard_fingerprint(1)
+    storage.publish_bytes(json.dumps(other).encode(), record_name(1))
+    said = f"{record_name(1)} does not describe this shard"
+    assert verify(storage, plan).problems == (Problem(1, "record", said),)
+
+
+def test_a_claimed_shard_is_hashed_without_being_asked(out):
+    storage, plan = out
+    for shard_id in (0, 1):
+        make_claim(storage, shard_id)
+    data = bytearray(storage.read(tar_name(1)))
+    data[700] ^= 4
+    storage.publish_bytes(bytes(data), tar_name(1))
+    said = f"{tar_name(1)} or its Parquet is of another run than {record_name(1)}"
+    assert verify(storage, plan).problems == (Problem(1, "hash", said),)
 
 
 def test_swapped_labels_in_the_tar_are_found_even_under_a_fitting_record(out):
@@ -159,6 +216,33 @@ def test_labels_wrong_in_tar_rows_and_record_break_the_histogram(out):
     report = verify(storage, plan, deep=True)
     assert {(None, "histogram"), (0, "labels")} <= set(found(report))
     assert report.shards_to_make == (0,)
+    right = int(plan.shard(0).labels[0])
+    planned = {0: 8, 1: 6, 2: 8}
+    there = {**planned, right: planned[right] - 1, wrong: planned[wrong] + 1}
+    shown = [f"class {c}: {there[c]} for {planned[c]}" for c in sorted((right, wrong))]
+    (told,) = [p for p in report.problems if p.kind == "histogram"]
+    assert told.message == f"2 classes off their counts: {', '.join(shown)}"
+
+
+def test_no_histogram_is_told_of_shards_that_could_not_be_read(out):
+    storage, plan = out
+    storage.publish_bytes(b"x" * 400, parquet_name(0))
+    committed_anew(storage, 0)
+    assert found(verify(storage, plan, deep=True)) == [(0, "unreadable")]
+
+
+def test_of_many_classes_off_their_counts_three_are_told(tmp_path):
+    storage = Storage.open(tmp_path / "out")
+    plan = write_dataset(storage, make_plan({0: 1, 1: 1, 2: 1, 3: 1}), tmp_path / "scratch")
+
+    def relabel(members: list[tuple[str, bytes]]) -> None:
+        members[:] = [(n, b"9" if n.endswith("cls") else data) for n, data in members]
+
+    rewrite_tar(storage, 0, relabel)
+    committed_anew(storage, 0)
+    (told,) = [p for p in verify(storage, plan, deep=True).problems if p.kind == "histogram"]
+    shown = "class 0: 0 for 1, class 1: 0 for 1, class 2: 0 for 1"
+    assert told.message == f"5 classes off their counts: {shown}"
 
 
 def test_swapped_images_are_found_even_under_a_fitting_record(out):
@@ -298,13 +382,38 @@ def test_what_systems_leave_in_a_dataset_is_no_finding(out, name):
     assert verify(storage, plan, deep=True).is_sound
 
 
-def test_an_index_that_is_not_up_to_date_is_found(out):
+@pytest.mark.parametrize("name", ["sizes.json", "index.json", "README.md"])
+def test_an_index_that_is_missing_or_not_up_to_date_is_found(out, name):
     storage, plan = out
-    storage.publish_bytes(b"{}", "sizes.json")
-    report = verify(storage, plan)
-    assert found(report) == [(None, "index")]
+    problem = Problem(None, "index", f"{name} is missing or not up to date")
+    if name != "README.md":
+        storage.publish_bytes(b"{}", name)
+        assert verify(storage, plan).problems == (problem,)
+    storage.remove(name)
+    assert verify(storage, plan).problems == (problem,)
     write_indexes(storage, plan, committed_shards(storage, plan))
     assert verify(storage, plan).is_sound
+
+
+def test_the_facts_that_earlier_releases_did_not_write_are_a_note(out):
+    storage, plan = out
+    storage.remove("_info.json")
+    report = verify(storage, plan)
+    assert report.problems == ()
+    said = "_info.json is missing, as earlier releases left it: generate writes it"
+    assert report.notes == (said,)
+    storage.publish_bytes(b"{}", "_info.json")
+    assert found(verify(storage, plan)) == [(None, "index")]
+
+
+def test_strays_are_told_in_order_with_folders_as_such(out):
+    storage, plan = out
+    for name in ("train/z.txt", "train/a/b.tar", "meta/x", "commits/00000.tar"):
+        storage.publish_bytes(b"x", name)
+    assert verify(storage, plan).problems == tuple(
+        Problem(None, "stray", f"{name} is not part of the dataset")
+        for name in ("commits/00000.tar", "meta/x", "train/a/", "train/z.txt")
+    )
 
 
 def test_a_card_that_is_not_the_plans_is_a_note_that_says_what_generate_does(out):

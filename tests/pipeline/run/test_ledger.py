@@ -143,12 +143,14 @@ def test_a_ledger_with_foreign_lines_sets_nothing_aside(tmp_path: Path):
         "error": "it broke",
         "at": "2026-01-02T03:04:05+00:00",
     }
-    lines: list[object] = [1, [], {}, {**good, "fingerprint": "x"}, {**good, "set_aside": 1}]
-    lines += [{**good, "shard_id": number} for number in (99, 3, -1, "1", None)]
-    lines += [{k: v for k, v in good.items() if k != name} for name in good if name != "cause"]
-    text = "\n".join(["{", "\xff", "[" * 100_000, *map(json.dumps, lines)])
-    storage.publish_bytes(text.encode("latin-1"), LEDGER_NAME)
-    assert set_aside_earlier(storage, plan) == frozenset()
+    foreign: list[object] = [1, [], {}, {**good, "fingerprint": "x"}, {**good, "set_aside": 1}]
+    foreign += [{**good, "shard_id": number} for number in (99, 3, -1, "1", None)]
+    foreign += [{k: v for k, v in good.items() if k != name} for name in good if name != "cause"]
+    lines = ["{", "\xff", "[" * 100_000, *map(json.dumps, foreign)]
+    for line in lines:
+        storage.publish_bytes(line.encode("latin-1"), LEDGER_NAME)
+        assert set_aside_earlier(storage, plan) == frozenset(), line[:80]
+    text = "\n".join(lines)
     more = f"{text}\n{json.dumps(good)}\n{json.dumps({**good, 'fingerprint': 'x'})}"
     storage.publish_bytes(more.encode("latin-1"), LEDGER_NAME)
     assert set_aside_earlier(storage, plan) == {1}

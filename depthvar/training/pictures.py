@@ -141,7 +141,7 @@ def _unidentified(data: bytes) -> str:
 def _decoded(data: bytes, background: Background) -> Picture:
     image: Image.Image = Image.open(io.BytesIO(data))
     rawmode, box, done = _rawmode(image), _frame_box(image), []
-    if _orientation(image) in range(2, 9):
+    if _is_turned(image):
         done.append(TURNED)
     if _has_more_frames(data):
         done.append(FRAMES)
@@ -198,11 +198,10 @@ def _alpha_inside(box: tuple[int, int, int, int], alpha: Image.Image) -> Image.I
     return inside
 
 
-def _orientation(image: Image.Image) -> int:
+def _is_turned(image: Image.Image) -> bool:
     with suppress(Exception):  # a viewer passes over EXIF that it cannot read
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation
-    return 1
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return False
 
 
 def _has_more_frames(data: bytes) -> bool:
@@ -214,7 +213,7 @@ def _has_more_frames(data: bytes) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
-    with suppress(Exception):  # as in `_orientation`
+    with suppress(Exception):  # as in `_is_turned`
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -319,11 +318,8 @@ def _sixteen_bit_layers(
     elif key is not None:
         alpha = Image.fromarray(np.uint8(255) * (colours_HWC != key).any(axis=2))
     bytes_HWC = _byte_table(2**16 - 1, exponent)[colours_HWC]
-    if num_colours == 1:
-        return Image.fromarray(bytes_HWC[..., 0]), alpha
-    mode = "CMYK" if num_colours == 4 else "RGB"
-    size = (bytes_HWC.shape[1], bytes_HWC.shape[0])
-    return Image.frombytes(mode, size, np.ascontiguousarray(bytes_HWC).tobytes()), alpha
+    bands = [Image.fromarray(bytes_HW) for bytes_HW in np.moveaxis(bytes_HWC, 2, 0)]
+    return Image.merge({1: "L", 3: "RGB", 4: "CMYK"}[num_colours], bands), alpha
 
 
 def _layers(image: Image.Image, rawmode: str) -> tuple[Image.Image, Image.Image | None]:

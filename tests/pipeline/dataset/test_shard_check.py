@@ -176,6 +176,11 @@ def test_a_sample_less_and_a_sample_more_are_named(shard: Shard):
     ]
 
 
+def test_only_a_row_that_is_ok_has_a_sample(shard: Shard):
+    told = f"{TAR}: the sample 000000000011 is not the next one"
+    assert shard.found(rows=lambda rows: rows[2].update(status="failed")) == [("unreadable", told)]
+
+
 def test_a_label_is_compared_with_the_plan_and_with_the_row(shard: Shard):
     label = int(shard.plan.shard(SHARD).labels[1])
     wrong = (label + 1) % 3

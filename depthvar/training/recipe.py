@@ -51,12 +51,8 @@ class TokenizerRecipe:
     their codes and `latent_decay` keeps their size bounded: else they run away from the codes.
     """
 
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
-    )
-    tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=1e-3, warmup_steps=50)
-    )
+    schedule: Schedule = Schedule(steps=2500, batch=64, learning_rate=1e-3, warmup_steps=100)
+    tuning: Schedule = Schedule(steps=1200, batch=64, learning_rate=1e-3, warmup_steps=50)
     tuning_plain_share: float = 0.75
     prefix_share: float = 0.4
     commitment: float = 1.0
@@ -74,14 +70,8 @@ class TransformerRecipe:
     trains the unconditional stream.
     """
 
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(
-            steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150
-        )
-    )
-    tuning: Schedule = field(
-        default_factory=lambda: Schedule(steps=1200, batch=64, learning_rate=8e-4, warmup_steps=50)
-    )
+    schedule: Schedule = Schedule(steps=4000, batch=64, learning_rate=1.5e-3, warmup_steps=150)
+    tuning: Schedule = Schedule(steps=1200, batch=64, learning_rate=8e-4, warmup_steps=50)
     tuning_plain_share: float = 0.5
     layer_drop: float = 0.25
     layer_drop_ramp: float = 0.3

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from depthvar.errors import advice
@@ -49,12 +49,7 @@ class StopSignals:
                 del self._before[signal.SIGHUP]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

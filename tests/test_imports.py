@@ -108,6 +108,7 @@ def test_ray_is_imported_where_the_work_is_run_alone():
     assert {name_of(f) for f in files if "ray" in packages(f)} == {
         "pipeline.run.cluster",
         "pipeline.run.ray_crew",
+        "pipeline.run.ray_metrics",
         "pipeline.run.submission",  # speaks to a cluster that it is no part of
         "pipeline.run.worker_failures",
     }

@@ -1,12 +1,10 @@
-"""What the user sees while a job runs and after it: the progress bar and plain text."""
+"""What the user reads of a job before it runs and after it."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -15,7 +13,7 @@ from depthvar.host.rate import rate_text
 from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
 from pipeline.request.job_plan import JobPlan
-from pipeline.shards.manifest import CommitRecord, mixed_environments
+from pipeline.shards.manifest import CommitRecord, mixed_environments, seconds_by_stage
 
 _MAX_RANGES = 12
 _MAX_CLASSES = 10  # above it the first and the last ones stand for all
@@ -25,67 +23,6 @@ _MAX_NAME = 40
 def say(text: str) -> None:
     """Print a line to stderr without tearing a progress bar."""
     tqdm.write(text, file=sys.stderr)
-
-
-class ProgressBar:
-    """Images and shards on stderr, with rate and time left. Images of a lost shard are taken back.
-
-    `num_done` images and `shards_done` shards are committed before the run starts.
-    """
-
-    def __init__(self, plan: JobPlan, *, num_done: int, shards_done: int) -> None:
-        self._num_shards = plan.num_shards
-        self._shards_done = shards_done
-        self._of_shard: dict[int, int] = {}
-        self._bar = _bar(plan.model, "image", plan.num_samples, num_done)
-        self._show_shards()
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-
-    def images(self, shard_id: int, num_images: int) -> None:
-        """Count images of a shard that is being made."""
-        self._of_shard[shard_id] = self._of_shard.get(shard_id, 0) + num_images
-        self._bar.update(num_images)
-
-    def shard_done(self, shard_id: int, num_images: int) -> None:
-        """Count a committed shard of `num_images`, whatever was heard of it before."""
-        self._bar.update(num_images - self._of_shard.pop(shard_id, 0))
-        self._shards_done += 1
-        self._show_shards()
-
-    def take_back(self, shard_id: int) -> None:
-        """Forget the images of a shard that has to be made again."""
-        self._bar.update(-self._of_shard.pop(shard_id, 0))
-
-    def _show_shards(self) -> None:
-        self._bar.set_postfix_str(f"{self._shards_done}/{self._num_shards} shards")
-
-
-def encoding_bar(num_prompts: int) -> tqdm[NoReturn]:
-    """Prompts on stderr while they are encoded, with rate and time left."""
-    return _bar("text encoder", "prompt", num_prompts, 0)
-
-
-def _bar(name: str, unit: str, total: int, num_done: int) -> tqdm[NoReturn]:
-    on_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=num_done,
-        desc=name,
-        unit=unit,
-        dynamic_ncols=on_terminal,
-        mininterval=0.2 if on_terminal else 10.0,
-        file=sys.stderr,
-    )
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -186,17 +123,17 @@ def time_line(records: Mapping[int, CommitRecord]) -> str:
     """Milliseconds of one worker per image, by phase; encoding runs beside the others."""
     batches = [batch for record in records.values() for batch in record.batches]
     images = sum(batch.stop - batch.start for batch in batches)
+    seconds = seconds_by_stage(batches)
     if not images:
         return "nothing made yet"
 
-    def per_image(seconds: float) -> str:
-        milliseconds = 1000 * seconds / images
+    def per_image(stage: str) -> str:
+        milliseconds = 1000 * seconds[stage] / images
         return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
     return (
-        f"per image and worker: transformer {per_image(sum(b.sampling_s for b in batches))},"
-        f" decoder {per_image(sum(b.decoding_s for b in batches))},"
-        f" encoding {per_image(sum(b.encoding_s for b in batches))} beside them"
+        f"per image and worker: transformer {per_image('sampling')},"
+        f" decoder {per_image('decoding')}, encoding {per_image('encoding')} beside them"
     )
 
 

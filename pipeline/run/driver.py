@@ -32,10 +32,8 @@ from pipeline.run.cluster import (
     this_machine,
 )
 from pipeline.run.console import (
-    ProgressBar,
     class_line,
     dataset_summary,
-    encoding_bar,
     memory_warning,
     missing_summary,
     run_summary,
@@ -45,6 +43,7 @@ from pipeline.run.encoding import missing_prompts
 from pipeline.run.forecast import Speed
 from pipeline.run.in_process import encode_in_process, run_in_process
 from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set_aside_earlier
+from pipeline.run.progress import ProgressDisplay, PromptTally
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker, on_a_worker
 from pipeline.run.schedule import (
     ShardQueue,
@@ -103,14 +102,13 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
             if warning := memory_warning(plan, model, crew.room):
                 say(f"warning: {warning}")
             plan = open_plan(storage, plan)
-            num_done = sum(record.num_samples for record in done.values())
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             run = None
             with crew.session():
                 problem = _encode(crew.encode, plan, place.out, stop)
                 if problem is None and not stop.is_set():
-                    with ProgressBar(plan, num_done=num_done, shards_done=len(done)) as bar:
-                        run = ShardRun(storage, plan, queue, bar, done.values())
+                    with ProgressDisplay() as display:
+                        run = ShardRun(storage, plan, queue, done.values(), [display.show])
                         problem = _work(crew.make, run)
         stopped = stop.is_set()
         return _conclude(
@@ -161,9 +159,12 @@ def _encode(encode: Encode, plan: JobPlan, out: str, stop: StopSignals) -> str |
     if not missing:
         return None
     try:
-        with encoding_bar(len(missing)) as bar, contextlib.closing(encode(plan)) as encoded:
+        tally = PromptTally(len(missing))
+        with ProgressDisplay() as display, contextlib.closing(encode(plan)) as encoded:
+            display.show(tally)
             for num_prompts in encoded:
-                bar.update(num_prompts)
+                tally.done += num_prompts
+                display.show(tally)
                 if stop.is_set():
                     break
     except JobStopped as error:
@@ -198,8 +199,8 @@ def _conclude(
     if problem is None and not interrupted:
         done = _await_other_jobs(storage, plan, done, set_aside)
     is_complete = len(done) == plan.num_shards
-    if run is not None and run.num_images:
-        print(run_summary(run.num_images, run.making_s, run.loading_s, run.workers))
+    if run is not None and run.tally.images:
+        print(run_summary(run.tally.images, run.making_s, run.loading_s, run.workers))
     print(dataset_summary(plan, done, str(storage)))
     if is_complete:
         reach("indexes-wanted")

@@ -21,6 +21,7 @@ def run_in_process(place: Workplace, run: ShardRun, should_stop: Callable[[], bo
 
     Raises `InputError` or `JobStopped` if the model cannot be loaded.
     """
+    run.crew(0, 1)
     try:
         worker = Worker(run.plan, place)
     except InputError:
@@ -30,10 +31,12 @@ def run_in_process(place: Workplace, run: ShardRun, should_stop: Callable[[], bo
     except Exception as error:
         raise JobStopped(f"the model cannot be loaded: {one_line(error)}") from error
     run.worker_ready(worker.info)
+    run.crew(1, 0)
     try:
         _make(worker, run, should_stop)
     finally:
         worker.close()
+        run.crew(0, 0)
 
 
 def encode_in_process(plan: JobPlan, place: Workplace) -> Generator[int]:

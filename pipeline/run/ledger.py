@@ -15,7 +15,8 @@ from typing import Any
 
 from depthvar.errors import advice
 from pipeline.request.job_plan import JobPlan
-from pipeline.run.console import ProgressBar, environment_changes, say
+from pipeline.run.console import environment_changes, say
+from pipeline.run.progress import Tally, View
 from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.run.worker import Progress, ShardDone, WorkerInfo
 from pipeline.shards.failures import NODE, SHARD, STORAGE, given_up, ledger_lines
@@ -74,10 +75,11 @@ class StopSignals:
 
 
 class ShardRun:
-    """Bookkeeping of one run: what is heard of a shard goes to the queue, the bar and the ledger.
+    """Bookkeeping of one run: what is heard of a shard goes to the queue, the tally and the ledger.
 
-    The ledger is `commits/failures.jsonl`, one line per charged failure with its traceback, and one
-    per charge that was taken back.
+    The tally is shown to `views` whenever something was heard. The ledger is
+    `commits/failures.jsonl`, one line per charged failure with its traceback, and one per charge
+    that was taken back.
     """
 
     def __init__(
@@ -85,15 +87,15 @@ class ShardRun:
         storage: Storage,
         plan: JobPlan,
         queue: ShardQueue,
-        bar: ProgressBar,
         earlier: Iterable[CommitRecord] = (),
+        views: Iterable[View] = (),
     ) -> None:
         """`earlier` are the records of the shards that this run finds committed."""
         self.plan = plan
         self.queue = queue
         self.memory_may_be_short = False
         self.unstored: set[int] = set()
-        self.num_images = 0
+        self.views = list(views)
         self.started_s = time.monotonic()
         self.ready_s: float | None = None
         self.finished_s: float | None = None
@@ -102,7 +104,27 @@ class ShardRun:
         self._earlier = tuple(earlier)
         self._said: set[str] = set()
         self._storage = storage
-        self._bar = bar
+        self.tally = Tally(
+            plan,
+            queue,
+            images_before=sum(record.num_samples for record in self._earlier),
+            shards_before=len(self._earlier),
+        )
+
+    @property
+    def where(self) -> str:
+        """The dataset, without anything secret."""
+        return str(self._storage)
+
+    def show(self) -> None:
+        """Show how far the run is."""
+        for view in self.views:
+            view(self.tally)
+
+    def crew(self, ready: int, starting: int) -> None:
+        """There are so many workers now: ready, and not yet."""
+        self.tally.workers_ready, self.tally.workers_starting = ready, starting
+        self.show()
 
     def worker_ready(self, info: WorkerInfo) -> None:
         """A worker has loaded its model; says so if earlier shards were made with other things."""
@@ -131,9 +153,15 @@ class ShardRun:
 
     def heard(self, event: Progress | ShardDone) -> None:
         """Take in what a worker yields."""
+        tally = self.tally
         if isinstance(event, Progress):
-            self._bar.images(event.shard_id, event.num_images)
+            tally.sampled += event.num_images
+            tally.in_hand[event.shard_id] = tally.in_hand.get(event.shard_id, 0) + event.num_images
+            self.show()
         else:
+            tally.num_bytes += event.num_bytes
+            for stage, seconds in event.seconds.items():
+                tally.seconds[stage] = tally.seconds.get(stage, 0.0) + seconds
             self._done(event.shard_id)
 
     def failed(
@@ -157,7 +185,7 @@ class ShardRun:
             return False
         is_storage = storage_error is not None
         set_aside = self.queue.failed(shard_id)
-        self._bar.take_back(shard_id)
+        self._forget(shard_id)
         self.memory_may_be_short |= _is_out_of_memory(error)
         if set_aside and is_storage:
             self.unstored.add(shard_id)
@@ -191,7 +219,7 @@ class ShardRun:
             self._done(assignment.shard_id)
             return
         self.queue.lost(assignment.shard_id, alone=alone)
-        self._bar.take_back(assignment.shard_id)
+        self._forget(assignment.shard_id)
         if reason:
             say(f"shard {shard_name(assignment.shard_id)} goes to another worker: {reason}")
 
@@ -206,8 +234,14 @@ class ShardRun:
         start, stop = self.plan.shard_range(shard_id)
         self.queue.done(shard_id)
         self._storage_failures = 0
-        self.num_images += stop - start
-        self._bar.shard_done(shard_id, stop - start)
+        self.tally.images += stop - start
+        self.tally.shards += 1
+        self._forget(shard_id)
+
+    def _forget(self, shard_id: int) -> None:
+        """A shard is in nobody's hands any more."""
+        self.tally.in_hand.pop(shard_id, None)
+        self.show()
 
     def _is_committed(self, shard_id: int) -> bool:
         try:

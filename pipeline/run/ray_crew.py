@@ -25,6 +25,7 @@ from pipeline.run.cluster import alive_nodes, cluster_machines, draining_nodes, 
 from pipeline.run.console import say
 from pipeline.run.encoding import encode_missing
 from pipeline.run.ledger import JobStopped, ShardRun
+from pipeline.run.ray_metrics import RayMetrics
 from pipeline.run.schedule import SHARDS_IN_HAND, InHand, WorkerShape, num_slots, takes_more
 from pipeline.run.worker import Progress, ShardDone, Worker, WorkerInfo, Workplace
 from pipeline.run.worker_failures import cause_of, plain, reason_of, storage_error_of
@@ -173,10 +174,13 @@ class RayCrew:
         Raises `JobStopped` if the model cannot be loaded.
         """
         patience_s, waiting_since_s = _PATIENCE_S, time.monotonic()
+        run.views.append(RayMetrics(run.where).show)
         try:
             while not run.queue.finished and not self.should_stop():
                 self._look_at_nodes(run)
                 self._staff(run)
+                num_ready = sum(worker.info is not None for worker in self._hired)
+                run.crew(num_ready, len(self._hired) - num_ready)
                 self._listen(run, _WAIT_S)
                 waited_s = time.monotonic() - waiting_since_s
                 if any(worker.info for worker in self._hired):
@@ -186,6 +190,7 @@ class RayCrew:
                     patience_s = waited_s + _REMIND_S
         finally:
             self._dismiss_all(run)
+            run.crew(0, 0)
 
     def _reason_to_wait(self, waited_s: float) -> str | None:
         """Why there is no worker yet; None if that takes no longer than it may."""

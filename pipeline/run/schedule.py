@@ -64,6 +64,7 @@ class ShardQueue:
         self._alone: set[int] = set()
         self._set_aside: set[int] = set()
         self._starts: dict[int, int] = {}
+        self._retries = 0
         self._failures: dict[int, int] = {}
 
     def take(self, *, beside_another: bool = False) -> Assignment | None:
@@ -76,6 +77,7 @@ class ShardQueue:
         shard_id = self._waiting.popleft()
         self._running.add(shard_id)
         self._starts[shard_id] = self._starts.get(shard_id, 0) + 1
+        self._retries += self._starts[shard_id] > 1
         return Assignment(shard_id, self._starts[shard_id], shard_id in self._alone)
 
     def done(self, shard_id: int) -> None:
@@ -114,9 +116,24 @@ class ShardQueue:
         return self._failures.get(shard_id, 0)
 
     @property
+    def num_waiting(self) -> int:
+        """Shards that no worker has."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Shards that a worker has."""
+        return len(self._running)
+
+    @property
     def num_open(self) -> int:
-        """Shards that still need a worker: waiting or running."""
-        return len(self._waiting) + len(self._running)
+        """Shards that are not done and not set aside."""
+        return self.num_waiting + self.num_running
+
+    @property
+    def num_retries(self) -> int:
+        """How often a shard was begun again."""
+        return self._retries
 
     @property
     def finished(self) -> bool:

@@ -14,7 +14,8 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from pipeline.faults import reach
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
 from pipeline.request.weights import fetch_model
-from pipeline.shards.manifest import CommitRecord, publish_shard
+from pipeline.shards.manifest import CommitRecord, publish_shard, seconds_by_stage
 from pipeline.shards.text_states import TextStates
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
@@ -114,10 +115,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard is committed; `num_bytes` of tar and Parquet."""
+    """A shard is committed; `num_bytes` of tar and Parquet.
+
+    `seconds` by stage: sampling, decoding, encoding (of all threads) and publishing.
+    """
 
     shard_id: int
     num_bytes: int
+    seconds: Mapping[str, float]
 
 
 class ShardStopped(Exception):  # noqa: N818 - an orderly stop, not an error
@@ -235,11 +240,11 @@ class Worker(Resampler):
                     with naming(scratch):
                         writer.add(batch, start)
                     reach("batch-sampled")
-                num_bytes = self._commit(writer, attempt)
-        yield ShardDone(shard_id, num_bytes)
+                done = self._commit(writer, attempt)
+        yield done
 
-    def _commit(self, writer: ShardWriter, attempt: int) -> int:
-        """Finish a shard and publish it; its bytes."""
+    def _commit(self, writer: ShardWriter, attempt: int) -> ShardDone:
+        """Finish a shard and publish it."""
         with naming(self._scratch.folder):
             built = writer.finish()
         reach("shard-built")
@@ -252,8 +257,13 @@ class Worker(Resampler):
             threads=self.info.threads,
             environment=self.info.environment,
         )
+        begun_s = time.monotonic()
         publish_shard(self._storage, self._plan, built, record)
-        return built.files.tar.size + built.files.parquet.size
+        return ShardDone(
+            built.shard_id,
+            built.files.tar.size + built.files.parquet.size,
+            {**seconds_by_stage(built.batches), "publishing": time.monotonic() - begun_s},
+        )
 
     def _sampled(
         self, shard: ShardPlan, should_stop: Callable[[], bool]

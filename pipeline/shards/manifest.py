@@ -133,6 +133,16 @@ class BatchTiming:
     encoding_s: Seconds
 
 
+def seconds_by_stage(batches: Iterable[BatchTiming]) -> dict[str, float]:
+    """What some micro-batches took in all."""
+    timings = tuple(batches)
+    return {
+        "sampling": sum(batch.sampling_s for batch in timings),
+        "decoding": sum(batch.decoding_s for batch in timings),
+        "encoding": sum(batch.encoding_s for batch in timings),
+    }
+
+
 @dataclass(frozen=True)
 class BuiltShard:
     """A finished and checked shard in local scratch, not published yet."""

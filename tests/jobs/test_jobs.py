@@ -286,7 +286,7 @@ def test_generate_says_which_classes_it_makes_before_it_begins(
     added_up = "names 1 class more than once, whose counts add up: 'seven' 2 from 2 lines"
     notes = f"classes   2 images each: 1 'one', 7 'seven'\nnote: {labels} {added_up}\n"
     assert notes in shown
-    assert shown.index(notes) < shown.index("image/s")
+    assert shown.index(notes) < shown.index("0/4 images")
     assert jobs.plan.main(argv) == 0
     text = capsys.readouterr().out
     assert all(line in text.splitlines() for line in notes.splitlines())

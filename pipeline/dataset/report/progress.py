@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.shards.manifest import CommitRecord
+from pipeline.shards.manifest import CommitRecord, seconds_by_stage
 
 _NUM_BINS = 60
 _LONGEST_PAUSE_S, _LONGEST_PAUSE_SHARE = 60.0, 0.05  # longer ones are cut out
@@ -113,11 +113,7 @@ def stage_seconds(records: Iterable[CommitRecord]) -> dict[str, float]:
     """What an image took in every stage, in the mean."""
     batches = [batch for record in records for batch in record.batches]
     num_images = sum(batch.stop - batch.start for batch in batches)
-    return {
-        "sampling": sum(batch.sampling_s for batch in batches) / num_images,
-        "decoding": sum(batch.decoding_s for batch in batches) / num_images,
-        "encoding": sum(batch.encoding_s for batch in batches) / num_images,
-    }
+    return {stage: seconds / num_images for stage, seconds in seconds_by_stage(batches).items()}
 
 
 def making_s(record: CommitRecord) -> float:

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 
 from pipeline.run.console import (
-    ProgressBar,
     class_line,
     dataset_summary,
     environment_changes,
@@ -127,20 +126,6 @@ def test_shards_are_named_by_ranges_of_which_twelve_are_shown(numbers, text):
 )  # fmt: skip
 def test_bytes_are_told_in_decimal_units(num_bytes, text):
     assert human_bytes(num_bytes) == text
-
-
-def test_the_progress_counts_images_and_shards_and_takes_back_those_of_a_lost_one(capsys):
-    with ProgressBar(make_plan(), num_done=9, shards_done=1) as bar:
-        bar.images(1, 4)
-        bar.take_back(1)
-        bar.images(1, 4)
-        bar.images(1, 4)
-        bar.shard_done(1, 9)
-        bar.images(2, 3)
-    last = capsys.readouterr().err.rstrip("\n").split("\r")[-1]
-    assert "fake:" in last
-    assert " 21/22 " in last
-    assert "2/3 shards" in last
 
 
 def test_the_summary_of_a_dataset_tells_images_bytes_compute_and_place(tmp_path):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,11 +20,13 @@ from depthvar.errors import InputError
 from pipeline.faults import VARIABLE as FAULT_VARIABLE
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
+from pipeline.request.plan_file import stored_plan
 from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
 from pipeline.run.driver import generate
 from pipeline.run.encoding import missing_prompts
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker
+from pipeline.run.ray_metrics import PROMETHEUS_NAMES
 from pipeline.run.schedule import Machine, WorkerShape
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import Workplace
@@ -33,7 +37,7 @@ from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
 from tests.fake_text import text_job
-from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
+from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for, without_torch
 from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, arm, armed, hold
 
 
@@ -53,6 +57,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             log_to_driver=False,
             logging_level="ERROR",
             object_store_memory=100 * 2**20,
+            _system_config={"metrics_report_interval_ms": 200},
         )
         yield faults
         ray.shutdown()
@@ -250,6 +255,52 @@ def test_a_shard_that_fails_beside_the_commit_of_another_is_charged_and_the_othe
         assert code.result() == 1
     assert [(e["shard_id"], e["set_aside"]) for e in ledger(out)] == [(1, True)]
     assert attempts(out) == {0: 1, 2: 1, 3: 1, 4: 1}
+
+
+def metrics_of(out: Path) -> dict[str, float]:
+    """What Ray's Prometheus endpoint says of a dataset, by name and own tag."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=30).read().decode().splitlines():
+        name, _, rest = line.partition("{")
+        tags, _, value = rest.rpartition("} ")
+        told = dict(re.findall(r'(\w+)="([^"]*)"', tags))
+        if name.startswith("ray_depthvar_") and told["dataset"] == str(out):
+            found[f"{name} {told.get('stage', told.get('state', ''))}".strip()] = float(value)
+    return found
+
+
+def test_prometheus_is_told_what_a_run_counts(ray_here, faults, tmp_path):
+    """Shard 2 fails twice behind its first batch of four, the other 33 images are committed."""
+    out = tmp_path / "out"
+    faults(poison=25)
+    assert run(out, workers=1, max_attempts=2) == 1
+    wait_for(lambda: metrics_of(out).get("ray_depthvar_workers ready") == 0)
+    told = metrics_of(out)
+    records = [CommitRecord.from_json(f.read_bytes()) for f in out.glob("commits/0*.json")]
+    batches = [batch for record in records for batch in record.batches]
+    seconds = "ray_depthvar_stage_seconds_total"
+    compute = stored_plan(Storage.open(out)).compute
+    assert {name.split()[0] for name in told} == PROMETHEUS_NAMES
+    assert told.pop(f"{seconds} publishing") > 0
+    assert told.pop(f"{seconds} encoding") == pytest.approx(sum(b.encoding_s for b in batches))
+    assert told == {
+        "ray_depthvar_images_total": 33,
+        "ray_depthvar_shards_total": 4,
+        "ray_depthvar_bytes_total": sum(len(data) for data in contents(out).values()),
+        "ray_depthvar_sampled_images_total": 41,
+        "ray_depthvar_flops_total": 41 * (compute.transformer_flops + compute.decoder_flops),
+        "ray_depthvar_retries_total": 1,
+        f"{seconds} sampling": pytest.approx(0.01 * len(batches)),
+        f"{seconds} decoding": pytest.approx(0.005 * len(batches)),
+        "ray_depthvar_images_left": 0,
+        "ray_depthvar_queue_shards waiting": 0,
+        "ray_depthvar_queue_shards running": 0,
+        "ray_depthvar_queue_shards set aside": 1,
+        "ray_depthvar_workers ready": 0,
+        "ray_depthvar_workers starting": 0,
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

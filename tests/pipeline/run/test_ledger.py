@@ -23,24 +23,7 @@ from pipeline.shards.manifest import LEDGER_NAME
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, publish_one
 
-SHARD_IMAGES = {0: 9, 1: 9, 2: 4}
 DISK_FULL = OSError(28, "No space left on device")
-
-
-class Bar:
-    """Images by shard, as a progress bar would show them."""
-
-    def __init__(self) -> None:
-        self.shown = dict.fromkeys(SHARD_IMAGES, 0)
-
-    def images(self, shard_id: int, num_images: int) -> None:
-        self.shown[shard_id] += num_images
-
-    def shard_done(self, shard_id: int, num_images: int) -> None:
-        self.shown[shard_id] = num_images
-
-    def take_back(self, shard_id: int) -> None:
-        self.shown[shard_id] = 0
 
 
 class Job:
@@ -48,9 +31,8 @@ class Job:
 
     def __init__(self, folder: Path, max_attempts: int = 3, **options: Any) -> None:
         self.storage, self.plan = Storage.open(folder), make_plan()
-        self.queue, self.bar = ShardQueue(range(3), max_attempts), Bar()
-        bar: Any = self.bar
-        self.run = ShardRun(self.storage, self.plan, self.queue, bar, **options)
+        self.queue = ShardQueue(range(3), max_attempts)
+        self.run = ShardRun(self.storage, self.plan, self.queue, **options)
 
     def take(self) -> Assignment:
         assignment = self.queue.take()
@@ -189,19 +171,18 @@ def test_a_ledger_that_cannot_be_written_ends_no_job(job: Job, monkeypatch, caps
 def test_a_failed_shard_gives_its_images_back(job: Job):
     job.run.heard(Progress(0, 4))
     job.run.heard(Progress(1, 4))
-    assert job.bar.shown == {0: 4, 1: 4, 2: 0}
+    assert job.run.tally.in_hand == {0: 4, 1: 4}
     job.take()
     job.fail(Assignment(0, 1))
-    assert job.bar.shown == {0: 0, 1: 4, 2: 0}
+    assert job.run.tally.in_hand == {1: 4}
 
 
 def test_a_committed_shard_counts_with_all_its_images(job: Job):
-    for _ in SHARD_IMAGES:
+    for _ in range(3):
         job.take()
     for shard_id in (2, 0):
-        job.run.heard(ShardDone(shard_id, 1000))
-    assert job.run.num_images == 13
-    assert job.bar.shown == {0: 9, 1: 0, 2: 4}
+        job.run.heard(ShardDone(shard_id, 1000, {}))
+    assert (job.run.tally.images, job.run.tally.done) == (13, 13)
     assert job.queue.num_open == 1
 
 
@@ -215,7 +196,7 @@ def test_a_shard_that_was_committed_all_the_same_is_done(job: Job, how, tmp_path
         assert said == "shard 00000 was committed before host:7 failed: boom\n"
     else:
         job.run.lost(assignment, "its node is gone")
-    assert (job.run.num_images, job.queue.num_open) == (9, 2)
+    assert (job.run.tally.images, job.queue.num_open) == (9, 2)
     assert job.queue.failures(0) == 0
     assert job.storage.size(LEDGER_NAME) is None
 
@@ -234,7 +215,7 @@ def test_a_record_that_cannot_be_read_is_no_commit(job: Job, tmp_path: Path, mon
 def test_a_lost_shard_is_made_again_at_no_charge(job: Job, alone: bool, capsys):
     job.run.heard(Progress(0, 4))
     job.run.lost(job.take(), "its node is gone", alone=alone)
-    assert job.bar.shown[0] == 0
+    assert job.run.tally.done == 0
     assert capsys.readouterr().err == "shard 00000 goes to another worker: its node is gone\n"
     assert job.take() == Assignment(0, 2, alone)
     job.run.lost(Assignment(0, 2), "")
@@ -254,7 +235,7 @@ def test_five_shards_in_a_row_that_cannot_be_stored_stop_the_job(tmp_path: Path)
             job.fail(job.take(), **options)
 
     fail(4, storage_error=DISK_FULL)
-    job.run.heard(ShardDone(job.take().shard_id, 1000))
+    job.run.heard(ShardDone(job.take().shard_id, 1000, {}))
     fail(4, storage_error=DISK_FULL)
     fail(1)
     fail(4, storage_error=DISK_FULL)

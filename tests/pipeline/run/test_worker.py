@@ -62,6 +62,11 @@ def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, place: W
     assert isinstance(done, ShardDone)
     record = committed_shards(Storage.open(place.out), plan)[2]
     assert done.num_bytes == record.files.tar.size + record.files.parquet.size
+    assert done.seconds.keys() == {"sampling", "decoding", "encoding", "publishing"}
+    assert done.seconds["sampling"] == pytest.approx(2 * 0.01)
+    assert done.seconds["decoding"] == pytest.approx(2 * 0.005)
+    assert done.seconds["encoding"] == sum(b.encoding_s for b in record.batches)
+    assert 0 < done.seconds["publishing"] < 10
     assert (record.attempt, record.threads, record.device) == (4, 3, "cpu")
     assert record.worker == worker.info.name
     assert {"python", "torch", "numpy", "pillow", "machine"} <= record.environment.keys()

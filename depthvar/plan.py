@@ -70,7 +70,7 @@ def schedule_scores(policy: DepthPolicy, mean: float, count: int) -> Floats:
 def _power_with_mean(percentiles: Floats, mean: float) -> Floats:
     """percentiles ** p with p chosen by bisection so that the mean over the tokens is exact."""
     low, high = 0.0, 1.0
-    while (percentiles**high).mean() > mean and high < 1e6:
+    while (percentiles**high).mean() > mean:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2

@@ -259,6 +259,11 @@ def test_a_depth_map_is_there_where_it_was_planned_and_nowhere_else(made: Any, t
     with_maps = Shard(made, tmp_path / "with", **WITH_DEPTH_MAPS)
     assert with_maps.check().problems == []
     depths: Members = []
+
+    def deeper(members: Members) -> None:
+        members[9] = (members[9][0], members[9][1][:-1] + b"\x04")
+
+    assert content(with_maps, tar=deeper).startswith("it cannot be decoded: got scales of mean dep")
     gone = content(with_maps, tar=lambda members: depths.append(members.pop(9)))
     assert gone == "it has no depth map"
     without = Shard(made, tmp_path / "without")

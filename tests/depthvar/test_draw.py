@@ -252,6 +252,32 @@ def test_expected_codes_are_the_mean_under_the_truncated_distribution():
     assert drawn.expected_codes(codebook_VZ)[0, 0].tolist() == pytest.approx(want, abs=1e-12)
 
 
+def test_entropy_and_spread_are_those_of_the_truncated_distribution():
+    """Of two samples of three positions, so that no sum runs over a wrong axis."""
+    generator = torch.Generator().manual_seed(6)
+    logits_BTV = torch.randn(2, 3, 7, generator=generator).double()
+    codebook_VZ = torch.randn(7, 4, generator=generator).double()
+    drawn = draw_tokens(logits_BTV, torch.full((2, 3), 0.5).double(), keep(5, 0.8))
+    entropy_BT, spread_BT = drawn.entropy(), drawn.spread(codebook_VZ)
+    assert entropy_BT.shape == spread_BT.shape == (2, 3)
+    for b in range(2):
+        for t in range(3):
+            probs = drawn.probs[b, t].tolist()
+            mean = sum(p * code for p, code in zip(probs, codebook_VZ, strict=True))
+            apart = [float((code - mean).square().sum()) for code in codebook_VZ]
+            entropy = -sum(p * math.log(p) for p in probs if p > 0)
+            spread = sum(p * distance for p, distance in zip(probs, apart, strict=True))
+            assert entropy_BT[b, t].item() == pytest.approx(entropy, abs=1e-12)
+            assert spread_BT[b, t].item() == pytest.approx(spread, abs=1e-12)
+
+
+def test_what_the_codes_are_in_is_what_their_means_are_in():
+    drawn = draw_one([0.0, 1.0, 2.0], ALL, 0.5)
+    codebook_VZ = torch.ones(3, 2, dtype=torch.float32)
+    assert drawn.expected_codes(codebook_VZ).dtype == torch.float32
+    assert drawn.spread(codebook_VZ).dtype == torch.float32
+
+
 def test_positions_and_samples_are_drawn_apart():
     logits_BTV = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(4)).double()
     uniforms_BT = torch.rand(3, 5, generator=torch.Generator().manual_seed(5)).double()

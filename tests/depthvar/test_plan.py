@@ -422,6 +422,8 @@ def test_skipping_every_scale_is_refused():
 def test_a_least_depth_beyond_the_blocks_is_refused():
     with pytest.raises(InputError, match="min_depth is 6, the model has 5 blocks"):
         DepthPlan.build((1, 2), 5, DepthPolicy(reference_scale=0, min_depth=6))
+    whole = DepthPlan.build((1, 2), 5, DepthPolicy(reference_scale=0, min_depth=5))
+    assert whole.token_layers == whole.full_token_layers == 25
 
 
 def test_a_kept_depth_of_no_whole_block_is_refused():

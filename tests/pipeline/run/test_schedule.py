@@ -4,11 +4,13 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, HEAP_SLACK, LIBRARY_BYTES, PROCESS_BYTES
+from pipeline.request.generation import GenerateConfig
 from pipeline.run.schedule import (
     Assignment,
     Device,
@@ -22,6 +24,7 @@ from pipeline.run.schedule import (
     num_slots,
     require_fit,
     require_slots,
+    shape_wanted,
     takes_more,
     worker_room,
     worker_shape,
@@ -160,6 +163,16 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus_and_a_cpu_worker_its_threads()
     assert shape(cpu_node, device="cuda") == WorkerShape(0, 1)
 
 
+def test_in_one_process_sampling_takes_one_cpu_and_encoding_what_is_left():
+    def shape(**options: Any) -> WorkerShape:
+        wanted = {"out": "out", "device": "cpu", "threads_per_worker": 3, "encode_threads": 5}
+        return shape_wanted(GenerateConfig(**{**wanted, **options}), [Machine(8, 0)])
+
+    assert shape(workers=0) == WorkerShape(1, 0)
+    assert shape(workers=1) == shape() == WorkerShape(5, 0)
+    assert shape(encode_threads=None) == WorkerShape(3, 0)
+
+
 def test_slots_do_not_span_machines():
     assert num_slots([Machine(5, 0), Machine(5, 0)], WorkerShape(3, 0)) == 2
     assert num_slots([Machine(1, 4), Machine(64, 0)], WorkerShape(0, 1)) == 4
@@ -221,6 +234,7 @@ def test_a_gpu_worker_has_its_gpu_whatever_the_machine_holds():
     shape, cpu_node = WorkerShape(0, 1), Machine(4, 0, memory=1000, gpu_memory=1000)
     assert worker_room([node, Machine(1, 1), cpu_node], shape, 7) == 24 * 10**9 - CUDA_BYTES
     assert worker_room([replace(node, gpu_memory=1000)], shape, None) == 0
+    assert worker_room([Machine(1, 1, memory=10**12)], shape, None) is None
 
 
 def test_the_memory_of_this_process_is_the_least_that_a_control_group_leaves(tmp_path: Path):

@@ -82,7 +82,7 @@ class Status:
     unsound: tuple[int, ...]
     has_index: bool
     pace: tuple[Pace, ...]
-    num_failures: int
+    failures: tuple[LedgerLine, ...]
     set_aside: Mapping[int, LedgerLine]
 
     @property
@@ -149,8 +149,9 @@ class Status:
                 f" {workers}, {duration(self.seconds_left or 0)} left"
             )
         lines.append(f"state     {self.state}: {self._last_sign()}")
-        if self.num_failures:
-            lines.append(f"failures  {self.num_failures:,}, see {LEDGER_NAME}")
+        if self.failures:
+            ago = self._ago(self.failures[-1].at)
+            lines.append(f"failures  {len(self.failures):,}, the last {ago}, see {LEDGER_NAME}")
         lines += _few(
             [f"set aside {shard_id}: {line.error}" for shard_id, line in self.set_aside.items()]
         )
@@ -168,7 +169,7 @@ class Status:
             "seconds_left": self.seconds_left,
             "workers": [pace.worker for pace in self.at_work],
             "last_commit": self.pace[0].last_commit.isoformat() if self.pace else None,
-            "failures": self.num_failures,
+            "failures": len(self.failures),
             "set_aside": {str(i): line.error for i, line in self.set_aside.items()},
             "unsound": list(self.unsound),
             "next": list(self.steps),
@@ -176,11 +177,12 @@ class Status:
 
     def _last_sign(self) -> str:
         if not self.pace:
-            age = duration(max(0.0, (self.now - self.planned_at).total_seconds()))
-            return f"planned {age} ago, no shard is committed yet"
+            return f"planned {self._ago(self.planned_at)}, no shard is committed yet"
         latest = self.pace[0]
-        age = duration(max(0.0, (self.now - latest.last_commit).total_seconds()))
-        return f"the last commit was {age} ago, by {latest.worker}"
+        return f"the last commit was {self._ago(latest.last_commit)}, by {latest.worker}"
+
+    def _ago(self, moment: datetime) -> str:
+        return f"{duration(max(0.0, (self.now - moment).total_seconds()))} ago"
 
 
 def status(storage: Storage, plan: JobPlan, now: datetime) -> Status:
@@ -208,7 +210,7 @@ def status(storage: Storage, plan: JobPlan, now: datetime) -> Status:
         unsound=unsound,
         has_index=storage.size(INDEX_NAME) is not None,
         pace=tuple(sorted(pace, key=lambda p: p.last_commit, reverse=True)),
-        num_failures=sum(line.is_failure for line in lines),
+        failures=tuple(line for line in lines if line.is_failure),
         set_aside=aside,
     )
 

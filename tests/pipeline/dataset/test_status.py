@@ -121,7 +121,7 @@ def test_a_shard_set_aside_is_told_with_its_error_and_not_waited_for(dataset):
     assert found.seconds_left == pytest.approx(1 / found.images_per_s)
     retry = f"{AGAIN} with --retry-failed to try what was set aside"
     assert found.as_text().splitlines()[-3:] == [
-        "failures  2, see commits/failures.jsonl",
+        "failures  2, the last 8 h 55 min ago, see commits/failures.jsonl",
         "set aside 2: ValueError: no",
         f"next      {retry}",
     ]

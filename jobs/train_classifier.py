@@ -215,7 +215,7 @@ def _heading(config: TrainClassifierConfig, dataset: Dataset | None, test_set: T
         share = plan.compute.token_layers_ratio
         lines.insert(
             0,
-            f"train on  {dataset.num_samples:,} images of {len(plan.total_counts.class_ids):,} "
+            f"train on  {dataset.num_samples:,} images of {len(plan.subject_counts):,} "
             f"classes in {len(dataset.records):,} shards of {dataset.storage}, policy "
             f"{plan.policy.preset}, {share:.1%} of the token-layers",
         )

@@ -1,8 +1,9 @@
-"""A picture of a dataset: some images of each class, read back from the committed shards."""
+"""A picture of a dataset: some images of each class or prompt, from the committed shards."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,59 +13,62 @@ from pipeline.dataset.loader import Dataset, iterate_samples
 from pipeline.dataset.report.survey import spread
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
-_MAX_CLASSES = 40
+_MAX_SUBJECTS = 40
 _MIN_SIDE, _MAX_SIDE = 64, 128  # pixels of one image on the sheet
 _MARGIN, _GAP, _LABEL_GAP = 32, 6, 20
-_FONT_PX = 18
+_FONT_PX, _LINE_PX = 18, 24
+_LINE_CHARACTERS = 40
 _PAPER, _INK = (255, 255, 255), (45, 45, 50)
 
 
-def write_contact_sheet(dataset: Dataset, per_class: int) -> None:
-    """Publish `contact_sheet.png` at the dataset's root: one row per class, its name before it."""
-    class_ids = shown_classes(dataset.plan.total_counts.class_ids)
-    names = dataset.plan.class_names
-    images = first_images(dataset, class_ids, per_class)
-    rows = [(names[class_id], images[class_id]) for class_id in class_ids]
+def write_contact_sheet(dataset: Dataset, per_subject: int) -> None:
+    """Publish `contact_sheet.png` at the dataset's root: a row per class or prompt, named so."""
+    subjects = shown_subjects(list(dataset.plan.subject_counts))
+    images = first_images(dataset, subjects, per_subject)
+    rows = [(dataset.plan.subject_name(subject), images[subject]) for subject in subjects]
     buffer = io.BytesIO()
-    draw_sheet(rows, per_class).save(buffer, format="PNG", optimize=True)
+    draw_sheet(rows, per_subject).save(buffer, format="PNG", optimize=True)
     dataset.storage.publish_bytes(buffer.getvalue(), CONTACT_SHEET_NAME)
 
 
-def shown_classes(class_ids: Sequence[int]) -> tuple[int, ...]:
-    """All classes, or an even choice of 40 where there are more."""
-    return tuple(spread(class_ids, _MAX_CLASSES))
+def shown_subjects(subjects: Sequence[int]) -> tuple[int, ...]:
+    """All subjects of a plan, or an even choice of 40 where there are more."""
+    return tuple(spread(subjects, _MAX_SUBJECTS))
 
 
 def first_images(
-    dataset: Dataset, class_ids: Sequence[int], per_class: int
+    dataset: Dataset, subjects: Sequence[int], per_subject: int
 ) -> Mapping[int, list[np.ndarray]]:
-    """The first images of each class in key order, uint8 (height, width, channels) each.
+    """The first images of each subject in key order, uint8 (height, width, channels) each.
 
-    Stops reading as soon as every class has what it can give.
+    Stops reading as soon as every subject has what it can give.
     """
-    counts = dataset.plan.total_counts.as_mapping()
-    wanted = {class_id: min(per_class, counts[class_id]) for class_id in class_ids}
-    found: dict[int, list[np.ndarray]] = {class_id: [] for class_id in class_ids}
+    plan = dataset.plan
+    wanted = {subject: min(per_subject, plan.subject_counts[subject]) for subject in subjects}
+    found: dict[int | None, list[np.ndarray]] = {subject: [] for subject in subjects}
     num_open = sum(wanted.values())
     for sample in iterate_samples(dataset):
-        if len(found.get(sample.label, ())) < wanted.get(sample.label, 0):
-            found[sample.label].append(sample.image)
+        subject = plan.stored_subject(sample.label, sample.prompt)
+        if subject in wanted and len(found[subject]) < wanted[subject]:
+            found[subject].append(sample.image)
             num_open -= 1
             if num_open == 0:
                 break
-    return found
+    return {subject: found[subject] for subject in subjects}
 
 
-def draw_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], per_class: int) -> Image.Image:
+def draw_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], per_subject: int) -> Image.Image:
     """Draw labelled rows of equal images on white paper, with the same margin on all sides.
 
-    Small images grow by a whole factor, pixel by pixel; large ones shrink smoothly.
+    Small images grow by a whole factor, pixel by pixel; large ones shrink smoothly. A long name has
+    the lines that fit beside an image.
     """
     side = max(image.shape[0] for _, images in rows for image in images)
     shown = _shown_side(side)
     font = ImageFont.load_default(_FONT_PX)
-    label_width = max(round(font.getlength(name)) for name, _ in rows)
-    num_columns = min(per_class, max(len(images) for _, images in rows))
+    names = [_lines(name, shown // _LINE_PX) for name, _ in rows]
+    label_width = max(round(font.getlength(line)) for lines in names for line in lines)
+    num_columns = min(per_subject, max(len(images) for _, images in rows))
     left = _MARGIN + label_width + _LABEL_GAP
     step = shown + _GAP
     sheet = Image.new(
@@ -73,12 +77,19 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], per_class: int)
         _PAPER,
     )
     pen = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(rows):
+    for row, (lines, (_, images)) in enumerate(zip(names, rows, strict=True)):
         top = _MARGIN + row * step
-        pen.text((left - _LABEL_GAP, top + shown / 2), name, fill=_INK, font=font, anchor="rm")
+        middle, text = (left - _LABEL_GAP, top + shown / 2), "\n".join(lines)
+        pen.text(middle, text, fill=_INK, font=font, anchor="rm", align="right")
         for column, pixels in enumerate(images[:num_columns]):
             sheet.paste(_resized(pixels, shown), (left + column * step, top))
     return sheet
+
+
+def _lines(name: str, most: int) -> list[str]:
+    if len(name) <= _LINE_CHARACTERS:
+        return [name]
+    return textwrap.wrap(name, _LINE_CHARACTERS, max_lines=most, placeholder=" ...")
 
 
 def _shown_side(side: int) -> int:

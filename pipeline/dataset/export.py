@@ -1,20 +1,23 @@
 """A dataset in the formats that other tools read: whole, at a new path, or not at all.
 
 `adm-npz` is what OpenAI's evaluator reads (github.com/openai/guided-diffusion, evaluations): arr_0
-with uint8 RGB images (N, H, W, 3) and, as its samplers write, arr_1 with the labels. `png-folder`
-is a folder of PNG files for each class, named as `class_folders` does, which torchvision's
-ImageFolder reads, and `depthvar train-model --data` and `depthvar train-classifier --test` with the
-classes' names.
+with uint8 RGB images (N, H, W, 3) and, as its samplers write, arr_1 with the labels where there are
+classes. `png-folder` is a folder of PNG files for each class, named as `class_folders` does, which
+torchvision's ImageFolder reads, and `depthvar train-model --data` and `depthvar train-classifier
+--test` with the classes' names. Of a text model's dataset a `metadata.jsonl` holds the prompt of
+every file, as `load_dataset("imagefolder")` wants it; without classes all files are in one folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ from depthvar.errors import InputError, naming
 from depthvar.paths import check_writable
 from depthvar.training.class_folders import folder_names
 from pipeline.dataset.loader import Dataset, iterate_samples, iterate_stored, stored_image
-from pipeline.shards.samples import ShardError, encode_image
+from pipeline.shards.samples import ShardError, TarSample, encode_image
 from pipeline.storage import TEMP_PREFIX
 
+METADATA_NAME = "metadata.jsonl"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: equal datasets give equal files
 
 Advance = Callable[[int], object]
@@ -49,10 +53,12 @@ def export_adm_npz(dataset: Dataset, out: Path, advance: Advance = lambda count:
                 if image.shape != (side, side, 3):
                     raise ShardError(f"{sample.key} is {image.shape}, wanted {side}x{side} pixels")
                 write(image.tobytes())
-                labels[place] = sample.label
+                if sample.label is not None:
+                    labels[place] = sample.label
                 advance(1)
-        with _array(archive, "arr_1", labels.shape, labels.dtype) as write:
-            write(labels.tobytes())
+        if dataset.plan.class_names:
+            with _array(archive, "arr_1", labels.shape, labels.dtype) as write:
+                write(labels.tobytes())
 
 
 def export_png_folder(
@@ -66,22 +72,25 @@ def export_png_folder(
     folders = folder_names(dataset.plan.class_names)
     with _appearing_whole(out) as temporary:
         temporary.mkdir()
-        for key, label, data in _png_files(dataset):
-            folder = temporary if flat else temporary / folders[label]
-            folder.mkdir(exist_ok=True)
-            (folder / f"{key}.png").write_bytes(data)
+        for image in _png_files(dataset):
+            name = f"{image.key}.png"
+            if image.label is not None and not flat:
+                name = f"{folders[image.label]}/{name}"
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(image.image)
+            if image.prompt is not None:
+                line = json.dumps({"file_name": name, "prompt": image.prompt}, ensure_ascii=False)
+                with open(temporary / METADATA_NAME, "a", encoding="utf-8") as stream:
+                    stream.write(f"{line}\n")
             advance(1)
 
 
-def _png_files(dataset: Dataset) -> Iterator[tuple[str, int, bytes]]:
-    """Key, label and PNG file of every committed image, in key order."""
-    if dataset.plan.image_format != "png":
-        for sample in iterate_samples(dataset):
-            yield sample.key, sample.label, encode_image(sample.image, "png").image
-        return
+def _png_files(dataset: Dataset) -> Iterator[TarSample]:
+    """Every committed sample in key order, its image as a PNG file."""
     for stored in iterate_stored(dataset):
-        stored_image(stored, dataset.plan.image_channels)  # a damaged file stops here
-        yield stored.key, stored.label, stored.image
+        pixels = stored_image(stored, dataset.plan.image_channels)  # a damaged file stops here
+        is_png = dataset.plan.image_format == "png"
+        yield stored if is_png else replace(stored, image=encode_image(pixels, "png").image)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import webdataset as wds
@@ -27,15 +27,21 @@ from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
 from pipeline.shards.samples import ShardError, TarSample, decode_image, read_tar
 from pipeline.storage import Storage
 
+Target = Literal["label", "prompt"]
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sample read back; `image` is uint8 (height, width, channels)."""
+    """One sample read back; `image` is uint8 (height, width, channels).
+
+    `label` is its class id, None where there are no classes; `prompt` None where there are none.
+    """
 
     key: str
-    label: int
+    label: int | None
     image: np.ndarray
     metadata: dict[str, Any]
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,15 @@ def requested_samples(dataset: Dataset, samples: int | None) -> int:
     return available if samples is None else samples
 
 
+def require_classes(dataset: Dataset) -> None:
+    """`InputError` for a dataset whose images have no classes."""
+    if not dataset.plan.class_names:
+        raise InputError(
+            f"got {dataset.storage}, whose images have prompts and no classes, wanted labels: name "
+            "a dataset with classes"
+        )
+
+
 @dataclass(frozen=True)
 class ShardPart:
     """What is read of a shard: its first `num_taken` samples of `num_samples`."""
@@ -124,7 +139,7 @@ def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
         image = stored_image(stored, dataset.plan.image_channels)
         with naming_damage(stored.key):
             metadata = _metadata(stored)
-        yield Sample(stored.key, stored.label, image, metadata)
+        yield Sample(stored.key, stored.label, image, metadata, stored.prompt)
 
 
 def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
@@ -133,7 +148,7 @@ def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
     Errors: `ShardError` where a shard does not hold what its record says.
     """
     for part in shard_parts(dataset):
-        yield from _read_shard(dataset.storage, part, dataset.plan.image_format)
+        yield from _read_shard(dataset.storage, part, dataset.plan)
 
 
 def stored_image(stored: TarSample, channels: int) -> np.ndarray:
@@ -146,9 +161,13 @@ def stored_image(stored: TarSample, channels: int) -> np.ndarray:
 
 
 def stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """Images of one size as uint8 (N, height, width, channels), and their int64 labels (N,)."""
+    """Images of one size as uint8 (N, height, width, channels), and their int64 labels (N,).
+
+    A label is -1 where there are no classes.
+    """
     images_NHWC = np.stack([sample.image for sample in samples])
-    return images_NHWC, np.array([sample.label for sample in samples], dtype=np.int64)
+    labels = [-1 if sample.label is None else sample.label for sample in samples]
+    return images_NHWC, np.array(labels, dtype=np.int64)
 
 
 def training_pipeline(
@@ -159,26 +178,34 @@ def training_pipeline(
     shuffle_buffer: int = 1000,
     equal_share: bool = False,
     transform: Callable[[np.ndarray], Any] | None = None,
+    target: Target = "label",
 ) -> TrainingPipeline:
-    """Pairs (image, label) for training, shuffled, split over ranks and loader workers by shard.
+    """Pairs (image, target) for training, shuffled, split over ranks and loader workers by shard.
 
     `num_samples` takes the first samples of the shards that are done, None all of them.
     `shuffle_buffer` samples wait in each worker to be mixed; 0 keeps the order. With `equal_share`
     every worker gives the same number of samples (total // workers, repeating its shards where
     they hold fewer), so that no rank waits for another at the end of an epoch; without it every
-    sample comes exactly once. `transform` maps the uint8 image (height, width, channels). Object
-    stores want loader workers that are spawned, not forked.
-    Errors, at the start of iteration: `InputError` for fewer shards than ranks x workers.
+    sample comes exactly once. `transform` maps the uint8 image (height, width, channels). The
+    target is the class id, or of a text model's dataset the prompt. Object stores want loader
+    workers that are spawned, not forked.
+    Errors: `InputError` for a dataset that has no such target, and, at the start of iteration, for
+    fewer shards than ranks x workers.
     """
     plan, parts = dataset.plan, shard_parts(dataset, num_samples)
+    if target == "label":
+        require_classes(dataset)
+    elif plan.prompts is None:
+        raise InputError(f"got target='prompt' for {dataset.storage}, which has no prompts")
     shards = ShardOrder(parts, seed, shuffle=shuffle_buffer > 0, repeat=equal_share)
     stages: list[Any] = [
         shards,
-        partial(_read_shards, uri=dataset.storage.uri, image_format=plan.image_format),
+        partial(_read_shards, uri=dataset.storage.uri, plan=plan),
     ]
     if shuffle_buffer > 0:
         stages.append(SampleShuffle(shards, shuffle_buffer))
-    stages.append(partial(_training_pairs, channels=plan.image_channels, transform=transform))
+    channels = plan.image_channels
+    stages.append(partial(_training_pairs, channels=channels, transform=transform, target=target))
     if equal_share:
         total = sum(part.num_taken for part in parts)
         stages.append(partial(_first_share, num_samples=total))
@@ -248,20 +275,20 @@ class SampleShuffle(PipelineStage):  # type: ignore[misc]
         yield from buffer
 
 
-def _read_shards(parts: Iterable[ShardPart], *, uri: str, image_format: str) -> Iterator[TarSample]:
+def _read_shards(parts: Iterable[ShardPart], *, uri: str, plan: JobPlan) -> Iterator[TarSample]:
     """The samples of the shards; the storage is opened here, in the loader worker's process."""
     storage = Storage.open(uri)
     for part in parts:
-        yield from _read_shard(storage, part, image_format)
+        yield from _read_shard(storage, part, plan)
 
 
-def _read_shard(storage: Storage, part: ShardPart, image_format: str) -> Iterator[TarSample]:
+def _read_shard(storage: Storage, part: ShardPart, plan: JobPlan) -> Iterator[TarSample]:
     num_read = 0
     with (
         naming_damage(tar_name(part.shard_id)),
         storage.open_input(tar_name(part.shard_id)) as stream,
     ):
-        for sample in read_tar(stream, image_format):
+        for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
             yield sample
             num_read += 1
             if num_read == part.num_taken < part.num_samples:
@@ -286,10 +313,12 @@ def _training_pairs(
     *,
     channels: int,
     transform: Callable[[np.ndarray], Any] | None,
-) -> Iterator[tuple[Any, int]]:
+    target: Target,
+) -> Iterator[tuple[Any, int | str | None]]:
     for sample in samples:
         image = stored_image(sample, channels)
-        yield (image if transform is None else transform(image)), sample.label
+        wanted = sample.label if target == "label" else sample.prompt
+        yield (image if transform is None else transform(image)), wanted
 
 
 def _first_share(pairs: Iterable[Any], *, num_samples: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from depthvar.errors import shown
 from pipeline.request.job_plan import JobPlan, ShardPlan, key_of
 from pipeline.shards.depth_maps import read_depth_map
 from pipeline.shards.manifest import CommitRecord, FileEntry, parquet_name
@@ -21,7 +22,7 @@ from pipeline.shards.samples import (
     read_parquet,
     read_tar,
 )
-from pipeline.shards.schema import LOSSLESS_FORMATS, STATUS_OK
+from pipeline.shards.schema import LOSSLESS_FORMATS, STATUS_OK, caption, schema_of
 from pipeline.storage import Storage
 
 _BLOCK_BYTES = 2**20
@@ -30,10 +31,10 @@ _SHOWN = 3  # of many findings in one shard
 
 @dataclass
 class Finding:
-    """What reading one shard gave: problems as (kind, message) and the labels that are stored."""
+    """What reading one shard gave: problems as (kind, message), images of each subject."""
 
     problems: list[tuple[str, str]] = field(default_factory=list)
-    labels: Counter[int] = field(default_factory=Counter)
+    subjects: Counter[int | None] = field(default_factory=Counter)
 
 
 def check_shard(storage: Storage, plan: JobPlan, record: CommitRecord) -> Finding:
@@ -41,7 +42,7 @@ def check_shard(storage: Storage, plan: JobPlan, record: CommitRecord) -> Findin
     finding = Finding()
     shard = plan.shard(record.shard_id)
     try:
-        rows = _read_rows(storage, record.files.parquet, finding)
+        rows = _read_rows(storage, plan, record.files.parquet, finding)
         _compare_rows(plan, shard, rows, finding)
         _compare_tar(storage, plan, shard, record.files.tar, rows, finding)
     except FileNotFoundError as error:
@@ -51,12 +52,14 @@ def check_shard(storage: Storage, plan: JobPlan, record: CommitRecord) -> Findin
     return finding
 
 
-def _read_rows(storage: Storage, entry: FileEntry, finding: Finding) -> list[dict[str, Any]]:
+def _read_rows(
+    storage: Storage, plan: JobPlan, entry: FileEntry, finding: Finding
+) -> list[dict[str, Any]]:
     data = storage.read(entry.name)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         finding.problems.append(("hash", f"{entry.name} is not what was committed"))
     try:
-        table = read_parquet(data)
+        table = read_parquet(data, schema_of(plan))
     except ShardError as error:
         raise ShardError(f"{entry.name}: {error}") from error
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -66,19 +69,19 @@ def _read_rows(storage: Storage, entry: FileEntry, finding: Finding) -> list[dic
 def _compare_rows(
     plan: JobPlan, shard: ShardPlan, rows: list[dict[str, Any]], finding: Finding
 ) -> None:
-    """The rows against the plan: one for each planned sample, in order, with its label."""
+    """The rows against the plan: one for each planned sample, in order, with what it shows."""
     name = parquet_name(shard.shard_id)
     wanted = [(i, key_of(i)) for i in range(shard.start, shard.stop)]
     if [(row["index"], row["key"]) for row in rows] != wanted:
         raise ShardError(f"{name} does not have one row for each planned sample, in order")
     wrong = [
-        row
+        row["key"]
         for row, label in zip(rows, shard.labels.tolist(), strict=True)
-        if row["label"] != label or row["class_name"] != plan.class_names[label]
+        if not caption(plan, label, row["index"]).items() <= row.items()
     ]
     if wrong:
-        first = wrong[0]["key"]
-        finding.problems.append(("labels", f"{name}: {len(wrong)} labels, first {first}"))
+        what = "labels" if plan.prompts is None else "labels or prompts"
+        finding.problems.append(("labels", f"{name}: {len(wrong)} {what}, first {wrong[0]}"))
 
 
 def _compare_tar(
@@ -95,13 +98,16 @@ def _compare_tar(
     with storage.open_input(entry.name) as source:
         stream = _HashingReader(source)
         try:
-            for sample in read_tar(stream, plan.image_format):
-                finding.labels[sample.label] += 1
+            for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
+                finding.subjects[plan.stored_subject(sample.label, sample.prompt)] += 1
                 row = next(expected, None)
                 if row is None or row["key"] != sample.key:
                     raise ShardError(f"the sample {sample.key} is not the next one")
-                if sample.label != shard.labels[int(sample.key) - shard.start]:
-                    messages.append(("labels", f"{sample.key} has label {sample.label}"))
+                index = int(sample.key)
+                planned = caption(plan, int(shard.labels[index - shard.start]), index)
+                for column, stored in (("label", sample.label), ("prompt", sample.prompt)):
+                    if stored != planned.get(column):
+                        messages.append(("labels", f"{sample.key} has {column} {shown(stored)}"))
                 if difference := _difference(plan, sample, row):
                     messages.append(("content", f"{sample.key}: {difference}"))
             if (row := next(expected, None)) is not None:
@@ -117,8 +123,9 @@ def _compare_tar(
 
 def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str:
     """How a stored sample differs from its row; "" where it does not."""
-    if sample.label != row["label"]:
-        return f"label {sample.label} in the tar, {row['label']} in the Parquet"
+    for column, stored in (("label", sample.label), ("prompt", sample.prompt)):
+        if stored != row.get(column):
+            return f"{column} {shown(stored)} in the tar, {shown(row[column])} in the Parquet"
     if (
         len(sample.image) != row["image_bytes"]
         or hashlib.sha256(sample.image).hexdigest() != row["image_sha256"]
@@ -137,7 +144,7 @@ def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str
         return "the pixels are others than in the Parquet"
     if (sample.depths is None) == bool(plan.depth_map_sides):
         return f"it has {'no' if plan.depth_map_sides else 'a'} depth map"
-    named = ("index", "label", "class_name", "pixel_sha256")
+    named = {"index", "label", "class_name", "pixel_sha256", "prompt", "template"} & row.keys()
     if not isinstance(metadata, dict) or any(metadata.get(n) != row[n] for n in named):
         return "the .json member says something else than the Parquet"
     return ""

@@ -104,7 +104,7 @@ def verify(
     problems, not_made = _undone(storage, plan, records)
     if progress is not None and plan.num_shards > len(records):
         progress(plan.num_shards - len(records))
-    labels: Counter[int] = Counter()
+    subjects: Counter[int | None] = Counter()
     with ThreadPoolExecutor(threads) as pool:
         ids = sorted(records)
         findings = (
@@ -114,7 +114,7 @@ def verify(
         )
         for shard_id, finding in zip(ids, findings, strict=True):
             problems += [Problem(shard_id, *what, is_hidden=True) for what in finding.problems]
-            labels += finding.labels
+            subjects += finding.subjects
             if progress is not None:
                 progress(1)
     notes: list[str] = []
@@ -122,7 +122,7 @@ def verify(
         index_problems, notes = _index_findings(storage, plan, records)
         problems += index_problems
         if deep and not any(problem.kind in ("missing", "unreadable") for problem in problems):
-            problems += _histogram_problems(plan, labels)
+            problems += _histogram_problems(plan, subjects)
     problems += _stray_files(storage, plan)
     broken = {problem.shard for problem in problems}
     sound = [record for shard_id, record in records.items() if shard_id not in broken]
@@ -182,13 +182,13 @@ def _why_undone(
     return "record", f"{record_file} does not describe this shard"
 
 
-def _histogram_problems(plan: JobPlan, labels: Counter[int]) -> list[Problem]:
-    planned = Counter(plan.total_counts.as_mapping())
-    wrong = sorted(c for c in {*planned, *labels} if planned[c] != labels[c])
+def _histogram_problems(plan: JobPlan, found: Counter[int | None]) -> list[Problem]:
+    planned, (one, many) = Counter[int | None](plan.subject_counts), plan.subject_words
+    wrong = [s for s in dict.fromkeys([*planned, *found]) if planned[s] != found[s]]
     if not wrong:
         return []
-    shown = ", ".join(f"class {c}: {labels[c]} for {planned[c]}" for c in wrong[:_SHOWN])
-    return [Problem(None, "histogram", f"{len(wrong)} classes off their counts: {shown}")]
+    shown = ", ".join(f"{one} {s}: {found[s]} for {planned[s]}" for s in wrong[:_SHOWN])
+    return [Problem(None, "histogram", f"{len(wrong)} {many} off their counts: {shown}")]
 
 
 def _index_findings(

@@ -262,9 +262,9 @@ class JobPlan:
         return self._subject_of_text.get(prompt) if class_id is None else class_id
 
     @property
-    def subject_word(self) -> str:
-        """What a subject is called: class or prompt."""
-        return "class" if self.class_names else "prompt"
+    def subject_words(self) -> tuple[str, str]:
+        """What one subject is called, and many."""
+        return ("class", "classes") if self.class_names else ("prompt", "prompts")
 
     @property
     def caption_suffixes(self) -> tuple[str, ...]:

@@ -77,10 +77,9 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
     blank = sum(record.num_blank for record in records.values())
     doubled = sum(record.num_duplicates for record in records.values())
     odd = f", {blank:,} blank, {doubled:,} duplicates" if blank or doubled else ""
-    classes = len(plan.total_counts.class_ids)
     shards = f"{len(records):,} of {plan.num_shards:,} shards"
     lines = [
-        f"dataset   {images:,} images of {classes:,} classes in {shards}{odd}",
+        f"dataset   {images:,} images of {subjects(plan)} in {shards}{odd}",
         f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
         f"compute   {compute_line(plan)}",
         f"time      {time_line(records)}",
@@ -213,21 +212,25 @@ def missing_summary(
     return "\n".join(lines)
 
 
+def subjects(plan: JobPlan) -> str:
+    """How many classes or prompts images are of."""
+    return f"{len(plan.subject_counts):,} {plan.subject_words[1]}"
+
+
 def class_line(plan: JobPlan) -> str:
-    """Which class each id stands for and how many images it gets, in one line."""
-    counts = plan.total_counts.as_mapping()
-    names = plan.class_names
+    """Which class each id stands for, or which prompts, and how many images each gets."""
+    counts = plan.subject_counts
     equal = len(set(counts.values())) == 1
     shown = [
-        f"{class_id} {_name(names[class_id])}" + ("" if equal else f" x {count:,}")
-        for class_id, count in counts.items()
+        f"{subject} {_name(plan.subject_name(subject))}" + ("" if equal else f" x {count:,}")
+        for subject, count in counts.items()
     ]
     if len(shown) > _MAX_CLASSES:
         half = _MAX_CLASSES // 2
         shown = [*shown[:half], f"... {len(shown) - 2 * half:,} more ...", *shown[-half:]]
     count = next(iter(counts.values()))
     each = f"{count:,} {'image' if count == 1 else 'images'} each: " if equal else ""
-    return f"classes   {each}{', '.join(shown)}"
+    return f"{plan.subject_words[1]:9} {each}{', '.join(shown)}"
 
 
 def _name(name: str) -> str:

@@ -14,6 +14,7 @@ from pipeline.request.job_plan import JobPlan
 from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace
 from pipeline.shards.manifest import CommitRecord, parquet_name, tar_name
 from pipeline.shards.samples import decode_image, pixel_hash, read_parquet, read_tar
+from pipeline.shards.schema import schema_of
 from pipeline.storage import Storage
 
 
@@ -101,11 +102,11 @@ def _stored(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(key, recorded pixel hash, stored pixels) of some samples. Errors: `ShardError`."""
     with naming_damage(parquet_name(shard_id)):
-        table = read_parquet(storage.read(parquet_name(shard_id)))
+        table = read_parquet(storage.read(parquet_name(shard_id)), schema_of(plan))
     rows: list[dict[str, Any]] = table.select(["index", "key", "pixel_sha256"]).to_pylist()
     hashes = {row["key"]: row["pixel_sha256"] for row in rows if row["index"] in indices}
     with naming_damage(tar_name(shard_id)), storage.open_input(tar_name(shard_id)) as stream:
-        for sample in read_tar(stream, plan.image_format):
+        for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
             if sample.key in hashes:
                 pixels = decode_image(sample.image, plan.image_channels)
                 yield sample.key, hashes[sample.key], pixels

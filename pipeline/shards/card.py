@@ -12,12 +12,14 @@ from string import Template
 
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
-from pipeline.shards.schema import markdown_table
+from pipeline.request.prompts import ClassPrompts
+from pipeline.shards.schema import columns_of, markdown_table
 
-_MAX_CLASS_ROWS = 20
-_MAX_CLASSES_NAMED = 1000
+_MAX_ROWS = 20
+_MAX_NAMED = 1000
+_MAX_TEMPLATES = 5
 _SEAL = re.compile(rb"\n<!-- depthvar keeps this card once it is edited: ([0-9a-f]{64}) -->\n\Z")
-# Literal patterns: the hub and `datasets` read the front matter, so nothing is filled in there.
+# Literal patterns: the hub and `datasets` read the front matter, so no name is filled in there.
 _CARD = Template("""\
 ---
 configs:
@@ -26,14 +28,14 @@ configs:
   - split: train
     path: train/*.tar
 task_categories:
-- image-classification
+$tasks
 tags:
 - synthetic
 - webdataset
 ---
 # $title
 
-$num_samples labelled images, sampled by a visual autoregressive model. No photograph is in it.
+$num_samples $images, sampled by a visual autoregressive model. No photograph is in it.
 
 | | |
 |---|---|
@@ -46,28 +48,36 @@ import webdataset as wds
 
 shards = "train/{00000..$last_shard}.tar"
 dataset = wds.WebDataset(shards, shardshuffle=False).decode("pil")
-for image, label, metadata in dataset.to_tuple("$format", "cls", "json"):
+for image, $names, metadata in dataset.to_tuple("$format", $suffixes, "json"):
     ...
 ```
 
-One row per sample, with labels, pixel hashes and the compute it took:
+One row per sample, with $rows, pixel hashes and the compute it took:
 `pandas.read_parquet("meta")`, and so with polars, DuckDB and pyarrow.
 
 ## Columns
 
-A sample has three members: `.$format`, `.cls` (the class id in ASCII) and `.json` (the columns
+A sample has $number members: `.$format`, $members and `.json` (the columns
 marked so). Samples and rows join on the key.
 
 $columns
 
-## Classes
+## $subjects
 
-$classes
+$table
 """)
+
+_CAPTIONS = {
+    "cls": ("label", "`.cls` (the class id in ASCII)", "- image-classification"),
+    "txt": ("prompt", "`.txt` (the prompt in UTF-8)", "- text-to-image"),
+}
+"""What each member of a sample is called, what it holds and what it is good for."""
 
 
 def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: int) -> str:
     """The README.md of a dataset with `num_shards` shards done: Markdown with YAML front matter."""
+    captions = [_CAPTIONS[suffix] for suffix in plan.caption_suffixes]
+    names, members, tasks = zip(*captions, strict=True)
     return _CARD.substitute(
         title=f"{_cell(plan.model)}: {plan.policy.preset}",
         num_samples=f"{num_samples:,}",
@@ -77,8 +87,16 @@ def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: in
         ),
         last_shard=f"{max(num_shards - 1, 0):05d}",
         format=plan.image_format,
-        columns=markdown_table(),
-        classes=_classes(plan),
+        images="labelled images" if plan.class_names else "images with their prompts",
+        tasks="\n".join(tasks),
+        names=", ".join(names),
+        rows=", ".join(f"{name}s" for name in names),
+        suffixes=", ".join(f'"{suffix}"' for suffix in plan.caption_suffixes),
+        number="four" if len(members) > 1 else "three",
+        members=", ".join(members),
+        columns=markdown_table(columns_of(plan)),
+        subjects=plan.subject_words[1].capitalize(),
+        table=_subjects(plan),
     )
 
 
@@ -86,6 +104,13 @@ def _depth_maps(plan: JobPlan) -> list[tuple[str, str]]:
     sides = ", ".join(map(str, plan.depth_map_sides))
     what = "blocks of every token, uint8, scale by scale in raster order"
     return [("depth maps", f"`.depth.npy`: {what}; sides {sides}")] if sides else []
+
+
+def _templates(plan: JobPlan) -> list[tuple[str, str]]:
+    templates = plan.prompts.templates if isinstance(plan.prompts, ClassPrompts) else ()
+    more = [f"{len(templates) - _MAX_TEMPLATES:,} more"] * (len(templates) > _MAX_TEMPLATES)
+    told = "; ".join([*templates[:_MAX_TEMPLATES], *more])
+    return [("prompts", f"one of {len(templates):,} templates, by chance: {told}")] if told else []
 
 
 def sealed(card: str) -> bytes:
@@ -118,7 +143,8 @@ def _facts(
             "samples",
             f"{num_samples:,}" + (f" of {plan.num_samples:,} planned" if is_partial else ""),
         ),
-        ("classes", f"{len(plan.total_counts.class_ids):,}"),
+        (plan.subject_words[1], f"{len(plan.subject_counts):,}"),
+        *_templates(plan),
         ("shards", f"{num_shards:,} ({tar_bytes / 1e6:,.1f} MB)"),
         (
             "images",
@@ -156,20 +182,22 @@ def _policy(policy: DepthPolicy | FormerPolicy) -> str:
     return ", ".join(words)
 
 
-def _classes(plan: JobPlan) -> str:
-    """A table of few classes; of many a folded list, and only the first of very many."""
-    names, counts = plan.class_names, plan.total_counts.as_mapping()
-    if len(counts) <= _MAX_CLASS_ROWS:
-        rows = [f"| {i} | {_cell(names[i])} | {count:,} |" for i, count in counts.items()]
-        return "\n".join(["| label | name | planned samples |", "|---|---|---|", *rows])
+def _subjects(plan: JobPlan) -> str:
+    """A table of few classes or prompts; of many a folded list, of very many the first alone."""
+    counts = plan.subject_counts
+    named = {subject: _cell(plan.subject_name(subject)) for subject in counts}
+    head = ("label", "name") if plan.class_names else ("number", "prompt")
+    if len(counts) <= _MAX_ROWS:
+        rows = [f"| {i} | {named[i]} | {count:,} |" for i, count in counts.items()]
+        return "\n".join([f"| {' | '.join(head)} | planned samples |", "|---|---|---|", *rows])
     fewest, most = min(counts.values()), max(counts.values())
     each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    shown = [f"{i} {_cell(names[i])}" for i in list(counts)[:_MAX_CLASSES_NAMED]]
+    shown = [f"{i} {named[i]}" for i in list(counts)[:_MAX_NAMED]]
     if len(counts) > len(shown):
         shown.append(f"{len(counts) - len(shown):,} more in `plan.json`")
     return (
-        f"<details>\n<summary>{len(counts):,} classes, {each} planned samples each: label and name"
-        f"</summary>\n\n{' · '.join(shown)}\n\n</details>"
+        f"<details>\n<summary>{len(counts):,} {plan.subject_words[1]}, {each} planned samples each:"
+        f" {' and '.join(head)}</summary>\n\n{' · '.join(shown)}\n\n</details>"
     )
 
 

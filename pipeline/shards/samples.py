@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import IO, Protocol, cast
 
@@ -31,14 +31,16 @@ _ENCODERS: dict[str, dict[str, object]] = {
 class TarSample:
     """The members of one sample as stored; `label` is the `.cls` member as a number.
 
-    `depths` is the depth map, see `depth_maps`; None where there is none.
+    `depths` is the depth map, see `depth_maps`, `prompt` the `.txt` member; None where there is
+    none.
     """
 
     key: str
-    label: int
+    label: int | None
     metadata: bytes
     image: bytes
     depths: bytes | None = None
+    prompt: str | None = None
 
 
 class ShardError(Exception):
@@ -63,15 +65,17 @@ class EncodedImage:
     encoding_s: float
 
 
-def read_tar(stream: ByteReader, image_format: str) -> Iterator[TarSample]:
+def read_tar(
+    stream: ByteReader, image_format: str, captions: Collection[str] = ("cls",)
+) -> Iterator[TarSample]:
     """The samples of a shard in order, read strictly and as a stream.
 
-    Errors: `ShardError` for a truncated or damaged tar and for members that are not exactly
-    `{key}.cls`, `{key}.json` and `{key}.{image_format}` together, a `{key}.depth.npy` between them
-    or not.
+    `captions` as `JobPlan.caption_suffixes`. Errors: `ShardError` for a truncated or damaged tar
+    and for members that are not exactly `{key}.json`, `{key}.{image_format}` and those of the
+    captions together, a `{key}.depth.npy` between them or not.
     """
     members: dict[str, bytes] = {}
-    wanted, current = {"cls", "json", image_format}, ""
+    wanted, current = {"json", image_format, *captions}, ""
     known = wanted | {DEPTH_MAP_SUFFIX}
     try:
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
@@ -92,14 +96,14 @@ def read_tar(stream: ByteReader, image_format: str) -> Iterator[TarSample]:
         raise ShardError(f"the tar is cut off inside the sample {current}")
 
 
-def read_parquet(data: bytes) -> pa.Table:
+def read_parquet(data: bytes, schema: pa.Schema = SHARD_SCHEMA) -> pa.Table:
     """The rows of a shard, read strictly. Errors: `ShardError` for anything else."""
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ShardError(f"the Parquet is damaged or cut off: {reason}") from error
-    if not table.schema.equals(SHARD_SCHEMA):
+    if not table.schema.equals(schema):
         raise ShardError("the Parquet has other columns than this release writes")
     return table
 
@@ -123,11 +127,17 @@ def pixel_hash(image_HWC: np.ndarray) -> str:
 
 
 def _tar_sample(key: str, members: dict[str, bytes], image_format: str) -> TarSample:
-    label = members["cls"]
-    if not label.isdigit() or len(label) > 9:
+    label, prompt = members.get("cls"), members.get("txt")
+    if label is not None and (not label.isdigit() or len(label) > 9):
         raise ShardError(f"the label of {key} is {label[:20]!r}, wanted a number")
-    depths = members.get(DEPTH_MAP_SUFFIX)
-    return TarSample(key, int(label), members["json"], members[image_format], depths)
+    return TarSample(
+        key,
+        None if label is None else int(label),
+        members["json"],
+        members[image_format],
+        members.get(DEPTH_MAP_SUFFIX),
+        None if prompt is None else prompt.decode(),
+    )
 
 
 def encode_image(

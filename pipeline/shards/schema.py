@@ -2,17 +2,22 @@
 
 A row of `meta/*.parquet` holds every column, the `.json` member of the tar those marked compact.
 Both depend on the plan and the sample alone: what varies from run to run (times, worker, attempt)
-stands in the commit record.
+stands in the commit record. The datasets of text models have columns of their own for the prompt,
+and no class where the plan has none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+
+from pipeline.request.job_plan import JobPlan
 
 LOSSLESS_FORMATS = ("png", "webp")
 STATUS_OK = "ok"
@@ -25,8 +30,8 @@ class SampleRow:
 
     index: int
     key: str
-    label: int
-    class_name: str
+    label: int | None
+    class_name: str | None
     seed: int
     model: str
     weights_sha256: str
@@ -49,6 +54,9 @@ class SampleRow:
     status: str
     is_blank: bool
     is_duplicate_in_shard: bool
+    prompt: str | None = None
+    prompt_sha256: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Column:
     unit: str
     description: str
     is_compact: bool = False
+    is_nullable: bool = False
 
 
 _FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
@@ -129,28 +138,73 @@ COLUMNS = (
     ),
 )
 
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field(
-            column.name,
-            column.type,
-            nullable=False,
-            metadata={"unit": column.unit, "description": column.description},
-        )
+TEXT_COLUMNS = (
+    *(
+        replace(column, description=f"{column.description}; null without classes", is_nullable=True)
+        if column.name in ("label", "class_name")
+        else column
         for column in COLUMNS
-    ]
+    ),
+    Column("prompt", pa.string(), "", "text the image was made from, also the .txt member", True),
+    Column("prompt_sha256", pa.string(), "", "SHA-256 of the prompt in UTF-8"),
+    Column(
+        "template",
+        pa.string(),
+        "",
+        "template that the prompt was made with; null where it was written as it is",
+        True,
+        is_nullable=True,
+    ),
 )
-_COMPACT = tuple(column.name for column in COLUMNS if column.is_compact)
+"""Of the datasets of text models."""
 
 
-def rows_to_table(rows: list[SampleRow]) -> pa.Table:
-    """The rows of a shard as a table in `SHARD_SCHEMA`."""
-    return pa.Table.from_pylist([vars(row) for row in rows], schema=SHARD_SCHEMA)
+def columns_of(plan: JobPlan) -> tuple[Column, ...]:
+    """The columns of a plan's dataset."""
+    return COLUMNS if plan.prompts is None else TEXT_COLUMNS
 
 
-def json_member(row: SampleRow) -> bytes:
-    """The `.json` member: ASCII, the same keys and types in every sample of every dataset."""
-    values = {name: getattr(row, name) for name in _COMPACT}
+def _schema(columns: Sequence[Column]) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field(
+                column.name,
+                column.type,
+                nullable=column.is_nullable,
+                metadata={"unit": column.unit, "description": column.description},
+            )
+            for column in columns
+        ]
+    )
+
+
+SHARD_SCHEMA, TEXT_SCHEMA = _schema(COLUMNS), _schema(TEXT_COLUMNS)
+
+
+def schema_of(plan: JobPlan) -> pa.Schema:
+    """The schema of the Parquet files of a plan's dataset."""
+    return SHARD_SCHEMA if plan.prompts is None else TEXT_SCHEMA
+
+
+def caption(plan: JobPlan, label: int, index: int) -> dict[str, Any]:
+    """What the row of a planned sample says of class and prompt, by column."""
+    class_id, prompt = plan.class_of(label), plan.prompt_of(label, index)
+    name = None if class_id is None else plan.class_names[class_id]
+    told: dict[str, Any] = {"label": class_id, "class_name": name}
+    if prompt is not None:
+        digest = hashlib.sha256(prompt.text.encode()).hexdigest()
+        told |= {"prompt": prompt.text, "prompt_sha256": digest, "template": prompt.template}
+    return told
+
+
+def rows_to_table(rows: list[SampleRow], schema: pa.Schema = SHARD_SCHEMA) -> pa.Table:
+    """The rows of a shard as a table."""
+    return pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
+
+
+def json_member(row: SampleRow, columns: Sequence[Column] = COLUMNS) -> bytes:
+    """The `.json` member: ASCII, the same keys and types in every sample of such columns."""
+    values = {column.name: getattr(row, column.name) for column in columns if column.is_compact}
     return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -165,10 +219,10 @@ def finite_floats(values: Any, what: str) -> list[float]:
     return floats
 
 
-def markdown_table() -> str:
+def markdown_table(columns: Sequence[Column] = COLUMNS) -> str:
     """The columns as a Markdown table, for the README and the dataset card."""
     lines = ["| column | type | unit | in .json | meaning |", "|---|---|---|---|---|"]
-    for column in COLUMNS:
+    for column in columns:
         kind = "list of float" if pa.types.is_list(column.type) else str(column.type)
         mark = "yes" if column.is_compact else ""
         lines.append(

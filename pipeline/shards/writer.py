@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
@@ -37,9 +38,12 @@ from pipeline.shards.schema import (
     NO_REFERENCE_SCALE,
     STATUS_OK,
     SampleRow,
+    caption,
+    columns_of,
     finite_floats,
     json_member,
     rows_to_table,
+    schema_of,
 )
 
 
@@ -213,8 +217,9 @@ class ShardWriter:
         self._tar.write(
             {
                 "__key__": row.key,
-                "cls": str(row.label).encode("ascii"),
-                "json": json_member(row),
+                **({} if row.label is None else {"cls": str(row.label).encode("ascii")}),
+                **({} if row.prompt is None else {"txt": row.prompt.encode()}),
+                "json": json_member(row, columns_of(self._plan)),
                 self._plan.image_format: encoded.image,
                 **({DEPTH_MAP_SUFFIX: batch.depth_maps[offset]} if batch.depth_maps else {}),
             }
@@ -229,8 +234,7 @@ class ShardWriter:
         return SampleRow(
             index=index,
             key=key_of(index),
-            label=label,
-            class_name=plan.class_names[label],
+            **caption(plan, label, index),
             seed=plan.seed,
             model=plan.model,
             weights_sha256=plan.weights_sha256,
@@ -255,10 +259,14 @@ class ShardWriter:
             is_duplicate_in_shard=encoded.pixel_sha256 in self._pixel_hashes,
         )
 
+    @property
+    def _table(self) -> pa.Table:
+        return rows_to_table(self._rows, schema_of(self._plan))
+
     def _write_parquet(self) -> None:
         with open(self._parquet_path, "xb") as stream:
             pq.write_table(
-                rows_to_table(self._rows),
+                self._table,
                 stream,
                 version="2.6",
                 data_page_version="1.0",
@@ -273,15 +281,17 @@ class ShardWriter:
         """Read both files back: every member and every row is what was written."""
         rows = iter(self._rows)
         with open(self._tar_path, "rb") as stream:
-            for sample in read_tar(stream, self._plan.image_format):
+            plan = self._plan
+            for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
                 row = next(rows, None)
-                if row is None or (sample.key, sample.label) != (row.key, row.label):
+                told = sample.key, sample.label, sample.prompt
+                if row is None or told != (row.key, row.label, row.prompt):
                     raise ShardError(f"{self._tar_path}: sample {sample.key} is not the next one")
                 if hashlib.sha256(sample.image).hexdigest() != row.image_sha256:
                     raise ShardError(f"{self._tar_path}: the image of {sample.key} changed on disk")
         if next(rows, None) is not None:
             raise ShardError(f"{self._tar_path}: it ends early")
-        if not pq.read_table(self._parquet_path).equals(rows_to_table(self._rows)):
+        if not pq.read_table(self._parquet_path).equals(self._table):
             raise ShardError(f"{self._parquet_path}: its rows changed on disk")
 
 

@@ -39,8 +39,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class ClassLine:
-    """A class in the table: its rows are those that were read, None where there are none."""
+class SubjectLine:
+    """A class or a prompt in the table: of the rows that were read, None where there are none."""
 
     name: str
     planned: int
@@ -63,15 +63,15 @@ def render(survey: Survey) -> bytes:
     environment.filters["depth_strip"] = depth_strip
     environment.filters["duration"] = duration
     records = list(survey.records.values())
-    classes = survey.plan.total_counts.class_ids
     values: dict[str, Any] = {
         "survey": survey,
         "plan": survey.plan,
-        "mapped": [p for _, shown in survey.by_class for p in shown[:1] if p.depths][:_MAX_MAPS],
+        "mapped": [p for _, shown in survey.by_subject for p in shown[:1] if p.depths][:_MAX_MAPS],
         "num_bytes": sum(r.files.tar.size + r.files.parquet.size for r in records),
         "timeline": Timeline.of(records) if records else None,
-        "class_lines": list(_class_lines(survey)),
-        "num_classes": len(classes),
+        "subject_lines": list(_subject_lines(survey)),
+        "num_subjects": len(survey.plan.subject_counts),
+        "subject_words": survey.plan.subject_words,
         "workers": worker_lines(records)[:_MAX_ROWS],
         "num_workers": len({record.worker for record in records}),
         "num_blank": sum(record.num_blank for record in records),
@@ -139,19 +139,19 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _class_lines(survey: Survey) -> Iterator[ClassLine]:
+def _subject_lines(survey: Survey) -> Iterator[SubjectLine]:
     plan, rows = survey.plan, survey.rows
-    planned, committed = plan.total_counts.as_mapping(), survey.committed_counts()
+    planned, committed = plan.subject_counts, survey.committed_counts()
     flop = plan.compute.transformer_flops + plan.compute.decoder_flops
-    for class_id in spread(plan.total_counts.class_ids, _MAX_ROWS):
+    for subject in spread(list(planned), _MAX_ROWS):
         certainty = change = None
-        if rows is not None and (mine := rows.label_N == class_id).any():
+        if rows is not None and (mine := rows.subject_N == subject).any():
             certainty = float(rows.certainty_N[mine].mean())
             change = float(rows.change_NS[mine].mean())
-        count = committed[class_id]
-        yield ClassLine(
-            plan.class_names[class_id],
-            planned[class_id],
+        count = committed[subject]
+        yield SubjectLine(
+            plan.subject_name(subject),
+            planned[subject],
             count,
             count * flop / 1e12,
             certainty,
@@ -162,7 +162,7 @@ def _class_lines(survey: Survey) -> Iterator[ClassLine]:
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every setting by its dotted name; what other parts of the page show is left out."""
     for name, value in values.items():
-        if name in ("class_names", "compute"):
+        if name in ("class_names", "compute", "texts", "class_ids", "descriptions"):
             continue
         if isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{name}.")

@@ -20,12 +20,13 @@ from pipeline.shards.depth_maps import read_depth_map
 from pipeline.shards.failures import LedgerLine, given_up, ledger_lines
 from pipeline.shards.manifest import CommitRecord, committed_shards, parquet_name, tar_name
 from pipeline.shards.samples import ShardError, TarSample, decode_image, read_parquet, read_tar
+from pipeline.shards.schema import schema_of
 from pipeline.storage import Storage
 
 SHARDS_WITH_ROWS = 32
 SHARDS_WITH_IMAGES = 8
 ROWS_WITH_IMAGES = 1000  # the first ones of a shard: a tar is read up to the last image wanted
-_MAX_CLASSES = 40
+_MAX_SUBJECTS = 40
 _EXTREMES = 12
 
 Item = TypeVar("Item")
@@ -37,7 +38,8 @@ class Rows:
 
     shard_N: np.ndarray
     index_N: np.ndarray
-    label_N: np.ndarray
+    subject_N: np.ndarray
+    """As `JobPlan.stored_subject`, -1 for none of the plan's."""
     change_NS: np.ndarray
     log_prob_NS: np.ndarray
     image_sha256: list[str]
@@ -54,15 +56,17 @@ class Rows:
 class Picture:
     """One sample that is shown.
 
-    `image_HWC` is uint8. `depths`: blocks that the tokens of every scale ran, (side, side) each;
-    none where the dataset has no depth maps.
+    `subject`: its class, or its prompt where there are no classes. `image_HWC` is uint8. `depths`:
+    blocks that the tokens of every scale ran, (side, side) each; none where the dataset has no
+    depth maps.
     """
 
     key: str
-    class_name: str
+    subject: str
     certainty: float
     image_HWC: np.ndarray
     depths: Sequence[np.ndarray] = ()
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,7 @@ class Survey:
     records: dict[int, CommitRecord]
     ledger: list[LedgerLine]
     rows: Rows | None
-    by_class: list[tuple[str, list[Picture]]]
+    by_subject: list[tuple[str, list[Picture]]]
     least_certain: list[Picture]
     most_certain: list[Picture]
     problems: list[str]
@@ -95,14 +99,16 @@ class Survey:
         return sorted(given_up(self.ledger).keys() - self.records.keys())
 
     def committed_counts(self) -> dict[int, int]:
-        """Committed samples of every planned class."""
-        planned = self.plan.total_counts
+        """Committed samples of every planned subject."""
+        planned = self.plan.subject_counts
         if len(self.records) == self.plan.num_shards:
-            return planned.as_mapping()
-        found = np.zeros(max(planned.class_ids) + 1, dtype=np.int64)
+            return planned
+        found = dict.fromkeys(planned, 0)
         for shard_id in self.records:
-            found += np.bincount(self.plan.shard(shard_id).labels, minlength=len(found))
-        return {class_id: int(found[class_id]) for class_id in planned.class_ids}
+            labels, counts = np.unique(self.plan.shard(shard_id).labels, return_counts=True)
+            for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
+                found[self.plan.subject_of(label)] += count
+        return found
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
@@ -112,12 +118,15 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
-def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
-    """Read what a report shows, with up to `per_class` images of a class. Errors: `OSError`."""
+def survey(storage: Storage, plan: JobPlan, per_subject: int) -> Survey:
+    """Read what a report shows, with up to `per_subject` images of each class or prompt.
+
+    Errors: `OSError`.
+    """
     records = committed_shards(storage, plan)
     problems: list[str] = []
-    rows = _read_rows(storage, sorted(records), problems)
-    chosen = _Choice.of(rows, plan, per_class)
+    rows = _read_rows(storage, plan, sorted(records), problems)
+    chosen = _Choice.of(rows, plan, per_subject)
     pictures = _read_pictures(storage, plan, rows, chosen.all_places, problems)
 
     def shown(places: Sequence[int]) -> list[Picture]:
@@ -129,21 +138,23 @@ def survey(storage: Storage, plan: JobPlan, per_class: int) -> Survey:
         records=records,
         ledger=list(ledger_lines(storage, plan)),
         rows=rows,
-        by_class=[(plan.class_names[c], shown(places)) for c, places in chosen.by_class.items()],
+        by_subject=[(plan.subject_name(s), shown(p)) for s, p in chosen.by_subject.items()],
         least_certain=shown(chosen.least_certain),
         most_certain=shown(chosen.most_certain),
         problems=problems,
     )
 
 
-def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> Rows | None:
+def _read_rows(
+    storage: Storage, plan: JobPlan, shard_ids: list[int], problems: list[str]
+) -> Rows | None:
     """The rows of some shards, evenly chosen; None where none can be read."""
     with_images = spread(shard_ids, SHARDS_WITH_IMAGES)
     tables, shards, has_image = [], [], []
     for shard_id in sorted({*spread(shard_ids, SHARDS_WITH_ROWS), *with_images}):
         name = parquet_name(shard_id)
         try:
-            table = read_parquet(storage.read(name))
+            table = read_parquet(storage.read(name), schema_of(plan))
         except (ShardError, FileNotFoundError) as error:
             problems.append(f"{name}: {error}")
             continue
@@ -162,7 +173,7 @@ def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> R
     return Rows(
         shard_N=np.concatenate(shards),
         index_N=table["index"].to_numpy(),
-        label_N=table["label"].to_numpy(),
+        subject_N=_subjects(plan, table),
         change_NS=per_scale("mean_change"),
         log_prob_NS=per_scale("mean_log_prob"),
         image_sha256=table["image_sha256"].to_pylist(),
@@ -170,29 +181,36 @@ def _read_rows(storage: Storage, shard_ids: list[int], problems: list[str]) -> R
     )
 
 
+def _subjects(plan: JobPlan, table: pa.Table) -> np.ndarray:
+    if plan.class_names:
+        return np.asarray(table["label"].to_numpy())
+    found = [plan.stored_subject(None, text) for text in table["prompt"].to_pylist()]
+    return np.array([-1 if subject is None else subject for subject in found])
+
+
 @dataclass(frozen=True)
 class _Choice:
     """Which images are shown, as places in the rows."""
 
-    by_class: dict[int, list[int]]
+    by_subject: dict[int, list[int]]
     least_certain: list[int]
     most_certain: list[int]
 
     @classmethod
-    def of(cls, rows: Rows | None, plan: JobPlan, per_class: int) -> _Choice:
-        classes = spread(plan.total_counts.class_ids, _MAX_CLASSES)
+    def of(cls, rows: Rows | None, plan: JobPlan, per_subject: int) -> _Choice:
+        subjects = spread(list(plan.subject_counts), _MAX_SUBJECTS)
         if rows is None:
             return cls({}, [], [])
         places = np.flatnonzero(rows.has_image_N)
-        labels = rows.label_N[places]
-        by_class = {c: spread(places[labels == c].tolist(), per_class) for c in classes}
+        of_place = rows.subject_N[places]
+        by_subject = {s: spread(places[of_place == s].tolist(), per_subject) for s in subjects}
         ranked = places[rows.certainty_N[places].argsort(kind="stable")].tolist()
         few = min(_EXTREMES, len(ranked) // 2)
-        return cls(by_class, ranked[:few], ranked[::-1][:few])
+        return cls(by_subject, ranked[:few], ranked[::-1][:few])
 
     @property
     def all_places(self) -> set[int]:
-        return {*self.least_certain, *self.most_certain}.union(*self.by_class.values())
+        return {*self.least_certain, *self.most_certain}.union(*self.by_subject.values())
 
 
 def _read_pictures(
@@ -207,7 +225,7 @@ def _read_pictures(
         left = {key_of(int(rows.index_N[place])): place for place in inside}
         try:
             with storage.open_input(tar_name(shard_id)) as stream:
-                for sample in read_tar(stream, plan.image_format):
+                for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
                     place = left.pop(sample.key, None)
                     if place is not None:
                         pictures[place] = _picture(plan, rows, place, sample)
@@ -232,8 +250,9 @@ def _picture(plan: JobPlan, rows: Rows, place: int, sample: TarSample) -> Pictur
             raise ShardError(f"the depth map of {key}: {error}") from error
     return Picture(
         key=key,
-        class_name=plan.class_names[int(rows.label_N[place])],
+        subject=plan.subject_name(int(rows.subject_N[place])),
         certainty=float(rows.certainty_N[place]),
         image_HWC=decode_image(sample.image, plan.image_channels),
         depths=depths,
+        prompt=sample.prompt,
     )

@@ -27,6 +27,7 @@ from pipeline.dataset.loader import (
     iterate_samples,
     open_dataset,
     requested_samples,
+    require_classes,
     shard_parts,
     stacked,
     training_pipeline,
@@ -96,9 +97,10 @@ class TrainingSet:
         found: set[int] = set()
         if self.dataset is not None:
             plan = self.dataset.plan
-            possible = set(plan.total_counts.class_ids)
+            possible = set(plan.subject_counts)
             for part in shard_parts(self.dataset, self.num_samples):
-                found |= set(plan.shard(part.shard_id).labels[: part.num_taken].tolist())
+                labels = set(plan.shard(part.shard_id).labels[: part.num_taken].tolist())
+                found |= set(map(plan.subject_of, labels))
                 if found == possible:
                     break
         if self.num_real:
@@ -118,8 +120,11 @@ def open_test_set(
     `digits` are the 1,000 real held-out digits. Else a dataset of the same classes and image
     format, or a local folder of `<class name>/<image files>`, to which alone `background` and
     `skip_unreadable` apply, as in `PictureFolder.read`.
-    Errors: `InputError` for images that do not fit; `ShardError` for a damaged shard.
+    Errors: `InputError` for images that do not fit or have no classes; `ShardError` for a damaged
+    shard.
     """
+    if dataset is not None:
+        require_classes(dataset)
     if test == DIGITS:
         if dataset is not None and not shows_digits(dataset):
             raise InputError(

@@ -421,9 +421,10 @@ def _notes(dataset: Dataset, count: int, labels_N: np.ndarray) -> tuple[str, ...
         )
     if count < dataset.num_samples:
         notes.append(f"the first {count:,} of {dataset.num_samples:,} committed images were used")
-    shares = np.bincount(labels_N, minlength=len(plan.class_names)) / count
-    if shares.max() - shares.min() > max(0.2 / len(shares), 2.5 / count):
-        notes.append("the classes are not balanced, those of the reference are")
+    if plan.class_names:
+        shares = np.bincount(labels_N, minlength=len(plan.class_names)) / count
+        if shares.max() - shares.min() > max(0.2 / len(shares), 2.5 / count):
+            notes.append("the classes are not balanced, those of the reference are")
     if plan.image_format == "jpg":
         notes.append("the images are JPEG files: their losses are part of the numbers")
     return tuple(notes)

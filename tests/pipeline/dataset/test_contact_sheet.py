@@ -10,7 +10,7 @@ from pipeline.dataset.contact_sheet import (
     CONTACT_SHEET_NAME,
     draw_sheet,
     first_images,
-    shown_classes,
+    shown_subjects,
     write_contact_sheet,
 )
 from pipeline.dataset.loader import iterate_samples, open_dataset
@@ -59,10 +59,10 @@ def test_a_class_with_few_images_leaves_the_rest_of_its_row_white():
     assert (sheet[32 + 64 + 6 : -32, -32 - 64 :] == 255).all()
 
 
-def test_at_most_forty_classes_are_shown_evenly_chosen():
-    assert shown_classes(range(40)) == tuple(range(40))
-    assert len(set(shown_classes(range(41)))) == 40
-    chosen = shown_classes(range(7, 3007, 3))
+def test_at_most_forty_subjects_are_shown_evenly_chosen():
+    assert shown_subjects(range(40)) == tuple(range(40))
+    assert len(set(shown_subjects(range(41)))) == 40
+    chosen = shown_subjects(range(7, 3007, 3))
     assert (chosen[0], chosen[-1]) == (7, 3004)
     assert set(np.diff(chosen)) == {3 * 25, 3 * 26}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -142,13 +143,15 @@ def test_an_export_that_fails_leaves_nothing(
 ):
     dataset = dataset_of(tmp_path, image_format="webp")
 
-    def failing(dataset: Dataset):
-        samples = iterate_samples(dataset)
-        for _ in range(5):
-            yield next(samples)
-        raise ShardError("damaged")
+    def failing(iterate):
+        def five(dataset: Dataset):
+            yield from islice(iterate(dataset), 5)
+            raise ShardError("damaged")
 
-    monkeypatch.setattr(export, "iterate_samples", failing)
+        return five
+
+    for reader in ("iterate_samples", "iterate_stored"):
+        monkeypatch.setattr(export, reader, failing(getattr(export, reader)))
     before = sorted(p.name for p in tmp_path.iterdir())
     write = export_adm_npz if name == "out.npz" else export_png_folder
     with pytest.raises(ShardError, match="damaged"):

@@ -9,6 +9,8 @@ import pytest
 from pipeline.shards.schema import (
     COLUMNS,
     SHARD_SCHEMA,
+    TEXT_COLUMNS,
+    TEXT_SCHEMA,
     SampleRow,
     finite_floats,
     json_member,
@@ -26,17 +28,39 @@ ROW = SampleRow(
 )  # fmt: skip
 
 
+NO_CLASS = dataclasses.replace(
+    ROW, label=None, class_name=None, prompt="é fox", prompt_sha256="2" * 64
+)
+
+
 def test_the_fields_of_a_row_are_the_columns_in_order():
-    assert [f.name for f in dataclasses.fields(SampleRow)] == [c.name for c in COLUMNS]
-    assert SHARD_SCHEMA.names == [c.name for c in COLUMNS]
+    names = [f.name for f in dataclasses.fields(SampleRow)]
+    assert TEXT_SCHEMA.names == names == [c.name for c in TEXT_COLUMNS]
+    assert SHARD_SCHEMA.names == names[:-3] == [c.name for c in COLUMNS]
+    assert names[-3:] == ["prompt", "prompt_sha256", "template"]
 
 
 def test_a_row_survives_the_table():
-    assert rows_to_table([ROW]).to_pylist() == [dataclasses.asdict(ROW)]
+    (row,) = rows_to_table([ROW]).to_pylist()
+    assert row == {c.name: getattr(ROW, c.name) for c in COLUMNS}
+    assert rows_to_table([NO_CLASS], TEXT_SCHEMA).to_pylist() == [dataclasses.asdict(NO_CLASS)]
+
+
+def test_only_what_a_text_models_sample_may_lack_may_be_null():
+    assert not any(field.nullable for field in SHARD_SCHEMA)
+    nullable = [field.name for field in TEXT_SCHEMA if field.nullable]
+    assert nullable == ["label", "class_name", "template"]
+
+
+def test_the_json_member_of_a_text_model_holds_the_prompt_and_null_for_no_class():
+    values = json.loads(json_member(NO_CLASS, TEXT_COLUMNS))
+    assert values["prompt"] == "é fox"
+    assert [values[name] for name in ("label", "class_name", "template")] == [None] * 3
+    assert not {"prompt", "template"} & json.loads(json_member(ROW)).keys()
 
 
 def test_every_column_carries_its_meaning_in_the_schema():
-    for field in SHARD_SCHEMA:
+    for field in TEXT_SCHEMA:
         assert field.metadata[b"description"]
         assert b"unit" in field.metadata
 

@@ -199,7 +199,7 @@ def test_the_compute_map_shows_the_depth_of_every_token(tmp_path: Path):
     storage = Storage.open(tmp_path / "out")
     plan = make_plan({0: 2}, **WITH_DEPTH_MAPS)
     found = survey(storage, write_dataset(storage, plan, tmp_path / "scratch"), 1)
-    ((_, [picture]),) = found.by_class
+    ((_, [picture]),) = found.by_subject
     want_N = fake_batch(plan, [0]).depths_BN[0]
     assert np.concatenate([scale.ravel() for scale in picture.depths]).tolist() == want_N.tolist()
     strip = Image.open(io.BytesIO(base64.b64decode(depth_strip(picture).partition(",")[2])))

@@ -44,13 +44,13 @@ def test_images_stand_with_their_class_and_the_extremes_in_order(tmp_path: Path,
     storage = Storage.open(tmp_path / "out") if is_local else object_store()
     found = surveyed(storage, tmp_path / "scratch")
     plan, wanted = found.plan, certainties(found.plan)
-    assert [name for name, _ in found.by_class] == list(plan.class_names[:3])
+    assert [name for name, _ in found.by_subject] == list(plan.class_names[:3])
     labels = plan.total_counts.labels(0, 22)
-    for class_id, (name, pictures) in enumerate(found.by_class):
+    for class_id, (name, pictures) in enumerate(found.by_subject):
         keys = [key_of(int(i)) for i in np.flatnonzero(labels == class_id)]
         assert [p.key for p in pictures] == [keys[0], keys[-1]]
         for p in pictures:
-            assert p.class_name == name
+            assert p.subject == name
             assert (p.image_HWC == fake_batch(plan, [int(p.key)]).images_BHWC[0]).all()
             assert p.certainty == pytest.approx(wanted[p.key])
     ranked = sorted(wanted, key=lambda key: wanted[key])
@@ -79,7 +79,7 @@ def test_of_a_large_dataset_few_files_are_read(tmp_path: Path, monkeypatch: pyte
     assert data == [*parquet, "train/00000.tar", "train/00007.tar"]
     assert found.rows is not None
     assert found.rows.index_N.tolist() == [0, 1, 2, 12, 13, 14, 21]
-    shown = {p.key for _, pictures in found.by_class for p in pictures}
+    shown = {p.key for _, pictures in found.by_subject for p in pictures}
     assert shown == {key_of(i) for i in (0, 1, 21)}
     assert {p.key for p in (*found.least_certain, *found.most_certain)} <= shown
     assert found.num_samples == 22
@@ -91,8 +91,8 @@ def test_of_many_classes_forty_are_shown(tmp_path: Path):
     storage = Storage.open(tmp_path / "out")
     changes = {"counts": counts, "class_names": names, "samples_per_shard": 40}
     found = surveyed(storage, tmp_path / "scratch", **changes)
-    assert [name for name, _ in found.by_class] == [f"class {2 * i}" for i in range(40)]
-    assert sum(len(pictures) for _, pictures in found.by_class) == 40
+    assert [name for name, _ in found.by_subject] == [f"class {2 * i}" for i in range(40)]
+    assert sum(len(pictures) for _, pictures in found.by_subject) == 40
 
 
 def test_what_is_damaged_is_named_and_the_rest_shown(tmp_path: Path):
@@ -113,7 +113,7 @@ def test_what_is_damaged_is_named_and_the_rest_shown(tmp_path: Path):
         "train/00000.tar",
     ]
     assert f"the image of {key_of(0)} is not the one that was committed" in found.problems[1]
-    assert {p.key for _, pictures in found.by_class for p in pictures} == {
+    assert {p.key for _, pictures in found.by_subject for p in pictures} == {
         key_of(i) for i in range(18, 22)
     }
 
@@ -131,7 +131,7 @@ def test_a_job_that_is_under_way_counts_what_is_committed(tmp_path: Path):
         for file in (tmp_path / "out" / folder).iterdir():
             file.unlink()
     empty = survey(storage, plan, 8)
-    assert (empty.records, empty.rows, empty.by_class, empty.problems) == ({}, None, [], [])
+    assert (empty.records, empty.rows, empty.by_subject, empty.problems) == ({}, None, [], [])
     assert empty.committed_counts() == {0: 0, 1: 0, 2: 0}
 
 

@@ -231,6 +231,11 @@ class ModelConfig:
         return tuple((i, *imagenet.LEMMAS[i][1:]) for i in self.wordnet_ids)
 
     @property
+    def is_text(self) -> bool:
+        """Whether images are asked for in words."""
+        return False
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Side of the token map of every scale, coarse to fine."""
         return self.transformer.sides

@@ -1,7 +1,8 @@
 """Copy a dataset into another format: `depthvar export DIR --format adm-npz --out FILE.npz`.
 
 adm-npz is the sample file of OpenAI's evaluator; png-folder is OUT/{class name}/{key}.png, with
-`%2F` and the like for what no folder can be called (`/`, a dot in front, a space at the end).
+`%2F` and the like for what no folder can be called (`/`, a dot in front, a space at the end). Where
+images have prompts, OUT/metadata.jsonl holds them; without classes all files are in OUT.
 """
 
 from __future__ import annotations

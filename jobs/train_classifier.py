@@ -215,8 +215,8 @@ def _heading(config: TrainClassifierConfig, dataset: Dataset | None, test_set: T
         share = plan.compute.token_layers_ratio
         lines.insert(
             0,
-            f"train on  {dataset.num_samples:,} images of {len(plan.subject_counts):,} "
-            f"classes in {len(dataset.records):,} shards of {dataset.storage}, policy "
+            f"train on  {dataset.num_samples:,} images of {plan.subjects_told} "
+            f"in {len(dataset.records):,} shards of {dataset.storage}, policy "
             f"{plan.policy.preset}, {share:.1%} of the token-layers",
         )
         if dataset.num_missing:

@@ -12,6 +12,7 @@ from jobs._entry import run_job
 from pipeline.request.flags import load_config
 from pipeline.request.generation import GenerateConfig
 from pipeline.run.driver import generate
+from tests.fakes import TEXT_MODEL
 
 FAKE_SAMPLER = "tests.fakes:fake_sampler"
 
@@ -19,7 +20,7 @@ FAKE_SAMPLER = "tests.fakes:fake_sampler"
 def fake_weights(model: str, weights: str | None) -> SimpleNamespace:
     """A known model found, with a calibration, and nothing of it read."""
     return SimpleNamespace(
-        config=model_config(model, weights),
+        config=TEXT_MODEL if model == TEXT_MODEL.name else model_config(model, weights),
         sha256="ab" * 32,
         calibration=Path("none"),
         notes=(),

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,20 @@ class FakeBatch:
     decoding_s: float
 
 
-def fake_image(label: int, seed: int, index: int, side: int, channels: int) -> np.ndarray:
-    """A pure function of (label, seed, index): noise around a grey that names the class."""
+class TextModel(ModelConfig):
+    """A model that is asked in words, as far as the pipeline can tell."""
+
+    @property
+    def is_text(self) -> bool:
+        return True
+
+
+TEXT_MODEL = TextModel(**{**vars(model_config("digits")), "name": "fake-text"})
+
+
+def fake_image(given: int | str, seed: int, index: int, side: int, channels: int) -> np.ndarray:
+    """A function of (given, seed, index): noise around a grey that names the class or prompt."""
+    label = given if isinstance(given, int) else zlib.crc32(given.encode()) % 10
     noise = np.random.Generator(np.random.Philox(key=[seed, index]))
     pixels = noise.integers(0, 40, size=(side, side, channels), dtype=np.uint8)
     return (pixels + np.uint8(20 * label)).astype(np.uint8)
@@ -103,13 +116,15 @@ class FakeSampler:
         self.plan = plan
         self.cost: Cost = image_cost(config, plan)
 
-    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> FakeBatch:
+    def __call__(
+        self, given: Sequence[int] | Sequence[str], *, seed: int, indices: Sequence[int]
+    ) -> FakeBatch:
         faults = faults_in_force()
         _act_out(faults, indices)
         side, channels = self.config.image_side, self.config.image_channels
         images = [
-            fake_image(label, seed, index, side, channels)
-            for label, index in zip(labels, indices, strict=True)
+            fake_image(asked, seed, index, side, channels)
+            for asked, index in zip(given, indices, strict=True)
         ]
         shape = (len(images), len(self.config.sides))
         change = float("nan") if faults.get("nan") in indices else 0.25
@@ -132,7 +147,7 @@ def fake_sampler(plan: JobPlan, place: Workplace, device: str) -> FakeSampler:
             stream.write(f"{os.getppid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     if "load_error" in faults:
         raise RuntimeError(faults["load_error"])
-    config = model_config(plan.model)
+    config = model_config(plan.model) if plan.prompts is None else TEXT_MODEL
     depth = DepthPlan.build(config.sides, config.num_blocks, plan.runnable_policy)
     return FakeSampler(config, depth)
 

@@ -135,8 +135,7 @@ class Status:
     def as_text(self) -> str:
         """A few lines for people."""
         plan, lines = self.plan, []
-        classes = len(plan.total_counts.class_ids)
-        lines.append(f"dataset   {self.where}: {plan.model}, {classes:,} classes")
+        lines.append(f"dataset   {self.where}: {plan.model}, {plan.subjects_told}")
         lines.append(
             f"done      {self.num_images:,} of {plan.num_samples:,} images"
             f" ({100 * self.num_images // plan.num_samples}%), {self.num_shards:,} of"

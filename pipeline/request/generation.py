@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +18,14 @@ ImageFormat = Literal["png", "jpg", "webp"]
 Precision = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PNG_LEVEL = 6
 Scalar = bool | int | float | str | None
+_LABELS, _WORDS = ("classes", "labels_file"), ("class_names", "prompts")
+"""What says what images show, of a class-conditional and of a text model."""
+_ALONE = {
+    "labels_file": {"classes", "per_class"},
+    "prompts": {"class_names", "templates", *_LABELS},
+    "class_names": {*_LABELS},
+}
+"""What no other source of labels may stand beside."""
 PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
 
@@ -45,11 +54,28 @@ class GenerateConfig(JobConfig):
         description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
         " id:3 and name:3 where 3 is the id of one and the name of another",
     )
-    per_class: int = Field(100, gt=0, description="samples of each class")
+    per_class: int = Field(
+        100, gt=0, description="samples of each class, and of each prompt without a count"
+    )
     labels_file: JobFile | None = Field(
         None,
         description="file of lines `class[,count]` in place of --classes and --per-class"
         " (default: none)",
+    )
+    class_names: Annotated[str, Metavar("CLASSES")] | None = Field(
+        None,
+        description='of a text model: classes as "red fox,tabby cat", or a file of lines'
+        " `class<TAB>description`, the description as one likes (default: none)",
+    )
+    templates: JobFile | None = Field(
+        None,
+        description="of a text model: file of lines such as `a photo of a {class} in the snow`,"
+        " of which each sample has one by chance (default: the class, and its description)",
+    )
+    prompts: JobFile | None = Field(
+        None,
+        description="of a text model: file of prompts, one a line, or a table with the columns"
+        " prompt,class,count, in place of --class-names (default: none)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
     policy: str = Field(DEFAULT_PRESET, description=f"depth policy: {', '.join(PRESETS)}")
@@ -119,7 +145,7 @@ class GenerateConfig(JobConfig):
         10, ge=0, description="images per class on the contact sheet, 0 for no sheet"
     )
 
-    @field_validator("classes", mode="before")
+    @field_validator("classes", "class_names", mode="before")
     @classmethod
     def _classes_from_yaml(cls, value: object) -> object:
         """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
@@ -152,14 +178,39 @@ class GenerateConfig(JobConfig):
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> GenerateConfig:
-        """A labels file already says classes and counts."""
-        doubled = sorted({"classes", "per_class"} & self.model_fields_set)
-        if self.labels_file is not None and doubled:
-            raise ValueError(
-                f"labels_file was given together with {' and '.join(doubled)}, wanted one source"
-                " of labels: drop one of them"
-            )
+        """A file says classes and counts, or prompts; classes are those of a model or named."""
+        given = self._given
+        for name, others in _ALONE.items():
+            if name in given and (doubled := sorted(given & others)):
+                raise ValueError(
+                    f"{name} was given together with {' and '.join(doubled)}, wanted one source"
+                    " of labels: drop one of them"
+                )
+        if "templates" in given and "class_names" not in given:
+            raise ValueError("templates was given without class_names: add the classes")
         return self
+
+    @property
+    def _given(self) -> set[str]:
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
+    def unfit_for(self, *, is_text: bool) -> str:
+        """What is asked for in the words of the other kind of model, or missing; "" for nothing."""
+        wrong = [name for name in (_LABELS if is_text else _WORDS) if name in self._given]
+        if wrong:
+            return f"--{wrong[0].replace('_', '-')}"
+        is_missing = is_text and not self._given & {*_WORDS}
+        return "no classes and no prompts" if is_missing else ""
+
+    @property
+    def job_files(self) -> dict[str, Path]:
+        """The files that the driver reads when it starts, by field."""
+        named = {name: getattr(self, name) for name in ("labels_file", "templates", "prompts")}
+        if self.class_names is not None:
+            from pipeline.request.prompt_files import file_of_classes  # brings NumPy
+
+            named["class_names"] = file_of_classes(self.class_names)
+        return {name: path for name, path in named.items() if path is not None}
 
 
 class PlanConfig(GenerateConfig):

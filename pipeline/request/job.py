@@ -20,6 +20,7 @@ from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
+from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
 from pipeline.request.weights import fetch_model
 
 UNREAD_WEIGHTS = "0" * 64
@@ -58,7 +59,7 @@ def plan_job(
     compute = _compute(model, policy, sampling)
     for text in found.notes:
         note(text)
-    counts = _label_counts(config, model, note)
+    asked = _asked(config, model, note)
     is_read = found.sha256 != UNREAD_WEIGHTS
     if is_read and policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
@@ -68,7 +69,7 @@ def plan_job(
     plan = JobPlan(
         model=model.name,
         weights_sha256=found.sha256,
-        class_names=model.class_names,
+        class_names=asked.class_names,
         image_side=model.image_side,
         image_channels=model.image_channels,
         policy=policy,
@@ -80,8 +81,9 @@ def plan_job(
         image_format=config.image_format,
         png_level=config.png_level,
         compute=compute,
-        segments=(Segment(counts),),
+        segments=(Segment(asked.counts),),
         depth_map_sides=model.sides if config.save_depth_maps else (),
+        prompts=asked.prompts,
     )
     return plan, model
 
@@ -103,7 +105,7 @@ def check_before_submission(config: GenerateConfig) -> None:
     model = MODELS.get(model_name(config.model))
     if model is not None:
         _compute(model, _policy(config), _sampling(config, model.sampling))
-        _label_counts(config, model, lambda note: None)
+        _asked(config, model, lambda note: None)
 
 
 def _check_text(config: GenerateConfig, model: ModelConfig) -> None:
@@ -166,10 +168,29 @@ def _compute(model: ModelConfig, policy: DepthPolicy, sampling: SamplingSettings
     )
 
 
-def _label_counts(
-    config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]
-) -> LabelCounts:
+def _asked(config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]) -> Asked:
+    """What a request asks of a model, in the terms of its kind."""
+    if wrong := config.unfit_for(is_text=model.is_text):
+        raise InputError(_other_kind(model, wrong))
+    if config.prompts is not None:
+        return asked_prompts(config.prompts, config.per_class, note)
+    if config.class_names is not None:
+        return asked_classes(config.class_names, config.templates, config.per_class, note)
+    names, others = model.class_names, model.other_names
     if config.labels_file is not None:
-        return read_labels_file(config.labels_file, model.class_names, model.other_names, note=note)
-    class_ids = parse_classes(config.classes, model.class_names, model.other_names)
-    return LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
+        counts = read_labels_file(config.labels_file, names, others, note=note)
+    else:
+        class_ids = parse_classes(config.classes, names, others)
+        counts = LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
+    return Asked(names, None, counts)
+
+
+def _other_kind(model: ModelConfig, got: str) -> str:
+    """What to say where a request is of another kind than its model."""
+    takers = [name for name, known in MODELS.items() if known.is_text != model.is_text]
+    others = f" ({', '.join(takers)} take the others)" if takers else ""
+    if model.is_text:
+        wanted = f"{model.name} makes images from text: give --class-names or --prompts"
+    else:
+        wanted = f"{model.name} knows its own classes alone: give --classes or --labels-file"
+    return f"got {got}, but {wanted}{others}"

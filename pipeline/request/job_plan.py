@@ -267,6 +267,11 @@ class JobPlan:
         return ("class", "classes") if self.class_names else ("prompt", "prompts")
 
     @property
+    def subjects_told(self) -> str:
+        """How many classes or prompts the images are of."""
+        return f"{len(self.subject_counts):,} {self.subject_words[1]}"
+
+    @property
     def caption_suffixes(self) -> tuple[str, ...]:
         """The members that say what an image of the dataset shows."""
         return (*("cls",) * bool(self.class_names), *("txt",) * (self.prompts is not None))

@@ -18,7 +18,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -29,7 +28,7 @@ import numpy as np
 
 from depthvar.errors import InputError, shown
 from depthvar.host.names import comparable, comparable_in_any_case
-from pipeline.request.text_file import read_text
+from pipeline.request.text_file import errors_of, read_text
 
 MAX_SAMPLES = 10**12  # keys have twelve digits
 _GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2
@@ -211,17 +210,8 @@ def read_labels_file(
             f"{shown(class_names[i])} {counts[i]:,} from {lines_of[i]:,} lines" for i in repeated
         )
         note(f"{file} names {many} more than once, whose counts add up: {_few(added_up)}")
-    with _errors_of(f"{file}"):
+    with errors_of(f"{file}"):
         return LabelCounts.from_mapping({i: count for i, count in counts.items() if count})
-
-
-@contextmanager
-def _errors_of(place: str) -> Iterator[None]:
-    """Begin the message of an `InputError` with its place."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
 
 
 Row = tuple[int, int]
@@ -231,7 +221,7 @@ Row = tuple[int, int]
 def _json_rows(file: Path, text: str, index: ClassIndex) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not _is_blank_or_comment(line):
-            with _errors_of(f"{file}, line {number}"):
+            with errors_of(f"{file}, line {number}"):
                 name, count = _from_json_line(line)
                 row = index.class_id(name), count
             yield row
@@ -241,7 +231,7 @@ def _csv_rows(file: Path, text: str, index: ClassIndex) -> Iterator[Row]:
     """Classes and counts of the rows after the header, if there is one."""
     columns = _Columns()
     for position, (number, cells) in enumerate(_csv_records(file, text, index)):
-        with _errors_of(f"{file}, line {number}"):
+        with errors_of(f"{file}, line {number}"):
             if not _is_header(cells, index):
                 yield columns.row(cells, index)
             elif position == 0:
@@ -334,9 +324,7 @@ class _Columns:
         if self.class_at >= len(cells):
             raise InputError(f"got {shown(cells[0])}, wanted count,class as the header says")
         count = cells[1 - self.class_at].strip() if len(cells) == 2 else "1"
-        if not re.fullmatch(r"[0-9]{1,13}", count) or int(count) > MAX_SAMPLES:
-            raise InputError(f"got the count {shown(count)}, {_WANTED_COUNT}")
-        return index.class_id(self._explicit(cells[self.class_at], index)), int(count)
+        return index.class_id(self._explicit(cells[self.class_at], index)), count_of(count)
 
     def _explicit(self, name: str, index: ClassIndex) -> str:
         """The class as it reads in a column of ids, or of names."""
@@ -347,13 +335,25 @@ class _Columns:
         return name
 
 
-def _from_json_line(line: str) -> tuple[str, int]:
+def count_of(text: str) -> int:
+    """A number of samples as it is written. Errors: `InputError`."""
+    if not re.fullmatch(r"[0-9]{1,13}", text) or int(text) > MAX_SAMPLES:
+        raise InputError(f"got the count {shown(text)}, {_WANTED_COUNT}")
+    return int(text)
+
+
+def json_value(line: str) -> Any:
+    """The value of a line of JSON. Errors: `InputError`, also for a key that stands twice."""
     try:
-        value: Any = json.loads(line, object_pairs_hook=_record)
+        return json.loads(line, object_pairs_hook=_record)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"got {shown(line)}, which is not JSON") from error
+
+
+def _from_json_line(line: str) -> tuple[str, int]:
+    value = json_value(line)
     record = value if isinstance(value, dict) else {"class": value}
     name, count = record.get("class"), record.get("count", 1)
     if not set(record) <= {"class", "count"} or not (type(name) is int or isinstance(name, str)):

@@ -56,15 +56,23 @@ class ClassPrompts:
             check_template(template)
         for description in filter(None, self.descriptions):
             check_text(description, "description")
-        if "" in self.descriptions and any(map(_describes, self.templates)):
-            raise InputError("got a template with {description} and a class without one")
+
+    @property
+    def describes(self) -> bool:
+        """Whether a template says the description."""
+        return any("{description}" in _fields(template) for template in self.templates)
 
     def check_entries(self, class_names: Sequence[str]) -> None:
         """Errors: `InputError` where the entries are not the classes of these names."""
         if len(self.descriptions) not in (0, len(class_names)):
             raise InputError(f"got {len(self.descriptions)} descriptions of {len(class_names)}")
-        if not self.descriptions and any(map(_describes, self.templates)):
-            raise InputError("got a template with {description} and no descriptions")
+        descriptions = self.descriptions or ("",) * len(class_names)
+        bare = [name for name, told in zip(class_names, descriptions, strict=True) if not told]
+        if bare and self.describes:
+            raise InputError(
+                f"got a template with {{description}}, and {len(bare):,} of {len(class_names):,} "
+                f"classes without one, {shown(bare[0])} first: describe them, or leave it out"
+            )
         if len(class_names) * max(1, len(self.templates)) > MAX_PROMPTS:
             raise InputError(
                 f"got {len(class_names):,} classes in {len(self.templates):,} templates, wanted at "
@@ -184,7 +192,3 @@ def _fields(template: str) -> list[str]:
         for _, name, form, conversion in string.Formatter().parse(template)
         if name is not None
     ]
-
-
-def _describes(template: str) -> bool:
-    return "{description}" in _fields(template)

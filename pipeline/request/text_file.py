@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from depthvar.errors import InputError, advice
@@ -19,17 +21,32 @@ _OTHER_FILES = (  # by their first bytes; UTF-32 begins as UTF-16 does
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
-def read_text(path: Path, what: str) -> str:
+@contextmanager
+def errors_of(place: str) -> Iterator[None]:
+    """Begin the message of an `InputError` with its place."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def read_text(path: Path, what: str, *, max_bytes: int | None = None) -> str:
     """The text of a file, without a byte order mark; `what` it is begins every error.
 
-    Errors: `InputError` for a file that cannot be read and for what is not UTF-8 text.
+    Errors: `InputError` for a file that cannot be read, is larger than wanted or no UTF-8 text.
     """
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as stream:
+            data = stream.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         todo = advice(error, path)
         raise InputError(f"{what} {path} cannot be read: {reason}: {todo}") from None
+    if max_bytes is not None and len(data) > max_bytes:
+        raise InputError(
+            f"{what} {path} is larger than {max_bytes >> 20} MiB, wanted at most that: split the"
+            " job into several"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

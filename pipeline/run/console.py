@@ -79,7 +79,7 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
     odd = f", {blank:,} blank, {doubled:,} duplicates" if blank or doubled else ""
     shards = f"{len(records):,} of {plan.num_shards:,} shards"
     lines = [
-        f"dataset   {images:,} images of {subjects(plan)} in {shards}{odd}",
+        f"dataset   {images:,} images of {plan.subjects_told} in {shards}{odd}",
         f"bytes     {human_bytes(tar_bytes)} of images, {human_bytes(parquet_bytes)} of rows",
         f"compute   {compute_line(plan)}",
         f"time      {time_line(records)}",
@@ -210,11 +210,6 @@ def missing_summary(
     if set_aside:
         lines.append("add --retry-failed to try those again that were set aside")
     return "\n".join(lines)
-
-
-def subjects(plan: JobPlan) -> str:
-    """How many classes or prompts images are of."""
-    return f"{len(plan.subject_counts):,} {plan.subject_words[1]}"
 
 
 def class_line(plan: JobPlan) -> str:

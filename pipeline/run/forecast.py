@@ -66,12 +66,11 @@ def plan_report(
 ) -> str:
     """The dry run: what would be made, what it costs and what is there already."""
     done = sum(record.num_samples for record in records.values())
-    side, classes = plan.image_side, len(plan.total_counts.class_ids)
-    sampling, compute = plan.sampling, plan.compute
+    side, sampling, compute = plan.image_side, plan.sampling, plan.compute
     is_unread = plan.weights_sha256 == UNREAD_WEIGHTS
     weights = "not read" if is_unread else plan.weights_sha256[:12]
     drawing = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
-    images = f"{plan.num_samples:,} images of {classes:,} classes, {side}x{side}"
+    images = f"{plan.num_samples:,} images of {plan.subjects_told}, {side}x{side}"
     sample_bytes, basis = _sample_bytes(plan, records)
     shard_bytes = human_bytes(sample_bytes * min(plan.samples_per_shard, plan.num_samples))
     identity = "not known before the weights are read" if is_unread else plan.fingerprint
@@ -126,7 +125,8 @@ def _sample_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> tuple[f
     if not plan.png_level:
         per_pixel, kind = float(plan.image_channels), "images that are not compressed"
     # A row of .json has two numbers for each scale, of about 12 characters.
-    members = [1, 320 + 24 * len(plan.compute.depth_per_scale), per_pixel * plan.image_side**2]
+    members: list[float] = [1] * len(plan.caption_suffixes)
+    members += [320 + 24 * len(plan.compute.depth_per_scale), per_pixel * plan.image_side**2]
     if plan.depth_map_sides:
         members.append(128 + sum(side * side for side in plan.depth_map_sides))
     in_tar = sum(_BLOCK * (1 + -(-size // _BLOCK)) for size in members)

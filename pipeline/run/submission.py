@@ -1,7 +1,7 @@
 """A job handed to a cluster by its dashboard: sent, found again, followed to its end.
 
 The process that does it is no part of the cluster. What travels is this code, the request as YAML
-and the file of labels it names; everything else lies where every node sees it.
+and the files of labels and prompts it names; everything else lies where every node sees it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("depthvar", "pipeline", "jobs")
 _REQUEST_FILE = "job.yaml"
 _COMMAND = f"python -m jobs.generate --config {_REQUEST_FILE}"
-_LABELS_FOLDER = "labels"
+_FILES_FOLDER = "labels"
 _REQUEST = "depthvar request"  # the job's metadata
 _STARTING_S = 90.0  # a dashboard answers before the agent that takes jobs does
 _RETRY_S = 2.0
@@ -130,9 +130,9 @@ def _client(url: str) -> JobSubmissionClient:
 
 def _told(config: SubmitConfig) -> dict[str, Any]:
     told = config.for_cluster()
-    if config.labels_file is not None:
-        told["labels_file"] = f"{_LABELS_FOLDER}/{config.labels_file.name}"
-    return told
+    return told | {
+        name: f"{_FILES_FOLDER}/{name}{p.suffix}" for name, p in config.job_files.items()
+    }
 
 
 def _pack(folder: Path, config: SubmitConfig, told: str) -> None:
@@ -142,9 +142,9 @@ def _pack(folder: Path, config: SubmitConfig, told: str) -> None:
             _ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
         )
     (folder / _REQUEST_FILE).write_text(told)
-    if config.labels_file is not None:
-        (folder / _LABELS_FOLDER).mkdir()
-        shutil.copy(config.labels_file, folder / _LABELS_FOLDER)
+    for name, path in config.job_files.items():
+        (folder / _FILES_FOLDER).mkdir(exist_ok=True)
+        shutil.copy(path, folder / _FILES_FOLDER / f"{name}{path.suffix}")
 
 
 def _send(job: Submission, folder: Path, told: str) -> None:

@@ -117,6 +117,23 @@ def test_code_request_and_labels_travel_and_nothing_else(
     assert config.labels_file.read_text() == "1,2\n"
 
 
+def test_files_of_a_text_models_request_travel_whatever_they_are_called(
+    cluster: FakeClient, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.request.job.check_before_submission", lambda config: None)
+    for folder, text in (("a", "fox\n"), ("b", "a {class}\n")):
+        Path(folder).mkdir()
+        Path(folder, "mine.txt").write_text(text)
+    asked = ["--class-names", "a/mine.txt", "--templates", "b/mine.txt"]
+    assert submit.main([*OUT, "--model", "fake-text", *asked]) == 0
+    monkeypatch.chdir(cluster.kept / cluster.jobs[0].submission_id)
+    config = load_config(GenerateConfig, ["--config", "job.yaml"], prog="", description="")
+    assert config.class_names is not None
+    assert config.templates is not None
+    assert Path(config.class_names).read_text() == "fox\n"
+    assert config.templates.read_text() == "a {class}\n"
+
+
 def test_an_output_has_one_job_at_a_time_and_ids_of_its_own(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ):

@@ -111,6 +111,12 @@ def test_a_labels_file_excludes_the_other_sources_of_labels():
     assert load("--out", "x", "--labels-file", "l").labels_file == Path("l")
 
 
+def test_class_names_in_yaml_may_be_a_list(tmp_path: Path):
+    file = tmp_path / "job.yaml"
+    file.write_text("out: x\nclass_names: [no, 'tench, Tinca', 3]\n")
+    assert load("--config", str(file)).class_names == 'no,"tench, Tinca",3'
+
+
 def test_a_png_level_is_refused_for_other_formats():
     flags = ("--out", "x", "--png-level", "1")
     assert "together with image_format jpg" in refused(*flags, "--image-format", "jpg")[0]

@@ -32,6 +32,13 @@ def test_what_is_no_text_is_named_for_what_it_looks_like(tmp_path: Path, data: b
     assert "save it as UTF-8" in str(caught.value)
 
 
+def test_a_file_that_is_too_large_is_not_read_to_its_end(tmp_path: Path):
+    (tmp_path / "t").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(InputError, match="is larger than 1 MiB, wanted at most that: split"):
+        read_text(tmp_path / "t", "the file", max_bytes=2**20)
+    assert len(read_text(tmp_path / "t", "the file", max_bytes=2**21)) == 2**20 + 1
+
+
 @pytest.mark.parametrize(("name", "reason"), [("none", "No such file"), (".", "Is a directory")])
 def test_what_cannot_be_read_is_an_input_error(tmp_path: Path, name: str, reason: str):
     with pytest.raises(InputError, match=f"cannot be read: {reason}.*: (check that|name a file)"):

@@ -102,9 +102,9 @@ class TextModel(ModelConfig):
 TEXT_MODEL = TextModel(**{**vars(model_config("digits")), "name": "fake-text"})
 
 
-def fake_image(given: int | str, seed: int, index: int, side: int, channels: int) -> np.ndarray:
-    """A function of (given, seed, index): noise around a grey that names the class or prompt."""
-    label = given if isinstance(given, int) else zlib.crc32(given.encode()) % 10
+def fake_image(given: Any, seed: int, index: int, side: int, channels: int) -> np.ndarray:
+    """A function of (given, seed, index): noise around a grey that names the class or states."""
+    label = given if isinstance(given, int) else zlib.crc32(np.asarray(given).tobytes()) % 10
     noise = np.random.Generator(np.random.Philox(key=[seed, index]))
     pixels = noise.integers(0, 40, size=(side, side, channels), dtype=np.uint8)
     return (pixels + np.uint8(20 * label)).astype(np.uint8)
@@ -116,9 +116,7 @@ class FakeSampler:
         self.plan = plan
         self.cost: Cost = image_cost(config, plan)
 
-    def __call__(
-        self, given: Sequence[int] | Sequence[str], *, seed: int, indices: Sequence[int]
-    ) -> FakeBatch:
+    def __call__(self, given: Sequence[Any], *, seed: int, indices: Sequence[int]) -> FakeBatch:
         faults = faults_in_force()
         _act_out(faults, indices)
         side, channels = self.config.image_side, self.config.image_channels

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from depthvar.errors import InputError
+from depthvar.text.states import write_states
 from jobs import export, report, verify
 from pipeline.dataset.contact_sheet import draw_sheet
 from pipeline.dataset.loader import iterate_samples, open_dataset, training_pipeline
@@ -29,6 +30,7 @@ from pipeline.shards.schema import TEXT_SCHEMA
 from pipeline.storage import Storage
 from tests import fake_job
 from tests.fake_shards import committed_anew, data_files, rewrite_rows, rewrite_tar
+from tests.fake_text import states_of
 from tests.fakes import FAULTS_VARIABLE, TEXT_MODEL, fake_image, set_faults, without_torch
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +39,23 @@ CLASSES = {"red fox": "small, and red", "tabby cat": "striped \u00e9"}
 PROMPTS = {"a fox, asleep": 9, "two cats on a <b>mat</b>": 4, "nothing \u2014 at all": 10}
 
 
+def all_prompts() -> list[str]:
+    worded = [
+        template.format(**{"class": name, "description": told})
+        for template in TEMPLATES
+        for name, told in CLASSES.items()
+    ]
+    return [*worded, *CLASSES, *PROMPTS]
+
+
 def flags(out: Path, *asked: str) -> list[str]:
+    """Of a job with the states of every prompt in a file, which has the same bytes everywhere."""
+    states = out.parent / "states.safetensors"
+    write_states(states, {prompt: states_of(prompt) for prompt in all_prompts()})
     return [
         f"--out={out}", f"--model={TEXT_MODEL.name}", *asked, "--workers=0", "--device=cpu",
         "--samples-per-shard=10", "--batch-size=4", f"--scratch={out.parent / 'scratch'}",
+        f"--text-states={states}",
     ]  # fmt: skip
 
 
@@ -118,7 +133,7 @@ def test_every_image_is_made_from_its_prompt_and_says_so(of_classes: Path):
         digest = hashlib.sha256(prompt.encode()).hexdigest()
         assert {**told, "prompt_sha256": digest, "index": index}.items() <= row.items()
         pixels = np.asarray(Image.open(io.BytesIO(sample["png"])))
-        assert (pixels == fake_image(prompt, 0, index, 32, 1)[:, :, 0]).all()
+        assert (pixels == fake_image(states_of(prompt), 0, index, 32, 1)[:, :, 0]).all()
     assert index == 23
     assert {row["template"] for row in rows(of_classes)} == {*TEMPLATES}
 
@@ -299,6 +314,7 @@ def test_an_export_keeps_the_prompts(of_classes: Path, of_prompts: Path, tmp_pat
         ([], "got no classes and no prompts, but fake-text makes images from text: give"),
         (["--classes=0-3"], "got --classes, but fake-text makes images from text"),
         (["--labels-file=labels.csv"], "got --labels-file, but fake-text"),
+        (["--model=digits"], "got --text-states for digits, which takes classes"),
         (["--model=digits", "--class-names=a"], "got --class-names, but digits knows its own"),
         (["--model=digits", "--prompts=p.txt"], "got --prompts, but digits knows its own"),
         (["--prompts=p.txt", "--class-names=a"], "prompts was given together with class_names"),
@@ -316,7 +332,7 @@ def test_what_a_model_does_not_take_is_refused_and_nothing_written(
         fake_job.main([*flags(tmp_path / "out"), *asked])
     (line,) = str(caught.value).splitlines()
     assert line.startswith(told)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["states.safetensors"]
 
 
 def test_the_stored_plan_says_every_prompt(of_classes: Path, of_prompts: Path):

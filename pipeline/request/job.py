@@ -21,6 +21,7 @@ from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
+from pipeline.request.text import TextSource, find_text
 from pipeline.request.weights import fetch_model
 
 UNREAD_WEIGHTS = "0" * 64
@@ -53,13 +54,13 @@ def plan_job(
     by_name = None if fetches else _known_model(config)
     found = by_name or fetch_model(config.model, config.weights)
     model = found.config
-    _check_text(config, model)
     policy = _policy(config)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
     for text in found.notes:
         note(text)
     asked = _asked(config, model, note)
+    source = _text_source(config, model)
     is_read = found.sha256 != UNREAD_WEIGHTS
     if is_read and policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
@@ -84,6 +85,7 @@ def plan_job(
         segments=(Segment(asked.counts),),
         depth_map_sides=model.sides if config.save_depth_maps else (),
         prompts=asked.prompts,
+        text_encoder_sha256=None if source is None else source.sha256,
     )
     return plan, model
 
@@ -108,14 +110,18 @@ def check_before_submission(config: GenerateConfig) -> None:
         _asked(config, model, lambda note: None)
 
 
-def _check_text(config: GenerateConfig, model: ModelConfig) -> None:
-    """`InputError` for what only a text model can be told."""
+def _text_source(config: GenerateConfig, model: ModelConfig) -> TextSource | None:
+    """What makes states of a text model's prompts. `InputError` where it is not to be found."""
+    if model.is_text:
+        states = config.text_states
+        return find_text(config.text_encoder, None if states is None else str(states))
     for name in ("text_encoder", "text_states"):
         if getattr(config, name) is not None:
             raise InputError(
                 f"got --{name.replace('_', '-')} for {model.name}, which takes classes and reads no"
                 " text: drop it, or choose a text model"
             )
+    return None
 
 
 def _policy(config: GenerateConfig) -> DepthPolicy:

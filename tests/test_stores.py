@@ -33,7 +33,7 @@ from pipeline.run.driver import generate
 from pipeline.shards.manifest import FOLDERS, committed_shards
 from pipeline.storage import Storage, is_transient
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fakes import open_gate, set_faults, wait_at_gate
+from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
 
 SECRET = "a-secret-of-the-test"
@@ -223,6 +223,7 @@ def test_two_drivers_at_once_leave_no_shard_half_from_each(uri: str, tmp_path: P
         with open(tmp_path / f"log-{number}", "wb") as log:
             command = [sys.executable, "-m", "tests.fake_job", *argv]
             environment = {**os.environ, FAULTS_VARIABLE: str(faults)}
+            environment["PYTHONPATH"] = without_torch()
             jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
         wait_at_gate(gate, 2)  # both hold the first shard: from here on they are side by side

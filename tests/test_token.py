@@ -20,8 +20,9 @@ import pytest
 import requests
 from ray._private.runtime_env import packaging
 
-from jobs import generate
+from tests import fake_job
 from tests.fake_shards import data_files
+from tests.fakes import set_faults, without_torch
 from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, hold
 
 ROOT = Path(__file__).parent.parent
@@ -62,13 +63,14 @@ def head() -> Iterator[Head]:
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"]
     # The agent that takes jobs never comes up on the usual port while another test's Ray has it.
     command += [f"--dashboard-agent-listen-port={agent}"]
+    set_faults(folder / "faults.json")
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [str(part) for part in (*command, f"--temp-dir={folder}")],
             env={
                 **environment(TOKEN),
                 "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # whose python jobs run
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join([without_torch(), str(ROOT)]),
                 "DEPTHVAR_FAULT": FAULT_HOOK,
                 FAULTS_VARIABLE: str(folder / "faults.json"),
             },
@@ -176,15 +178,19 @@ FLAGS = ["--classes", "0-1", "--per-class", "8", "--samples-per-shard", "4", "--
 
 
 class Submitter:
-    """`depthvar submit` in a process of its own."""
+    """`depthvar submit` in a process of its own; the job has the fake sampler."""
 
     def __init__(self, head: Head, out: Path, log: Path) -> None:
-        command = [sys.executable, "-m", "jobs.submit", "--address", head.dashboard]
+        command = [sys.executable, "-m", "tests.fake_submit", "--address", head.dashboard]
         command += ["--out", str(out), "--workers", "1", *FLAGS]
         self._log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(TOKEN), stdout=stream, stderr=stream
+                command,
+                cwd=ROOT,
+                env={**environment(TOKEN), "PYTHONPATH": without_torch()},
+                stdout=stream,
+                stderr=stream,
             )
 
     @property
@@ -238,7 +244,7 @@ def test_a_job_handed_in_is_left_joined_killed_and_handed_in_again_to_the_same_b
     assert third.wait() == 0, third.said
     assert "submitted the job " + name.removesuffix("1") + "2" in third.said
     here = tmp_path / "here"
-    assert generate.main(["--out", str(here), "--workers", "0", *FLAGS]) == 0
+    assert fake_job.main(["--out", str(here), "--workers", "0", *FLAGS]) == 0
     assert data_files(out) == data_files(here)
 
 

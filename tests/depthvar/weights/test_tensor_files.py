@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,15 +89,10 @@ def test_files_without_the_buffers_fit_too():
     check(D16, "transformer", meta(shapes))
 
 
-@pytest.mark.parametrize("held", PUBLISHED)
-@pytest.mark.parametrize("wanted", PUBLISHED)
+@pytest.mark.parametrize(("held", "wanted"), list(pairwise([*PUBLISHED, next(iter(PUBLISHED))])))
 def test_the_wrong_depth_is_told_with_the_model_that_fits(held: str, wanted: str):
-    header = meta(transformer_shapes(held))
-    if held == wanted:
-        return check(model_config(wanted), "transformer", header)
-    told = problem(model_config(wanted), "transformer", header)
+    told = problem(model_config(wanted), "transformer", meta(transformer_shapes(held)))
     assert f"holds the transformer of {held}, wanted that of {wanted}: use --model {held}" in told
-    return None
 
 
 def test_the_wrong_resolution_is_told():

@@ -6,10 +6,6 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-
-# Small tensors run faster on one thread, and results do not vary with cores.
-torch.set_num_threads(1)
 
 # Jobs that tests start inherit what is ignored here: under nohup, or in the background of a script.
 for number, default in (
@@ -19,19 +15,34 @@ for number, default in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-# Files that take longest, for the processes of a run to end together: these are begun first.
+# Files that take longest, for the processes of a run to end together: these are begun first. Those
+# that wait for Ray stand beside others that compute.
 LONGEST = (
-    "research/test_study.py",
     "tests/test_end_to_end.py",
+    "research/test_study.py",
     "run/test_driver.py",
+    "depthvar/test_sampling.py",
     "run/test_driver_nodes.py",
-    "tests/test_faults.py",
-    "weights/test_own_model.py",
-    "training/test_run.py",
-    "research/test_evaluation.py",
     "tests/test_stores.py",
     "tests/test_token.py",
+    "depthvar/test_memory.py",
+    "training/test_run.py",
+    "depthvar/test_bundled_model.py",
+    "depthvar/test_cost.py",
+    "research/test_evaluation.py",
+    "tests/test_faults.py",
+    "weights/test_own_model.py",
+    "weights/test_checkpoint.py",
+    "weights/test_tensor_files.py",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors run faster on one thread, and results do not vary with cores."""
+    import torch  # not in the process that only hands out the tests
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -154,9 +154,13 @@ def check_fit(file: WeightsFile, config: ModelConfig, part: Part) -> None:
 def _misfit(file: WeightsFile, config: ModelConfig, part: Part) -> str:
     """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
     tensors = parameters(file.part(part))
-    modules = blank_modules(config, with_encoder=holds_encoder(tensors))
+    blank: Transformer | Tokenizer
+    if part == "transformer":
+        blank = _blank_transformer(config)
+    else:
+        blank = _blank_tokenizer(config, with_encoder=holds_encoder(tensors))
     try:
-        modules[PARTS.index(part)].load_state_dict(tensors, assign=True)
+        blank.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         lines = [line.strip(" \t.") for line in str(error).splitlines()[1:]]
         few = [re.sub(r'((?:"[^"]*", ){3})"(.*)', r"\1...", line) for line in lines[:4]]
@@ -165,19 +169,34 @@ def _misfit(file: WeightsFile, config: ModelConfig, part: Part) -> str:
 
 
 class _NoNoise(TorchFunctionMode):
-    """Leaves `normal_` out, which without storage does nothing but import torch's compiler: 2 s."""
+    """Leaves random starts out, which do nothing without storage.
+
+    `normal_` would import torch's compiler for it: 2 s.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+        return kwargs["tensor"] if func in _RANDOM_STARTS else func(*args, **(kwargs or {}))
+
+
+_RANDOM_STARTS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 def blank_modules(config: ModelConfig, *, with_encoder: bool) -> tuple[Transformer, Tokenizer]:
     """A model without storage; without `with_encoder` its tokenizer has none."""
+    return _blank_transformer(config), _blank_tokenizer(config, with_encoder=with_encoder)
+
+
+def _blank_transformer(config: ModelConfig) -> Transformer:
     with torch.device("meta"), _NoNoise():
-        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
+        return Transformer(config.transformer)
+
+
+def _blank_tokenizer(config: ModelConfig, *, with_encoder: bool) -> Tokenizer:
+    with torch.device("meta"), _NoNoise():
+        tokenizer = Tokenizer(config.tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
-    return transformer, tokenizer
+    return tokenizer
 
 
 def _combined(*paths: Path) -> str:

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     notes: list[str] = []
     plan, model = plan_job(config, note=notes.append, fetches=config.calibrate)
     storage = Storage.open(config.out)
-    if plan.weights_sha256 == UNREAD_WEIGHTS and (there := read_plan(storage)):
-        plan = replace(plan, weights_sha256=there.weights_sha256)
+    if there := None if config.calibrate else read_plan(storage):
+        plan = _as_read(plan, there)
     stored = check_output(storage, plan, extend=config.extend)
     records = {} if stored is None else committed_shards(storage, stored)
     plan = stored or plan
@@ -77,6 +77,15 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     for warning in warnings:
         print(f"warning: {warning}")
     return EXIT_DONE
+
+
+def _as_read(plan: JobPlan, there: JobPlan) -> JobPlan:
+    """A plan as if the files had been read that another one was made from."""
+    if plan.weights_sha256 == UNREAD_WEIGHTS:
+        plan = replace(plan, weights_sha256=there.weights_sha256)
+    if plan.text_encoder_sha256 == UNREAD_WEIGHTS:
+        plan = replace(plan, text_encoder_sha256=there.text_encoder_sha256)
+    return plan
 
 
 def _try_out(config: PlanConfig, plan: JobPlan, sampler_factory: str | None) -> Trial | None:

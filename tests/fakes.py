@@ -94,6 +94,8 @@ class FakeBatch:
 class TextModel(ModelConfig):
     """A model that is asked in words, as far as the pipeline can tell."""
 
+    text_width, max_text_tokens = 4, 512
+
     @property
     def is_text(self) -> bool:
         return True

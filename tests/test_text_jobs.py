@@ -314,7 +314,7 @@ def test_an_export_keeps_the_prompts(of_classes: Path, of_prompts: Path, tmp_pat
         ([], "got no classes and no prompts, but fake-text makes images from text: give"),
         (["--classes=0-3"], "got --classes, but fake-text makes images from text"),
         (["--labels-file=labels.csv"], "got --labels-file, but fake-text"),
-        (["--model=digits"], "got --text-states for digits, which takes classes"),
+        (["--model=digits"], "got --text-states, but digits knows its own classes"),
         (["--model=digits", "--class-names=a"], "got --class-names, but digits knows its own"),
         (["--model=digits", "--prompts=p.txt"], "got --prompts, but digits knows its own"),
         (["--prompts=p.txt", "--class-names=a"], "prompts was given together with class_names"),

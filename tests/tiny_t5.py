@@ -12,8 +12,8 @@ WIDTH = 32
 _WORDS = ("a", "photo", "of", "the", "red", "fox", "cat", "in", "snow")
 
 
-def write_tiny_t5(folder: Path, *, whole: bool = True) -> Path:
-    """A T5 of width 32 and two blocks, or its encoder alone, with its tokenizer."""
+def write_tiny_t5(folder: Path, *, whole: bool = True, width: int = WIDTH) -> Path:
+    """A T5 of two blocks, or its encoder alone, with its tokenizer."""
     import torch
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
 
@@ -24,7 +24,7 @@ def write_tiny_t5(folder: Path, *, whole: bool = True) -> Path:
     T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
     config = T5Config(
         vocab_size=64,
-        d_model=WIDTH,
+        d_model=width,
         d_kv=8,
         d_ff=80,
         num_layers=2,

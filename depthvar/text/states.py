@@ -31,7 +31,7 @@ def prompt_sha256(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 
-def write_states(path: Path, states: Mapping[str, Any]) -> None:
+def write_states(path: Path | str, states: Mapping[str, Any]) -> None:
     """Write a file for `--text-states`: for each prompt an array or CPU tensor (tokens, width).
 
     float16 is kept, everything else becomes float32. Errors: `InputError` for another shape.
@@ -87,6 +87,10 @@ class GivenStates:
                         f" {shown(prompt)}, wanted (1 to {max_tokens} tokens, {width}) of F16"
                         " or F32: make them with the encoder of this model"
                     )
+
+    def num_bytes(self, *, half: bool) -> int:
+        """Nothing stays in memory."""
+        return 0
 
     def load(self, device: str, *, half: bool) -> Encode:
         """What reads the states of prompts, as they were stored."""

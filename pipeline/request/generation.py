@@ -20,6 +20,8 @@ DEFAULT_PNG_LEVEL = 6
 Scalar = bool | int | float | str | None
 _LABELS, _WORDS = ("classes", "labels_file"), ("class_names", "prompts")
 """What says what images show, of a class-conditional and of a text model."""
+_READING = ("text_encoder", "text_states")
+"""What a text model reads its prompts with."""
 _ALONE = {
     "labels_file": {"classes", "per_class"},
     "prompts": {"class_names", "templates", *_LABELS},
@@ -196,7 +198,9 @@ class GenerateConfig(JobConfig):
 
     def unfit_for(self, *, is_text: bool) -> str:
         """What is asked for in the words of the other kind of model, or missing; "" for nothing."""
-        wrong = [name for name in (_LABELS if is_text else _WORDS) if name in self._given]
+        wrong = [
+            name for name in (_LABELS if is_text else (*_WORDS, *_READING)) if name in self._given
+        ]
         if wrong:
             return f"--{wrong[0].replace('_', '-')}"
         is_missing = is_text and not self._given & {*_WORDS}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,7 +21,7 @@ from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
-from pipeline.request.text import TextSource, find_text
+from pipeline.request.text import ReadsText, find_text
 from pipeline.request.weights import fetch_model
 
 UNREAD_WEIGHTS = "0" * 64
@@ -60,7 +60,6 @@ def plan_job(
     for text in found.notes:
         note(text)
     asked = _asked(config, model, note)
-    source = _text_source(config, model)
     is_read = found.sha256 != UNREAD_WEIGHTS
     if is_read and policy.proxy == "calibrated" and found.calibration is None:
         raise InputError(
@@ -85,9 +84,34 @@ def plan_job(
         segments=(Segment(asked.counts),),
         depth_map_sides=model.sides if config.save_depth_maps else (),
         prompts=asked.prompts,
-        text_encoder_sha256=None if source is None else source.sha256,
     )
-    return plan, model
+    if plan.prompts is None:
+        return plan, model
+    encoder = _text_encoder(config, plan, cast(ReadsText, model), fetches, note)
+    return replace(plan, text_encoder_sha256=encoder), model
+
+
+def _text_encoder(
+    config: GenerateConfig,
+    plan: JobPlan,
+    model: ReadsText,
+    fetches: bool,
+    note: Callable[[str], object],
+) -> str:
+    """Identity of what makes states of the prompts, which it takes; `UNREAD_WEIGHTS` as of them."""
+    is_here = config.text_states is not None or os.path.exists(config.text_encoder or "")
+    if not fetches and not is_here:
+        return UNREAD_WEIGHTS
+    states = None if config.text_states is None else str(config.text_states)
+    source = find_text(config.text_encoder, states)
+    prompts = list(plan.distinct_prompts())
+    source.check(prompts, width=model.text_width, max_tokens=model.max_text_tokens)
+    if num_bytes := source.num_bytes(half=plan.precision != "float32"):
+        note(
+            f"{len(prompts):,} prompts are encoded before the first image, by an encoder of"
+            f" {num_bytes / 1e9:.2f} GB that has left memory by then"
+        )
+    return source.sha256
 
 
 def _known_model(config: GenerateConfig) -> _KnownModel | None:
@@ -108,20 +132,6 @@ def check_before_submission(config: GenerateConfig) -> None:
     if model is not None:
         _compute(model, _policy(config), _sampling(config, model.sampling))
         _asked(config, model, lambda note: None)
-
-
-def _text_source(config: GenerateConfig, model: ModelConfig) -> TextSource | None:
-    """What makes states of a text model's prompts. `InputError` where it is not to be found."""
-    if model.is_text:
-        states = config.text_states
-        return find_text(config.text_encoder, None if states is None else str(states))
-    for name in ("text_encoder", "text_states"):
-        if getattr(config, name) is not None:
-            raise InputError(
-                f"got --{name.replace('_', '-')} for {model.name}, which takes classes and reads no"
-                " text: drop it, or choose a text model"
-            )
-    return None
 
 
 def _policy(config: GenerateConfig) -> DepthPolicy:

@@ -67,8 +67,10 @@ def plan_report(
     """The dry run: what would be made, what it costs and what is there already."""
     done = sum(record.num_samples for record in records.values())
     side, sampling, compute = plan.image_side, plan.sampling, plan.compute
-    is_unread = plan.weights_sha256 == UNREAD_WEIGHTS
-    weights = "not read" if is_unread else plan.weights_sha256[:12]
+    is_unread = UNREAD_WEIGHTS in (plan.weights_sha256, plan.text_encoder_sha256)
+    weights = _told(plan.weights_sha256)
+    if plan.text_encoder_sha256 is not None:
+        weights += f", text encoder {_told(plan.text_encoder_sha256)}"
     drawing = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
     images = f"{plan.num_samples:,} images of {plan.subjects_told}, {side}x{side}"
     sample_bytes, basis = _sample_bytes(plan, records)
@@ -95,6 +97,11 @@ def plan_report(
             depth_table(depth, model.sides),
         ]
     )
+
+
+def _told(sha256: str) -> str:
+    """The beginning of a file's identity."""
+    return "not read" if sha256 == UNREAD_WEIGHTS else sha256[:12]
 
 
 def _memory(plan: JobPlan, model: ModelConfig, depth: DepthPlan) -> str:

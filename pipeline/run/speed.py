@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import cast
+
+import numpy as np
 
 from pipeline.request.job_plan import JobPlan
+from pipeline.request.text import ReadsText
 from pipeline.run.forecast import Speed
 from pipeline.run.worker import Resampler, Scratch, Workplace
 from pipeline.shards.writer import ShardWriter
 
 _BATCHES = 3
 _ENOUGH_S = 60.0
+_TOKEN_LETTERS = 4  # of English text
 
 
 def measure_speed(plan: JobPlan, place: Workplace) -> Speed:
     """Sample the first batches of a plan here, after one to warm up, and write them to scratch.
 
     Up to three of them, fewer where these take more than a minute. Loading's errors pass through.
+    Prompts have random states, of about as many tokens as an encoder makes of them.
     """
+
+    def states_of(prompt: str) -> np.ndarray:
+        width = cast(ReadsText, resampler.config).text_width
+        shape = (len(prompt) // _TOKEN_LETTERS + 1, width)
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
     started = time.perf_counter()
-    resampler = Resampler(plan, place)
+    resampler = Resampler(plan, place, states_of=None if plan.prompts is None else states_of)
     loaded = time.perf_counter()
     shard = plan.shard(0)
     batches = shard.micro_batches

@@ -24,6 +24,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from depthvar.config import ModelConfig
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
@@ -45,6 +47,8 @@ _SCRATCH_PREFIX = "depthvar-"
 _LOCK_NAME = "lock"
 LOAD_SAMPLER = "pipeline.run.worker:load_sampler"
 """The factory of the one real sampler."""
+StatesOf = Callable[[str], np.ndarray]
+"""Gives the states of a prompt, float32 (tokens, width)."""
 
 
 class SamplerLike(Protocol):
@@ -154,12 +158,16 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
 class Resampler:
     """Samples micro-batches of a plan, without writing anything."""
 
-    def __init__(self, plan: JobPlan, place: Workplace) -> None:
-        """Load the model; its errors pass through."""
-        self._plan = plan
-        self._text = None
-        if plan.text_encoder_sha256 is not None:
-            self._text = TextStates(Storage.open(place.out), plan.text_encoder_sha256)
+    def __init__(
+        self, plan: JobPlan, place: Workplace, *, states_of: StatesOf | None = None
+    ) -> None:
+        """Load the model; its errors pass through.
+
+        `states_of` gives the states of prompts, by default those in the output.
+        """
+        self._plan, self._states_of = plan, states_of
+        if plan.text_encoder_sha256 is not None and states_of is None:
+            self._states_of = TextStates(Storage.open(place.out), plan.text_encoder_sha256).of
         device = resolve_device(place.device)
         self._sampler = _imported(place.sampler_factory)(plan, place, device)
         assert self._sampler.plan.token_layers == plan.compute.token_layers
@@ -171,6 +179,11 @@ class Resampler:
             environment=_environment(),
         )
 
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self._sampler.config
+
     def sample(self, shard: ShardPlan, start: int, stop: int) -> SampleBatch:
         """One micro-batch of a shard, the global indices start ... stop - 1."""
         return self._sample(self._given(shard, start, stop), start, stop)
@@ -181,7 +194,7 @@ class Resampler:
     def _given(self, shard: ShardPlan, start: int, stop: int) -> Sequence[Any]:
         """What the samples of a micro-batch are made from: labels, or the states of prompts."""
         labels: list[int] = shard.labels[start - shard.start : stop - shard.start].tolist()
-        if self._text is None:
+        if self._states_of is None:
             return labels
         import torch
 
@@ -189,7 +202,7 @@ class Resampler:
         for label, index in zip(labels, range(start, stop), strict=True):
             prompt = self._plan.prompt_of(label, index)
             assert prompt is not None, "a plan with a text encoder has prompts"
-            found.append(torch.from_numpy(self._text.of(prompt.text)))
+            found.append(torch.from_numpy(self._states_of(prompt.text)))
         return found
 
 

@@ -64,7 +64,11 @@ class TextStates:
         return [prompt for prompt in prompts if prompt_sha256(prompt) not in self._places]
 
     def publish(self, prompts: Sequence[str], states: Sequence[np.ndarray]) -> None:
-        """Store the states of some prompts, as one file that appears whole. Errors: `OSError`."""
+        """Store the states of some prompts, as one file that appears whole. Errors: `OSError`.
+
+        They keep their type, float16 of an encoder in half precision.
+        """
+        assert {array.dtype for array in states} <= {*_DTYPES.values()}
         arrays = {
             prompt_sha256(p): np.ascontiguousarray(s) for p, s in zip(prompts, states, strict=True)
         }

@@ -109,7 +109,7 @@ def bad_inputs(tmp_path: Path, weights: Path) -> dict[str, tuple[list[str], str]
         "address where nothing answers": (["--address", "127.0.0.1:1"], "nothing answers"),
         "text encoder of a model of classes": (
             ["--text-encoder", "google/flan-t5-xl"],
-            "got --text-encoder for digits, which takes classes and reads no text",
+            "got --text-encoder, but digits knows its own classes alone",
         ),
         "two sources of text states": (
             ["--text-encoder", "google/flan-t5-xl", "--text-states", str(file)],

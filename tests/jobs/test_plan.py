@@ -14,6 +14,7 @@ from pipeline.request.job import plan_job
 from pipeline.request.plan_file import open_plan
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_text import CLASSES, text_job
 from tests.fakes import FAULTS_VARIABLE, set_faults
 
 PUBLISHED = ["var-d16", "var-d20", "var-d24", "var-d30", "var-d36-512"]
@@ -50,6 +51,27 @@ def test_plan_without_weights_goes_on_with_what_was_planned_with_them(
     assert f"identity  {stored.fingerprint}\n" in text
     with pytest.raises(InputError, match=r"^seed: .* has 0, this run has 1: resume"):
         plan.main([*argv, "--seed", "1"])
+
+
+def test_plan_reads_no_text_encoder_and_goes_on_with_the_one_that_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    stored, _ = text_job(tmp_path)
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    monkeypatch.setattr("pipeline.request.job.find_text", None)
+    argv = ["--model=fake-text", f"--out={tmp_path / 'out'}", f"--class-names={CLASSES}"]
+    argv += [f"--templates={tmp_path / 'templates.txt'}", "--per-class=2", "--samples-per-shard=8"]
+    argv += ["--batch-size=3"]
+    for encoder in ([], ["--text-encoder=s3://bucket/t5"], ["--text-encoder=google/flan-t5-xl"]):
+        assert plan.main([*argv, *encoder]) == 0
+        text = capsys.readouterr().out
+        assert f"weights {'ab' * 6}, text encoder not read, float32\n" in text
+        assert "identity  not known before the weights are read\n" in text
+    open_plan(Storage.open(tmp_path / "out"), stored)
+    assert plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert f", text encoder {str(stored.text_encoder_sha256)[:12]}, float32\n" in text
+    assert f"identity  {stored.fingerprint}\n" in text
 
 
 def test_plan_times_a_worker_and_prices_it_where_it_has_a_gpu(

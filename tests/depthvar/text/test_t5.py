@@ -12,7 +12,13 @@ from safetensors.numpy import load_file, save_file
 import depthvar.text.t5
 from depthvar.errors import InputError
 from depthvar.text.encoder_files import find_encoder
+from depthvar.text.states import prompt_sha256
 from depthvar.text.t5 import T5
+from jobs import verify
+from pipeline.dataset.loader import iterate_samples, open_dataset
+from pipeline.shards.text_states import TEXT_FOLDER
+from tests import fake_job
+from tests.fakes import TEXT_MODEL, fake_image
 from tests.tiny_t5 import WIDTH, write_tiny_t5
 
 PROMPTS = ["a photo of a red fox in the snow, zebra", "fox", "the cat", "a red cat", "quick\u00e9"]
@@ -96,3 +102,32 @@ def test_weights_that_do_not_fit_and_states_that_are_no_numbers_are_told(
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be loaded"):
         find_encoder(str(broken)).check(["fox"], width=WIDTH, max_tokens=8)
+
+
+def test_a_job_makes_every_image_from_the_states_of_its_prompt(tmp_path: Path, capsys):
+    folder = write_tiny_t5(tmp_path / "t5", width=TEXT_MODEL.text_width)
+    (tmp_path / "prompts.txt").write_text("a red fox\na cat in the snow\nthe photo\n")
+    out = tmp_path / "out"
+    job = [
+        f"--out={out}", f"--model={TEXT_MODEL.name}", f"--prompts={tmp_path / 'prompts.txt'}",
+        "--per-class=2", f"--text-encoder={folder}", "--workers=0", "--device=cpu",
+    ]  # fmt: skip
+    assert fake_job.main(job) == 0
+    assert "note: 3 prompts are encoded before the first image" in capsys.readouterr().err
+    (states,) = (out / TEXT_FOLDER).iterdir()
+    made = load_file(states)
+    for sample in iterate_samples(open_dataset(str(out))):
+        prompt = str(sample.prompt)
+        found, wanted = made[prompt_sha256(prompt)], reference(folder, prompt)
+        assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+        pixels = fake_image(found, 0, int(sample.key), 32, 1)
+        assert np.array_equal(sample.image, pixels)
+    assert verify.main([str(out), "--deep"]) == 0
+
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "fox " * 600)
+    new = ["--out", str(tmp_path / "new")]
+    with pytest.raises(InputError, match=r"prompt of 601 tokens, 'fox fox fox"):
+        fake_job.main([*job, *new])
+    with pytest.raises(InputError, match="has states of width 32, wanted 4: give the model's own"):
+        fake_job.main([*job, *new, f"--text-encoder={write_tiny_t5(tmp_path / 'wide')}"])
+    assert not (tmp_path / "new").exists()

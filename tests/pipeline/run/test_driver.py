@@ -36,7 +36,7 @@ from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_servers import SERVERS, serving
-from tests.fake_text import text_job
+from tests.fake_text import text_job, text_request
 from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for, without_torch
 from tests.fault_hook import FAULT_HOOK, FAULTS_VARIABLE, arm, armed, hold
 
@@ -327,6 +327,22 @@ def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
     faults(load_error="no such model")
     with pytest.raises(RuntimeError, match=r"^no such model$"):
         ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
+
+
+def test_two_workers_make_the_bytes_of_one_process_from_prompts(ray_here, faults, tmp_path, capsys):
+    made = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        request = text_request(folder, workers=workers)
+        assert generate(request, sampler_factory=FAKE_SAMPLER) == 0
+        states = {f.name: f.read_bytes() for f in (folder / "out" / TEXT_FOLDER).iterdir()}
+        made.append((contents(folder / "out"), states))
+    assert made[0] == made[1]
+    assert "20/20" in capsys.readouterr().err, "every prompt is encoded once"
+    (folder / "out" / "commits" / "00001.json").unlink()
+    assert generate(request, sampler_factory=FAKE_SAMPLER) == 0
+    assert "text encoder" not in capsys.readouterr().err, "and never again"
 
 
 def test_an_encoder_that_dies_is_followed_by_another_that_goes_on_with_what_is_missing(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.request.generation import GenerateConfig
@@ -14,6 +16,7 @@ from pipeline.run import speed
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import Workplace
 from tests.fake_job import FAKE_SAMPLER, fake_weights
+from tests.fake_text import text_job
 from tests.fakes import FAULTS_VARIABLE, FakeBatch, FakeSampler, set_faults
 
 
@@ -74,3 +77,25 @@ def test_batches_that_take_long_are_not_repeated(
     monkeypatch.setattr(speed, "_ENOUGH_S", 0.0)
     assert measure_speed(plan, place).num_images == 3
     assert sampled == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_text_model_is_timed_without_its_encoder_on_states_of_its_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan, place = text_job(tmp_path)
+    seen: list[np.ndarray] = []
+    sample = FakeSampler.__call__
+
+    def record(
+        self: FakeSampler, given: Sequence[object], *, seed: int, indices: Sequence[int]
+    ) -> FakeBatch:
+        seen.extend(np.asarray(states) for states in given)
+        return sample(self, given, seed=seed, indices=indices)
+
+    monkeypatch.setattr(FakeSampler, "__call__", record)
+    assert measure_speed(plan, replace(place, text_states=None)).num_images == 8
+    prompts = [plan.prompt_of(label, i) for i, label in enumerate(plan.shard(0).labels[:3])]
+    shapes = [(len(prompt.text) // 4 + 1, 4) for prompt in prompts if prompt is not None]
+    assert [states.shape for states in seen[:3]] == shapes
+    assert {states.dtype for states in seen} == {np.dtype(np.float32)}
+    assert not (tmp_path / "out").exists()

@@ -177,6 +177,9 @@ def test_a_record_of_another_shard_is_found(out):
     storage.publish_bytes(json.dumps(other).encode(), record_name(1))
     said = f"{record_name(1)} does not describe this shard"
     assert verify(storage, plan).problems == (Problem(1, "record", said),)
+    other["files"]["tar"]["name"] = "train/00009.tar"  # which is not there
+    storage.publish_bytes(json.dumps(other).encode(), record_name(1))
+    assert verify(storage, plan).problems == (Problem(1, "record", said),)
 
 
 def test_a_claimed_shard_is_hashed_without_being_asked(out):

@@ -222,6 +222,13 @@ def test_a_dropped_code_is_never_drawn():
     assert (drawn.log_prob_BT <= 0).all()
 
 
+def test_rounding_draws_no_dropped_code_among_equals():
+    halves = [0, 2, 0, 1, 0, 1, 1, 1, 0, 2, 2, 0, 0, 1, 2, 0, 0, 2, 0, 2, 2, 2, 2, 2]
+    drawn = draw_one([h / 2 for h in halves], keep(0, 0.6578925), 0.0, dtype=torch.float32)
+    first = next(code for code, p in enumerate(probs_by_code(drawn)) if halves[code] == 1 and p > 0)
+    assert drawn.tokens_BT.tolist() == [[first]]
+
+
 def test_frequencies_are_the_exact_distribution():
     """On an even grid of uniforms a code comes as often as it is likely, to one draw."""
     logits = [0.1, 1.3, -0.4, 0.9, 0.1, -2.0, 1.2]

@@ -45,7 +45,8 @@ def all_prompts() -> list[str]:
         for template in TEMPLATES
         for name, told in CLASSES.items()
     ]
-    return [*worded, *CLASSES, *PROMPTS]
+    added = [t.format(**{"class": "crane", "description": "tall"}) for t in TEMPLATES]
+    return [*worded, *added, *CLASSES, *PROMPTS]
 
 
 def flags(out: Path, *asked: str) -> list[str]:
@@ -180,6 +181,19 @@ def test_extending_keeps_what_is_there(of_classes: Path, tmp_path: Path):
     assert verify.main([str(out), "--deep"]) == 0
 
 
+def test_a_class_that_is_added_leaves_what_is_there(of_classes: Path, tmp_path: Path):
+    out = made(tmp_path, asking_for_classes(tmp_path))
+    argv = flags(out, *asking_for_classes(tmp_path))
+    (tmp_path / "classes.txt").write_text((tmp_path / "classes.txt").read_text() + "crane\ttall\n")
+    with pytest.raises(InputError, match=r"class_names: .*: add --extend"):
+        fake_job.main(argv)
+    assert fake_job.main([*argv, "--extend"]) == 0
+    assert data_files(of_classes).items() < data_files(out).items()
+    assert [row["class_name"] for row in rows(out)[24:]] == 12 * ["crane"]
+    assert fake_job.main(argv) == 0, "the same request goes on unasked"
+    assert verify.main([str(out), "--deep"]) == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
@@ -197,7 +211,7 @@ def test_other_prompts_over_the_same_output_are_refused(
     with pytest.raises(InputError) as caught:
         fake_job.main([*flags(of_classes, *given), "--extend"])
     assert told in str(caught.value)
-    assert "--extend makes more images of the same prompts" in str(caught.value)
+    assert "choose a new output" in str(caught.value)
     assert {f: f.stat().st_mtime_ns for f in of_classes.rglob("*")} == before
 
 

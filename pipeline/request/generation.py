@@ -144,7 +144,7 @@ class GenerateConfig(JobConfig):
         False, description="add samples to a dataset that is planned with fewer: it can only grow"
     )
     contact_sheet: int = Field(
-        10, ge=0, description="images per class on the contact sheet, 0 for no sheet"
+        10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
 
     @field_validator("classes", "class_names", mode="before")

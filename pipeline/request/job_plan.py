@@ -102,11 +102,21 @@ def _policy(value: object) -> object:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of samples planned together. Shards never cross a segment's start."""
+    """A run of samples planned together. Shards never cross a segment's start.
+
+    `num_added`: the last entries of a text model's prompts that came with it.
+    """
 
     __pydantic_config__ = STRICT
 
     counts: LabelCounts
+    num_added: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def as_stored(self) -> dict[str, Any]:
+        """What plan.json holds of it."""
+        stored = asdict(self)
+        return stored if self.num_added else {"counts": stored["counts"]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,16 +181,16 @@ class JobPlan:
             raise InputError("got a plan without samples, wanted at least one")
         if self.image_channels not in (1, 3):
             raise InputError(f"got {self.image_channels} image channels, wanted 1 or 3")
-        num_labels = len(self.class_names)
         if self.prompts is not None:
             self.prompts.check_entries(self.class_names)
-            num_labels = self.prompts.num_entries(self.class_names)
-        for segment in self.segments:
+        num_labels = self.num_labels
+        for segment in reversed(self.segments):
             if segment.counts.class_ids[-1] >= num_labels:
                 raise InputError(
                     f"got class id {segment.counts.class_ids[-1]}, "
                     f"wanted 0 to {num_labels - 1} of {self.model}"
                 )
+            num_labels -= segment.num_added
         if self.num_samples > MAX_SAMPLES:
             raise InputError(f"got {self.num_samples} samples, wanted at most {MAX_SAMPLES}")
 
@@ -213,6 +223,13 @@ class JobPlan:
     def total_counts(self) -> LabelCounts:
         """Samples per class over all segments."""
         return _summed(self.segments)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that shards may have: the classes, or a text model's entries of prompts."""
+        if self.prompts is None:
+            return len(self.class_names)
+        return self.prompts.num_entries(self.class_names)
 
     def class_of(self, label: int) -> int | None:
         """The class id that a label of a shard stands for; None where there are no classes."""
@@ -303,7 +320,7 @@ class JobPlan:
     def to_json(self) -> bytes:
         """The content of plan.json: readable, ends with a line feed."""
         content = {"fingerprint": self.fingerprint, "settings": self.settings_as_stored}
-        segments = [asdict(segment) for segment in self.segments]
+        segments = [segment.as_stored for segment in self.segments]
         return _pretty({**content, "segments": segments})
 
     @staticmethod
@@ -341,12 +358,20 @@ class JobPlan:
             lines.append(f"and the samples of {len(changed) - 3} more {what}")
         return lines
 
-    def extended_to(self, counts: LabelCounts) -> JobPlan:
-        """This plan with a further segment, so that the totals are `counts`.
+    def begins(self, plan: JobPlan) -> bool:
+        """Whether the settings are those of `plan`, but for prompts that it has behind the own."""
+        if self.prompts is None or plan.prompts is None:
+            return self.settings_as_stored == plan.settings_as_stored
+        names, prompts = plan.prompts.first(self.num_labels, plan.class_names)
+        first = {"class_names": names, "prompts": asdict(prompts)}
+        return self.settings_as_stored == {**plan.settings_as_stored, **first}
+
+    def extended_to(self, plan: JobPlan) -> JobPlan:
+        """This plan with a further segment, so that totals and prompts are those of `plan`.
 
         Errors: `InputError` where a class or a prompt would lose samples.
         """
-        have, wanted = self.total_counts.as_mapping(), counts.as_mapping()
+        have, wanted = self.total_counts.as_mapping(), plan.total_counts.as_mapping()
         for label, count in have.items():
             if wanted.get(label, 0) < count:
                 raise InputError(
@@ -356,11 +381,26 @@ class JobPlan:
         more = {c: n - have.get(c, 0) for c, n in wanted.items() if n > have.get(c, 0)}
         if not more:
             return self
-        return replace(self, segments=(*self.segments, Segment(LabelCounts.from_mapping(more))))
+        segment = Segment(LabelCounts.from_mapping(more), plan.num_labels - self.num_labels)
+        return replace(
+            self,
+            class_names=plan.class_names,
+            prompts=plan.prompts,
+            segments=(*self.segments, segment),
+        )
 
     def continues(self, stored: JobPlan) -> bool:
         """Whether this is `stored` with further segments."""
-        return replace(self, segments=self.segments[: len(stored.segments)]) == stored != self
+        return self._as_of(len(stored.segments)) == stored != self
+
+    def _as_of(self, num_segments: int) -> JobPlan:
+        """This plan before the segments behind the first came, with what they added."""
+        segments = self.segments[:num_segments]
+        num_added = sum(segment.num_added for segment in self.segments[num_segments:])
+        if self.prompts is None or not num_added:
+            return replace(self, segments=segments)
+        names, prompts = self.prompts.first(self.num_labels - num_added, self.class_names)
+        return replace(self, class_names=names, prompts=prompts, segments=segments)
 
     def is_covered_by(self, counts: LabelCounts) -> bool:
         """Whether no class has fewer samples in `counts` than here."""
@@ -395,10 +435,12 @@ class JobPlan:
 
     @cached_property
     def _segment_fingerprints(self) -> tuple[str, ...]:
-        segments = [asdict(segment) for segment in self.segments]
+        segments = [segment.as_stored for segment in self.segments]
         return tuple(
             hashlib.sha256(
-                canonical_json({"settings": self.settings_as_stored, "segments": segments[:n]})
+                canonical_json(
+                    {"settings": self._as_of(n).settings_as_stored, "segments": segments[:n]}
+                )
             ).hexdigest()
             for n in range(1, len(segments) + 1)
         )

@@ -94,8 +94,9 @@ def _read_plan_file(storage: Storage) -> bytes | None:
 def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan | None:
     """The plan to go on with, or None for a fresh output. Writes nothing.
 
-    With `extend`, a plan that differs only by more samples gives the stored one with one segment
-    more. Errors: `InputError` for an output with another plan, a foreign or unwritable output.
+    With `extend`, a plan that differs only by more samples, or by prompts behind the stored ones,
+    gives the stored one with one segment more. Errors: `InputError` for an output with another
+    plan, a foreign or unwritable output.
     """
     storage.check_writable()
     stored = read_plan(storage)
@@ -107,14 +108,15 @@ def _agreed(storage: Storage, stored: JobPlan, plan: JobPlan, *, extend: bool = 
     differences = stored.difference(plan, str(storage))
     if not differences:
         return stored
-    has_these_settings = stored.settings_as_stored == plan.settings_as_stored
-    if has_these_settings and extend:
-        return stored.extended_to(plan.total_counts)
+    can_extend = stored.begins(plan)
+    if can_extend and extend:
+        return stored.extended_to(plan)
     hint = "resume with the old configuration or choose a new output"
-    if has_these_settings and stored.is_covered_by(plan.total_counts):
+    if can_extend and stored.is_covered_by(plan.total_counts):
         hint = "add --extend to keep what is there and make the rest, or choose a new output"
     if extend and stored.prompts != plan.prompts:
-        hint = "--extend makes more images of the same prompts, for others choose a new output"
+        hint = "--extend adds classes and prompts behind those that are there, in the same"
+        hint += " templates: do so, or choose a new output"
     raise InputError(f"{'; '.join(differences)}: {hint}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
 
@@ -83,6 +83,13 @@ class ClassPrompts:
         """Entries that samples can be counted for."""
         return len(class_names)
 
+    def first(
+        self, num_entries: int, class_names: Sequence[str]
+    ) -> tuple[tuple[str, ...], ClassPrompts]:
+        """The first entries alone, and their classes' names."""
+        told = self.descriptions[:num_entries]
+        return tuple(class_names[:num_entries]), replace(self, descriptions=told * any(told))
+
     def class_of(self, entry: int) -> int | None:
         """The class id of an entry."""
         return entry
@@ -134,6 +141,14 @@ class WrittenPrompts:
     def num_entries(self, class_names: Sequence[str]) -> int:
         """Entries that samples can be counted for."""
         return len(self.texts)
+
+    def first(
+        self, num_entries: int, class_names: Sequence[str]
+    ) -> tuple[tuple[str, ...], WrittenPrompts]:
+        """The first entries alone, and their classes' names."""
+        ids = self.class_ids[:num_entries]
+        names = tuple(class_names[: max(ids, default=-1) + 1])
+        return names, WrittenPrompts(self.texts[:num_entries], ids)
 
     def class_of(self, entry: int) -> int | None:
         """The class id of an entry."""

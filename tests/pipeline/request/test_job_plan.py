@@ -18,7 +18,6 @@ from depthvar.policy import make_policy
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
 from pipeline.request.job_plan import FormerPolicy, JobPlan, key_of, policy_fields
-from pipeline.request.labels import LabelCounts
 from tests.fake_shards import make_plan
 
 
@@ -175,7 +174,7 @@ def test_settings_that_cannot_work_are_refused(change):
 
 def test_extending_keeps_shards_labels_and_fingerprints():
     plan = make_plan()
-    longer = plan.extended_to(LabelCounts.from_mapping({0: 20, 1: 6, 2: 8, 3: 1}))
+    longer = plan.extended_to(make_plan({0: 20, 1: 6, 2: 8, 3: 1}))
     assert longer.num_samples == 35
     assert longer.fingerprint != plan.fingerprint
     for shard_id in range(plan.num_shards):
@@ -188,7 +187,7 @@ def test_extending_keeps_shards_labels_and_fingerprints():
 
 def test_a_dataset_does_not_shrink():
     with pytest.raises(InputError, match="can grow, not shrink"):
-        make_plan().extended_to(LabelCounts.from_mapping({0: 8, 1: 5, 2: 8}))
+        make_plan().extended_to(make_plan({0: 8, 1: 5, 2: 8}))
 
 
 @given(st.binary(max_size=200))

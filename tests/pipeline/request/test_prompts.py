@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from depthvar.errors import InputError
-from pipeline.request.job_plan import JobPlan
+from pipeline.request.job_plan import JobPlan, Segment
 from pipeline.request.labels import LabelCounts
 from pipeline.request.prompts import ClassPrompts, Prompt, WrittenPrompts, check_template
 from tests.fake_shards import make_plan
@@ -19,14 +20,14 @@ NAMES = ("red fox", "crane", "{} & <b>")
 TEMPLATES = ("a photo of a {class}", "{class}, drawn", "a {{toy}} {class} in snow")
 
 
-def class_plan(**changes: object) -> JobPlan:
+def class_plan(counts: dict[int, int] | None = None, **changes: object) -> JobPlan:
     settings = {"class_names": NAMES, "prompts": ClassPrompts(TEMPLATES), **changes}
-    return make_plan({0: 40, 1: 40, 2: 40}, **settings)
+    return make_plan(counts or {0: 40, 1: 40, 2: 40}, **settings)
 
 
-def written_plan(**changes: object) -> JobPlan:
+def written_plan(counts: dict[int, int] | None = None, **changes: object) -> JobPlan:
     prompts = WrittenPrompts(("a fox, asleep", "a crane", "two foxes"), (1, 0, 1))
-    return make_plan(**{"class_names": ("crane", "fox"), "prompts": prompts, **changes})
+    return make_plan(counts, **{"class_names": ("crane", "fox"), "prompts": prompts, **changes})
 
 
 def philox_uniform(seed: int, index: int) -> float:
@@ -144,12 +145,74 @@ def test_a_template_says_the_class_and_nothing_unknown(template: str, told: str)
 
 def test_extending_keeps_the_prompts_of_the_samples_that_are_there():
     plan = class_plan()
-    longer = plan.extended_to(LabelCounts.from_mapping({0: 40, 1: 50, 2: 40}))
+    longer = plan.extended_to(class_plan({0: 40, 1: 50, 2: 40}))
     for shard_id in range(plan.num_shards):
         assert longer.shard_fingerprint(shard_id) == plan.shard_fingerprint(shard_id)
     assert longer.prompt_of(1, 125).template in TEMPLATES
     with pytest.raises(InputError, match="5 samples of prompt 'two foxes', but 8"):
-        written_plan().extended_to(LabelCounts.from_mapping({0: 8, 1: 6, 2: 5}))
+        written_plan().extended_to(written_plan({0: 8, 1: 6, 2: 5}))
+
+
+WRITTEN = ("a fox, asleep", "a crane", "two foxes", "a heron", "a third fox")
+LARGER = (
+    (
+        class_plan(prompts=ClassPrompts(())),
+        class_plan({0: 40, 1: 41, 2: 40, 3: 5}, class_names=(*NAMES, "heron"),
+                   prompts=ClassPrompts((), ("", "", "", "grey"))),
+    ),
+    (
+        written_plan(),
+        written_plan({0: 8, 1: 7, 2: 8, 3: 2, 4: 3}, class_names=("crane", "fox", "heron"),
+                     prompts=WrittenPrompts(WRITTEN, (1, 0, 1, 2, 1))),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("plan", "wanted"), LARGER, ids=["classes", "written"])
+def test_classes_and_prompts_are_added_behind_those_that_are_there(plan: JobPlan, wanted: JobPlan):
+    assert plan.begins(wanted)
+    longer = plan.extended_to(wanted)
+    assert longer.total_counts == wanted.total_counts
+    assert (longer.class_names, longer.prompts) == (wanted.class_names, wanted.prompts)
+    assert longer.continues(plan)
+    for shard_id in range(plan.num_shards):
+        assert longer.shard_fingerprint(shard_id) == plan.shard_fingerprint(shard_id)
+        assert longer.shard(shard_id).labels.tolist() == plan.shard(shard_id).labels.tolist()
+    again = JobPlan.from_json(longer.to_json())
+    assert again == longer
+    assert again.fingerprint == longer.fingerprint not in (plan.fingerprint, wanted.fingerprint)
+    further = longer.extended_to(replace(wanted, segments=(Segment(doubled(wanted)),)))
+    assert further.continues(longer)
+    assert further.shard_fingerprint(longer.num_shards - 1) == longer.fingerprint
+
+
+def doubled(plan: JobPlan) -> LabelCounts:
+    return LabelCounts(plan.total_counts.class_ids, tuple(2 * n for n in plan.total_counts.counts))
+
+
+def test_prompts_that_are_not_behind_are_no_extension():
+    plan = written_plan()
+    before = WrittenPrompts(("a heron", *WRITTEN[:3]), (1, 1, 0, 1))
+    fewer = WrittenPrompts(WRITTEN[:2], (1, 0))
+    for other in (
+        written_plan(prompts=before),
+        written_plan({0: 8, 1: 6}, prompts=fewer),
+        class_plan(),
+        make_plan(class_names=("crane", "fox", "heron")),
+        class_plan(prompts=ClassPrompts(TEMPLATES[1:])),
+    ):
+        assert not plan.begins(other)
+    described = class_plan(prompts=ClassPrompts(TEMPLATES, ("a", "", "")))
+    assert not class_plan().begins(described)
+    assert not class_plan().begins(class_plan(prompts=ClassPrompts(TEMPLATES[1:])))
+
+
+def test_samples_of_prompts_that_came_later_are_refused_in_a_stored_plan():
+    stored = json.loads(LARGER[1][0].extended_to(LARGER[1][1]).to_json())
+    assert [segment.get("num_added") for segment in stored["segments"]] == [None, 2]
+    stored["segments"][0]["counts"] = {"class_ids": [0, 3], "counts": [8, 14]}
+    with pytest.raises(InputError, match="got class id 3, wanted 0 to 2"):
+        JobPlan.from_json(json.dumps(stored).encode())
 
 
 def test_the_difference_shows_where_long_prompts_part():

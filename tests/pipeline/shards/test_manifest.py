@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.request.job_plan import JobPlan
-from pipeline.request.labels import LabelCounts
 from pipeline.request.plan_file import open_plan
 from pipeline.shards import manifest
 from pipeline.shards.claims import make_claim
@@ -271,7 +270,7 @@ def test_a_name_belongs_to_a_shard_only_if_it_is_spelled_so(name, shard):
 def test_extending_leaves_the_earlier_shards_done(storage, tmp_path):
     plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
     before = committed_shards(storage, plan)
-    longer = plan.extended_to(LabelCounts.from_mapping({0: 20, 1: 6, 2: 8}))
+    longer = plan.extended_to(make_plan({0: 20, 1: 6, 2: 8}))
     assert committed_shards(storage, longer) == before
     assert longer.num_shards > len(before)
 

@@ -54,10 +54,9 @@ class T5:
         for batch in _batches([len(ids) for ids in tokens]):
             lengths = torch.tensor([len(tokens[i]) for i in batch])
             longest = int(lengths.max())
-            padding = self._tokenizer.pad_token_id
-            ids_BT = torch.tensor(
-                [tokens[i] + [padding] * (longest - len(tokens[i])) for i in batch]
-            )
+            ids_BT = torch.zeros(len(batch), longest, dtype=torch.int64)  # the mask hides the rest
+            for row, i in enumerate(batch):
+                ids_BT[row, : len(tokens[i])] = torch.tensor(tokens[i])
             mask_BT = torch.arange(longest) < lengths[:, None]
             hidden_BTC = self._model(
                 input_ids=ids_BT.to(self._model.device),

@@ -8,6 +8,7 @@ from pipeline.dataset.verify import Report
 from pipeline.request.job_plan import JobPlan
 from pipeline.shards.claims import STALE_AFTER, sweep_claims
 from pipeline.shards.manifest import FOLDERS, old_record_name, record_name
+from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import TEMP_PREFIX, Storage
 
 
@@ -30,7 +31,7 @@ def repair(storage: Storage, plan: JobPlan, report: Report) -> Repair:
         if _removed(storage, record_name(shard_id)) | _removed(storage, old_record_name(shard_id))
     ]
     num_swept = 0
-    for folder in ("", *FOLDERS):
+    for folder in ("", TEXT_FOLDER, *FOLDERS):
         for name in storage.list_older(folder, STALE_AFTER):
             if name.startswith(TEMP_PREFIX):
                 num_swept += _removed(storage, f"{folder}/{name}" if folder else name)

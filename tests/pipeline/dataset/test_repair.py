@@ -19,6 +19,7 @@ from pipeline.shards.manifest import (
     record_name,
     tar_name,
 )
+from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import TEMP_PREFIX, Storage
 from tests.fake_shards import make_plan, write_dataset
 
@@ -90,13 +91,14 @@ def test_a_shard_that_was_never_made_has_no_record_to_lose(out: Path, plan: JobP
 
 
 def test_what_killed_runs_left_an_hour_ago_is_removed_everywhere(out: Path, plan: JobPlan):
-    folders = [out, *(out / folder for folder in FOLDERS)]
+    (out / TEXT_FOLDER).mkdir()
+    folders = [out, *(out / folder for folder in (TEXT_FOLDER, *FOLDERS))]
     old = [folder / f"{TEMP_PREFIX}old" for folder in folders]
     young = [folder / f"{TEMP_PREFIX}young" for folder in folders]
     theirs = [folder / ".notes" for folder in folders]
     make_old(*old, *theirs)
     make_old(*young, minutes=59)
-    assert repaired(out, plan) == Repair((), 4)
+    assert repaired(out, plan) == Repair((), 5)
     assert not any(file.exists() for file in old)
     assert all(file.exists() for file in (*young, *theirs))
 

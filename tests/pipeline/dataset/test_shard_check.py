@@ -94,8 +94,8 @@ def changed_json(place: int, **fields: object) -> Callable[[Members], object]:
 def test_a_whole_shard_has_no_problem_and_its_labels_are_counted(shard: Shard):
     finding = shard.check()
     assert finding.problems == []
-    assert finding.labels == Counter(shard.plan.shard(SHARD).labels.tolist())
-    assert finding.labels.total() == 9
+    assert finding.subjects == Counter(shard.plan.shard(SHARD).labels.tolist())
+    assert finding.subjects.total() == 9
 
 
 @pytest.mark.parametrize("name", [TAR, PARQUET])

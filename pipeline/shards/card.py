@@ -8,18 +8,23 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from collections import Counter
 from string import Template
+from typing import Any
+
+import yaml
 
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
 from pipeline.request.prompts import ClassPrompts
-from pipeline.shards.schema import columns_of, markdown_table
+from pipeline.shards.depth_maps import DEPTH_MAP_SUFFIX
+from pipeline.shards.schema import columns_of, compact_features, markdown_table
 
 _MAX_ROWS = 20
 _MAX_NAMED = 1000
 _MAX_TEMPLATES = 5
 _SEAL = re.compile(rb"\n<!-- depthvar keeps this card once it is edited: ([0-9a-f]{64}) -->\n\Z")
-# Literal patterns: the hub and `datasets` read the front matter, so no name is filled in there.
+# Literal patterns: the hub and `datasets` read the front matter, where names stand as YAML alone.
 _CARD = Template("""\
 ---
 configs:
@@ -32,7 +37,7 @@ $tasks
 tags:
 - synthetic
 - webdataset
----
+$features---
 # $title
 
 $num_samples $images, sampled by a visual autoregressive model. No photograph is in it.
@@ -52,6 +57,7 @@ for image, $names, metadata in dataset.to_tuple("$format", $suffixes, "json"):
     ...
 ```
 
+`datasets.load_dataset` gives the same members as columns, a class as a `ClassLabel`.
 One row per sample, with $rows, pixel hashes and the compute it took:
 `pandas.read_parquet("meta")`, and so with polars, DuckDB and pyarrow.
 
@@ -89,6 +95,12 @@ def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: in
         format=plan.image_format,
         images="labelled images" if plan.class_names else "images with their prompts",
         tasks="\n".join(tasks),
+        features=yaml.safe_dump(
+            {"dataset_info": {"features": _features(plan)}},
+            sort_keys=False,
+            allow_unicode=True,
+            width=float("inf"),
+        ),
         names=", ".join(names),
         rows=", ".join(f"{name}s" for name in names),
         suffixes=", ".join(f'"{suffix}"' for suffix in plan.caption_suffixes),
@@ -98,6 +110,29 @@ def dataset_card(plan: JobPlan, num_shards: int, num_samples: int, tar_bytes: in
         subjects=plan.subject_words[1].capitalize(),
         table=_subjects(plan),
     )
+
+
+def _features(plan: JobPlan) -> list[dict[str, Any]]:
+    """The columns that `datasets` makes of a sample's members, as it writes its own in cards.
+
+    They have to be all of them, `__key__` and `__url__` too.
+    """
+    names = plan.class_names
+    twice = {name for name, count in Counter(names).items() if count > 1}  # which it refuses
+    labels = {str(i): f"{n} ({i})" if n in twice else n for i, n in enumerate(names)}
+    kinds: dict[str, dict[str, Any]] = {
+        "cls": {"dtype": {"class_label": {"names": labels}}},
+        "txt": {"dtype": "string"},
+    }
+    members = {
+        plan.image_format: {"dtype": "image"},
+        **{suffix: kinds[suffix] for suffix in plan.caption_suffixes},
+        "json": {"struct": compact_features(columns_of(plan))},
+        **({DEPTH_MAP_SUFFIX: {"sequence": "uint8"}} if plan.depth_map_sides else {}),
+        "__key__": {"dtype": "string"},
+        "__url__": {"dtype": "string"},
+    }
+    return [{"name": name, **kind} for name, kind in members.items()]
 
 
 def _depth_maps(plan: JobPlan) -> list[tuple[str, str]]:

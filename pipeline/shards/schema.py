@@ -208,6 +208,17 @@ def json_member(row: SampleRow, columns: Sequence[Column] = COLUMNS) -> bytes:
     return json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
+def compact_features(columns: Sequence[Column]) -> list[dict[str, str]]:
+    """What is in the `.json` member, as the cards of the Hugging Face Hub spell it."""
+    return [
+        {"name": column.name, "sequence": str(column.type.value_type)}
+        if pa.types.is_list(column.type)
+        else {"name": column.name, "dtype": str(column.type)}
+        for column in columns
+        if column.is_compact
+    ]
+
+
 def finite_floats(values: Any, what: str) -> list[float]:
     """A list of float32 values as Python floats with their shortest spelling.
 

@@ -420,6 +420,8 @@ def test_names_that_differ_after_a_mark_are_two_datasets(tmp_path: Path):
         assert len(list(iterate_samples(dataset))) == 20
         pipeline = training_pipeline(dataset, shuffle_buffer=0)
         assert sum(1 for _ in pipeline) == 20
+        chosen = training_pipeline(dataset, where="label in (1, 2) and mean_log_prob < -1")
+        assert sorted(label for _, label in chosen) == [1, 1, 2, 2]
         assert verify_job.main([f"{folder}/hash#{seed}", "--deep"]) == 0
     with pytest.raises(InputError, match="does not exist, wanted a dataset"):
         open_dataset(f"{folder}/hash")

@@ -10,24 +10,35 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import pyarrow.compute as pc
 import webdataset as wds
 from webdataset.utils import PipelineStage, pytorch_worker_info
 
 from depthvar.errors import InputError
+from pipeline.dataset.condition import Condition
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import stored_plan
-from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
-from pipeline.shards.samples import ShardError, TarSample, decode_image, read_tar
+from pipeline.shards.manifest import CommitRecord, committed_shards, parquet_name, tar_name
+from pipeline.shards.samples import (
+    ShardError,
+    TarSample,
+    decode_image,
+    read_parquet,
+    read_tar,
+)
+from pipeline.shards.schema import STATUS_OK, schema_of
 from pipeline.storage import Storage
 
 Target = Literal["label", "prompt"]
+_READERS = 16  # of rows: an object store answers many at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,22 +114,51 @@ def require_classes(dataset: Dataset) -> None:
 
 @dataclass(frozen=True)
 class ShardPart:
-    """What is read of a shard: its first `num_taken` samples of `num_samples`."""
+    """What is read of a shard of `num_samples`: the samples at some places, counted from 0."""
 
     shard_id: int
     num_samples: int
-    num_taken: int
+    taken: Sequence[int]
 
 
-def shard_parts(dataset: Dataset, num_samples: int | None = None) -> list[ShardPart]:
-    """The shards that hold the first `num_samples` committed samples, in order; None for all."""
+def shard_parts(
+    dataset: Dataset, num_samples: int | None = None, *, where: str | None = None
+) -> list[ShardPart]:
+    """The shards that hold the first `num_samples` committed samples, in order; None for all.
+
+    `where` leaves out the samples whose rows it does not fit (see `condition`), and reads all rows
+    for it. Errors: `InputError` for what is no condition or fits none, `ShardError` for rows that
+    are damaged.
+    """
+    ids = sorted(dataset.records)
+    places: Iterable[Sequence[int]]
+    if where is None:
+        places = (range(dataset.records[shard_id].num_samples) for shard_id in ids)
+    else:
+        fitting = partial(_fitting, dataset, Condition(where, schema_of(dataset.plan)))
+        with ThreadPoolExecutor(_READERS) as pool:
+            places = list(pool.map(fitting, ids))
     left = dataset.num_samples if num_samples is None else num_samples
     parts = []
-    for shard_id, record in sorted(dataset.records.items()):
-        if left > 0:
-            parts.append(ShardPart(shard_id, record.num_samples, min(left, record.num_samples)))
-            left -= record.num_samples
+    for shard_id, fitting_places in zip(ids, places, strict=True):
+        taken = fitting_places[:left]
+        left -= len(taken)
+        if len(taken):
+            parts.append(ShardPart(shard_id, dataset.records[shard_id].num_samples, taken))
+    if where is not None and not parts:
+        raise InputError(f"got {where!r}, which fits no sample of {dataset.storage}: widen it")
     return parts
+
+
+def _fitting(dataset: Dataset, condition: Condition, shard_id: int) -> Sequence[int]:
+    """The places in a shard's tar of the samples that fit a condition."""
+    name = parquet_name(shard_id)
+    with naming_damage(name):
+        rows = read_parquet(dataset.storage.read(name), schema_of(dataset.plan))
+        rows = rows.filter(pc.field("status") == STATUS_OK)
+        if len(rows) != dataset.records[shard_id].num_samples:
+            raise ShardError(f"got {len(rows)} rows, wanted one for each sample")
+    return cast("Sequence[int]", condition.places(rows))
 
 
 def check_enough_shards(num_shards: int, *, num_ranks: int = 1, num_workers: int) -> None:
@@ -130,24 +170,21 @@ def check_enough_shards(num_shards: int, *, num_ranks: int = 1, num_workers: int
         )
 
 
-def iterate_samples(dataset: Dataset) -> Iterator[Sample]:
-    """Every sample of the shards that are done, in key order.
+def iterate_samples(dataset: Dataset, *, where: str | None = None) -> Iterator[Sample]:
+    """Every sample of the shards that are done, in key order; of those the ones that `where` fits.
 
-    Errors: `ShardError` where a shard does not hold what its record says.
+    Errors: `ShardError` where a shard does not hold what its record says; as `shard_parts`.
     """
-    for stored in iterate_stored(dataset):
+    for stored in iterate_stored(dataset, where=where):
         image = stored_image(stored, dataset.plan.image_channels)
         with naming_damage(stored.key):
             metadata = _metadata(stored)
         yield Sample(stored.key, stored.label, image, metadata, stored.prompt)
 
 
-def iterate_stored(dataset: Dataset) -> Iterator[TarSample]:
-    """Every sample of the shards that are done as the bytes of its files, in key order.
-
-    Errors: `ShardError` where a shard does not hold what its record says.
-    """
-    for part in shard_parts(dataset):
+def iterate_stored(dataset: Dataset, *, where: str | None = None) -> Iterator[TarSample]:
+    """As `iterate_samples`, every sample as the bytes of its files."""
+    for part in shard_parts(dataset, where=where):
         yield from _read_shard(dataset.storage, part, dataset.plan)
 
 
@@ -174,6 +211,7 @@ def training_pipeline(
     dataset: Dataset,
     *,
     seed: int = 0,
+    where: str | None = None,
     num_samples: int | None = None,
     shuffle_buffer: int = 1000,
     equal_share: bool = False,
@@ -182,17 +220,18 @@ def training_pipeline(
 ) -> TrainingPipeline:
     """Pairs (image, target) for training, shuffled, split over ranks and loader workers by shard.
 
-    `num_samples` takes the first samples of the shards that are done, None all of them.
+    `where` takes the samples whose rows it fits, such as `mean_log_prob > -2.5 and label in (1, 2)`
+    (see `condition`), `num_samples` the first of them, None all.
     `shuffle_buffer` samples wait in each worker to be mixed; 0 keeps the order. With `equal_share`
     every worker gives the same number of samples (total // workers, repeating its shards where
     they hold fewer), so that no rank waits for another at the end of an epoch; without it every
     sample comes exactly once. `transform` maps the uint8 image (height, width, channels). The
     target is the class id, or of a text model's dataset the prompt. Object stores want loader
     workers that are spawned, not forked.
-    Errors: `InputError` for a dataset that has no such target, and, at the start of iteration, for
-    fewer shards than ranks x workers.
+    Errors: `InputError` for a dataset that has no such target; as `shard_parts`; at the start of
+    iteration `InputError` for fewer shards than ranks x workers.
     """
-    plan, parts = dataset.plan, shard_parts(dataset, num_samples)
+    plan, parts = dataset.plan, shard_parts(dataset, num_samples, where=where)
     if target == "label":
         require_classes(dataset)
     elif plan.prompts is None:
@@ -207,7 +246,7 @@ def training_pipeline(
     channels = plan.image_channels
     stages.append(partial(_training_pairs, channels=channels, transform=transform, target=target))
     if equal_share:
-        total = sum(part.num_taken for part in parts)
+        total = sum(len(part.taken) for part in parts)
         stages.append(partial(_first_share, num_samples=total))
     return TrainingPipeline(shards, stages)
 
@@ -283,15 +322,18 @@ def _read_shards(parts: Iterable[ShardPart], *, uri: str, plan: JobPlan) -> Iter
 
 
 def _read_shard(storage: Storage, part: ShardPart, plan: JobPlan) -> Iterator[TarSample]:
-    num_read = 0
+    wanted, num_read = iter(part.taken), 0
+    following = next(wanted, None)
     with (
         naming_damage(tar_name(part.shard_id)),
         storage.open_input(tar_name(part.shard_id)) as stream,
     ):
         for sample in read_tar(stream, plan.image_format, plan.caption_suffixes):
-            yield sample
+            if num_read == following:
+                yield sample
+                following = next(wanted, None)
             num_read += 1
-            if num_read == part.num_taken < part.num_samples:
+            if following is None and len(part.taken) < part.num_samples:
                 return
         if num_read != part.num_samples:
             raise ShardError(f"got {num_read} samples, wanted {part.num_samples}")

@@ -99,7 +99,7 @@ class TrainingSet:
             plan = self.dataset.plan
             possible = set(plan.subject_counts)
             for part in shard_parts(self.dataset, self.num_samples):
-                labels = set(plan.shard(part.shard_id).labels[: part.num_taken].tolist())
+                labels = set(plan.shard(part.shard_id).labels[: len(part.taken)].tolist())
                 found |= set(map(plan.subject_of, labels))
                 if found == possible:
                     break

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -205,6 +206,68 @@ def test_too_few_shards_reaches_the_training_process(dataset):
 def test_a_pipeline_travels_to_a_spawned_worker(dataset):
     pipeline = pickle.loads(pickle.dumps(training_pipeline(dataset, transform=_fingerprint)))
     assert len(list(pipeline)) == 54
+
+
+CONDITIONS = {
+    "label in (0, 2) and not is_blank": lambda row: row["label"] in (0, 2),
+    "0 < label <= 1 or index < 3": lambda row: row["label"] == 1 or row["index"] < 3,
+    "mean_log_prob > -0.5": lambda row: np.mean(row["mean_log_prob"]) > -0.5,
+    "mean_change[2] * 2 >= 1.0": lambda row: row["mean_change"][2] * 2 >= 1.0,
+    "class_name not in ['zero'] and -token_layers / 4 < -8.4": lambda row: row["label"] != 0,
+    "pixel_sha256 < '8'": lambda row: row["pixel_sha256"] < "8",
+}
+
+
+@pytest.mark.parametrize("where", CONDITIONS)
+def test_a_condition_on_the_rows_chooses_the_samples(dataset, monkeypatch, where):
+    made = [s for s in iterate_samples(dataset) if CONDITIONS[where](s.metadata | ROW)]
+    assert 0 < len(made) < 54
+    assert [s.key for s in iterate_samples(dataset, where=where)] == [s.key for s in made]
+    wanted = Counter(_fingerprint(sample.image) for sample in made)
+    seen: list[bytes] = []
+    for rank in range(2):
+        _pretend(monkeypatch, rank, 2, 0, 1)
+        seen += [i for i, _ in training_pipeline(dataset, where=where, transform=_fingerprint)]
+    assert Counter(seen) == wanted
+    _pretend(monkeypatch, 0, 1, 0, 1)
+    few = training_pipeline(
+        dataset, where=where, num_samples=5, shuffle_buffer=0, transform=_fingerprint
+    )
+    assert [image for image, _ in few] == [_fingerprint(s.image) for s in made[:5]]
+
+
+ROW = {"token_layers": 34}
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("mean_logprob > 1", "with the unknown column 'mean_logprob': did you mean mean_log_prob"),
+        ("zzz == 1", "unknown column 'zzz': known: index, key, label"),
+        ("label > 'a'", "cannot be told of the columns: Function 'greater' has no kernel"),
+        ("label", "must evaluate to bool"),
+        ("label[0] == 1", "cannot be told of the columns"),
+        ("mean_change[3] > 0", "Index 3 is out of bounds"),
+        ("mean_change[-1] > 0", "wanted columns, numbers"),
+        ("label in 3", "with '3', wanted a list"),
+        ("label ==", "does not parse: invalid syntax"),
+        ("label == 99999999999999999999999", "does not parse"),
+        ("__import__('os').getcwd() == label", "wanted columns, numbers, texts"),
+        ("label.real == 1", "with 'label.real', wanted columns"),
+        ("label == 3", "fits no sample of "),
+    ],
+)
+def test_what_is_no_condition_is_refused_with_what_to_write(dataset, where, problem):
+    with pytest.raises(InputError, match=re.escape(problem)):
+        training_pipeline(dataset, where=where)
+
+
+def test_rows_that_are_damaged_are_named(tmp_path):
+    storage = Storage.open(str(tmp_path / "out"))
+    write_dataset(storage, make_plan(), tmp_path / "scratch")
+    storage.publish_bytes(bytes(storage.size("meta/00001.parquet") or 0), "meta/00001.parquet")
+    with pytest.raises(ShardError, match=r"^meta/00001\.parquet: .*run verify --deep"):
+        training_pipeline(open_dataset(str(tmp_path / "out")), where="label == 1")
 
 
 def test_standard_readers_read_the_dataset(folder):

@@ -23,6 +23,7 @@ JOBS = {
     "report": "show a dataset on one page: images, compute, throughput, state",
     "evaluate": "measure a dataset's quality against real images",
     "export": "copy a dataset into another format",
+    "push": "upload a dataset to the Hugging Face Hub",
     "train-classifier": "train a classifier on a dataset and test it on real images",
     "benchmark": "time depth policies on this machine",
     "train-model": "train a small VAR model on a folder of labelled images",

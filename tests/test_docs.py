@@ -22,6 +22,7 @@ NOT_RUN = {
     r"var-d\d+|out/d16": "wants a published checkpoint",
     r"ar-ckpt": "wants the checkpoint of another program",
     r"^train-model|runs/mine": "trains for an hour, or uses what that gives",
+    r"^push": "wants a token of the Hugging Face Hub",
     r"--config": "wants a configuration of the user's or a study's hours",
 }
 """What stands in a command that is not run, and why; all others are."""

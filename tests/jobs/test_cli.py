@@ -73,6 +73,7 @@ LIGHT_COMMANDS = {
     "refused value": (["generate", "--out", "x", "--per-class", "many"], 2),
     "flag without out": (["plan"], 2),
     "plan of a published model": (["plan", "--model", "var-d30", "--out", "/tmp/none"], 0),
+    "push of nothing": (["push", "/none", "me/mine"], 2),
     "report of nothing": (["report", "/none"], 2),
     "status of nothing": (["status", "/none"], 2),
 }

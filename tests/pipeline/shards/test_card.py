@@ -88,10 +88,10 @@ def test_datasets_reads_images_named_classes_and_what_is_known_of_every_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With the real library, offline; names that YAML or the library would stumble over."""
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HOME", str(tmp_path / "home"))):
-        monkeypatch.setenv(name, value)
-    import datasets
+    import datasets  # takes a second
 
+    for place in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)
     names = ("no", "a\n---\nb: c", "twice", "twice", "'0'")
     plan = make_plan({0: 8, 1: 6, 3: 8}, class_names=names, **WITH_DEPTH_MAPS)
     write_dataset(Storage.open(tmp_path / "out"), plan, tmp_path / "scratch")

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.dataset.loader import Dataset, iterate_samples
 from pipeline.dataset.report.survey import spread
+from pipeline.shards.manifest import CONTACT_SHEET_NAME
 
-CONTACT_SHEET_NAME = "contact_sheet.png"
 _MAX_SUBJECTS = 40
 _MIN_SIDE, _MAX_SIDE = 64, 128  # pixels of one image on the sheet
 _MARGIN, _GAP, _LABEL_GAP = 32, 6, 20

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from depthvar.errors import InputError
-from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME
-from pipeline.dataset.loader import Dataset
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import PLAN_NAME
 from pipeline.shards.card import is_edited
 from pipeline.shards.manifest import (
     CARD_NAME,
+    CONTACT_SHEET_NAME,
     FOLDERS,
     CommitRecord,
     FileEntry,
@@ -37,8 +36,17 @@ _REFUSED = (400, 401, 403, 404, 409)
 Content = bytes | Path
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """What is uploaded of a dataset: the shards of its plan that are committed."""
+
+    storage: Storage
+    plan: JobPlan
+    records: Mapping[int, CommitRecord]
+
+
 def push(
-    dataset: Dataset,
+    dataset: Pushed,
     repo: str,
     *,
     private: bool = False,
@@ -90,7 +98,7 @@ class _Repository:
             where = {"repo_type": "dataset", "local_dir": folder}
             return Path(self.api.hf_hub_download(self.name, path, **where)).read_bytes()
 
-    def commit_shards(self, dataset: Dataset, records: Sequence[CommitRecord]) -> None:
+    def commit_shards(self, dataset: Pushed, records: Sequence[CommitRecord]) -> None:
         """Upload shards with the plan that they belong to, their files as they were recorded."""
         files: dict[str, Content] = {PLAN_NAME: dataset.plan.to_json()}
         with tempfile.TemporaryDirectory(prefix="depthvar-push-") as folder:
@@ -146,7 +154,7 @@ def _telling_errors(repo: str) -> Iterator[None]:
         raise OSError(f"the push to {repo} broke off: {reason}") from error
 
 
-def _check_same(hub: _Repository, dataset: Dataset, there: Mapping[str, Any]) -> None:
+def _check_same(hub: _Repository, dataset: Pushed, there: Mapping[str, Any]) -> None:
     """`InputError` for a repository that holds another dataset or anything else."""
     if PLAN_NAME not in there:
         if any(path.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for path in there):
@@ -199,7 +207,7 @@ def _local(storage: Storage, entry: FileEntry, folder: Path) -> Path:
     return path
 
 
-def _descriptions(dataset: Dataset) -> dict[str, bytes]:
+def _descriptions(dataset: Pushed) -> dict[str, bytes]:
     """Plan, card, indexes and pictures, of what is committed; a card that was edited as it is."""
     storage = dataset.storage
     files = {PLAN_NAME: dataset.plan.to_json(), **index_files(dataset.plan, dataset.records)}

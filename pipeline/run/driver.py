@@ -15,7 +15,7 @@ from functools import partial
 
 from depthvar.config import is_model_path
 from depthvar.errors import InputError
-from pipeline.dataset.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipeline.dataset.contact_sheet import write_contact_sheet
 from pipeline.dataset.loader import Dataset
 from pipeline.faults import reach
 from pipeline.request.generation import GenerateConfig
@@ -59,6 +59,7 @@ from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
 from pipeline.shards.claims import sweep_claims
 from pipeline.shards.manifest import (
     CARD_NAME,
+    CONTACT_SHEET_NAME,
     LEDGER_NAME,
     CommitRecord,
     committed_shards,

@@ -38,6 +38,7 @@ CARD_NAME, INDEX_NAME, SIZES_NAME, INFO_NAME = (
     "sizes.json",
     "_info.json",
 )
+CONTACT_SHEET_NAME = "contact_sheet.png"
 SIZES_COPY_NAME = f"{TRAIN_FOLDER}/{SIZES_NAME}"
 """Where a user puts the sizes for open_clip."""
 LEDGER_NAME = f"{COMMITS_FOLDER}/failures.jsonl"

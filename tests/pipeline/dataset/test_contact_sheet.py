@@ -7,13 +7,13 @@ import numpy as np
 from PIL import Image
 
 from pipeline.dataset.contact_sheet import (
-    CONTACT_SHEET_NAME,
     draw_sheet,
     first_images,
     shown_subjects,
     write_contact_sheet,
 )
 from pipeline.dataset.loader import iterate_samples, open_dataset
+from pipeline.shards.manifest import CONTACT_SHEET_NAME
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
 

@@ -18,7 +18,7 @@ from depthvar.errors import InputError, shown
 MAX_PROMPTS = 100_000
 """Different prompts of one job: the plan holds them, and the states of each are stored."""
 MAX_CHARACTERS = 4000
-"""Of a prompt. The encoder takes 512 tokens, which are fewer characters in any language."""
+"""Of a prompt: ordinary text of that length has far more than the 512 tokens encoders take."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

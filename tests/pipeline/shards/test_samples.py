@@ -16,7 +16,11 @@ A = [("0a.cls", b"7"), ("0a.json", b"{}"), ("0a.png", b"x")]
 B = [("0b.cls", b"12"), ("0b.json", b"[]"), ("0b.png", b"")]
 
 
-def read(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> list[TarSample]:
+def read(
+    members: list[tuple[str, bytes]],
+    kind: bytes = tarfile.REGTYPE,
+    captions: tuple[str, ...] = ("cls",),
+) -> list[TarSample]:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in members:
@@ -24,7 +28,7 @@ def read(members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> lis
             info.size, info.type = (len(data), kind)
             tar.addfile(info, io.BytesIO(data))
     buffer.seek(0)
-    return list(read_tar(buffer, "png"))
+    return list(read_tar(buffer, "png", captions))
 
 
 def test_whole_samples_in_order_are_read():
@@ -40,6 +44,24 @@ def test_a_depth_map_belongs_to_its_sample():
     assert read([A[0], ("0a.depth.npy", b"map"), *A[1:]]) == [with_map]
     with pytest.raises(ShardError, match=r"'0a\.depth\.npy' does not belong"):
         read([*A, ("0a.depth.npy", b"map")])
+
+
+def test_a_prompt_is_read_where_samples_have_one_and_belongs_nowhere_else():
+    prompt = ("0a.txt", "caf\u00e9".encode())
+    named = TarSample("0a", 7, b"{}", b"x", prompt="caf\u00e9")
+    assert read([*A, prompt], captions=("cls", "txt")) == [named]
+    depths = ("0a.depth.npy", b"map")
+    assert read([*A[1:], depths, prompt], captions=("txt",)) == [
+        TarSample("0a", None, b"{}", b"x", b"map", "caf\u00e9")
+    ]
+    for members, captions, told in (
+        ([*A, prompt], ("cls",), "'0a.txt' does not belong"),
+        ([*A, prompt], ("txt",), "'0a.cls' does not belong"),
+        (A, ("cls", "txt"), "cut off inside the sample 0a"),
+        ([*A, ("0a.txt", b"\xe9")], ("cls", "txt"), "damaged"),
+    ):
+        with pytest.raises(ShardError, match=told):
+            read(members, captions=captions)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from depthvar.policy import make_policy
 from pipeline.dataset.loader import iterate_samples, open_dataset
 from pipeline.request.job_plan import FormerPolicy, JobPlan
+from pipeline.request.prompts import WrittenPrompts
 from pipeline.shards.card import dataset_card
 from pipeline.storage import Storage
 from tests.fake_shards import WITH_DEPTH_MAPS, make_plan, write_dataset
@@ -88,15 +91,10 @@ def test_datasets_reads_images_named_classes_and_what_is_known_of_every_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With the real library, offline; names that YAML or the library would stumble over."""
-    import datasets  # takes a second
-
-    for place in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)
     names = ("no", "a\n---\nb: c", "twice", "twice", "'0'")
     plan = make_plan({0: 8, 1: 6, 3: 8}, class_names=names, **WITH_DEPTH_MAPS)
-    write_dataset(Storage.open(tmp_path / "out"), plan, tmp_path / "scratch")
-    read = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
-    assert read.features["png"] == datasets.Image()
+    read = loaded(tmp_path, plan, monkeypatch)
+    assert type(read.features["png"]).__name__ == "Image"
     assert read.features["cls"].names == [*names[:2], "twice (2)", "twice (3)", names[4]]
     stored = list(iterate_samples(open_dataset(str(tmp_path / "out"))))
     assert read["__key__"][:] == [sample.key for sample in stored]
@@ -107,3 +105,28 @@ def test_datasets_reads_images_named_classes_and_what_is_known_of_every_sample(
         read["json"][5]["mean_log_prob"] == np.float32(stored[5].metadata["mean_log_prob"]).tolist()
     )
     assert np.array_equal(np.asarray(read[21]["png"]), stored[21].image[:, :, 0])
+
+
+def test_datasets_reads_prompts_where_there_are_no_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    texts = ('a "red" fox: asleep', "\u00e9, <b>", "no")
+    plan = make_plan({0: 8, 1: 6, 2: 8}, class_names=(), prompts=WrittenPrompts(texts))
+    read = loaded(tmp_path, plan, monkeypatch)
+    assert "cls" not in read.features
+    assert Counter(read["txt"][:]) == dict(zip(texts, (8, 6, 8), strict=True))
+    for row, prompt in zip(read["json"][:], read["txt"][:], strict=True):
+        assert [row[name] for name in ("prompt", "label", "class_name", "template")] == [
+            prompt, None, None, None,
+        ]  # fmt: skip
+    assert read.features["json"]["label"].dtype == "int32", "as with classes, and not null"
+
+
+def loaded(folder: Path, plan: JobPlan, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A dataset of a plan as the real library reads it, offline."""
+    import datasets  # takes a second
+
+    for place in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)
+    write_dataset(Storage.open(folder / "out"), plan, folder / "scratch")
+    return datasets.load_dataset(str(folder / "out"), split="train", cache_dir=folder / "cache")

@@ -6,7 +6,7 @@ Source: Tian et al., "Visual Autoregressive Modeling" (arXiv 2404.02905); its pu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,58 +15,27 @@ from typing import Any
 from depthvar import imagenet
 from depthvar.errors import InputError
 from depthvar.host.names import comparable
+from depthvar.infinity_config import INFINITY_2B, INFINITY_8B, InfinityConfig
+from depthvar.settings import DecoderShape, Grid, SamplingSettings, require, require_positive
 from depthvar.strict_json import from_json, read_json
 
 CONFIG_FILE = "config.json"
 CONFIG_FORMAT = "depthvar-model/1"
+TEXT_CONFIG_FORMAT = "depthvar-infinity/1"
 
 _SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 _SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 _SIDES_DIGITS = (1, 2, 3, 4, 5, 6, 8)
 _SIDES_SCENES = (1, 2, 3, 4, 6, 8, 12)
 
+_FORMER_SAMPLING: Mapping[str, object] = {"temperature": 1.0, "guidance": "ramp"}
+"""How models sample whose `config.json` does not say."""
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How tokens are drawn.
-
-    `cfg` is the guidance strength at the last scale (0 = no guidance), `top_k` the number of codes
-    kept before `top_p` (0 = all), `top_p` the probability mass kept, in (0, 1].
-    """
-
-    cfg: float = 1.5
-    top_k: int = 900
-    top_p: float = 0.96
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be sampled, as `InputError`."""
-        if not 0.0 <= self.cfg < float("inf"):
-            raise InputError(f"cfg is {self.cfg}, wanted a finite number >= 0: choose e.g. 1.5")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}, wanted >= 0: use 0 to keep every code")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p is {self.top_p}, wanted 0 < top_p <= 1: use 1 to keep all")
-
-    @property
-    def streams(self) -> int:
-        """Streams of one sample: conditional, and unconditional when there is guidance."""
-        return 2 if self.cfg > 0 else 1
-
-
-def _require(is_true: bool, problem: str) -> None:
-    if not is_true:
-        raise InputError(f"no such model can be built: {problem}")
-
-
-def _require_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        _require(size >= 1, f"{name} is {size}, wanted 1 or more")
-
-
 def _require_sides(sides: tuple[int, ...]) -> None:
-    _require(
+    require(
         sides[:1] == (1,) and list(sides) == sorted(sides),
         f"the sides are {sides}, wanted 1 first and none smaller than the one before",
     )
@@ -92,7 +61,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        _require_positive(
+        require_positive(
             num_classes=self.num_classes,
             num_blocks=self.num_blocks,
             width=self.width,
@@ -102,11 +71,11 @@ class TransformerConfig:
             mlp_ratio=self.mlp_ratio,
         )
         _require_sides(self.sides)
-        _require(
+        require(
             self.width % self.num_heads == 0,
             f"width {self.width} does not divide among {self.num_heads} heads",
         )
-        _require(
+        require(
             self.norm_eps > 0 and math.isfinite(self.norm_eps),
             f"norm_eps is {self.norm_eps}, wanted a number > 0",
         )
@@ -142,7 +111,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        _require_positive(
+        require_positive(
             codebook_size=self.codebook_size,
             code_channels=self.code_channels,
             base_width=self.base_width,
@@ -150,16 +119,16 @@ class TokenizerConfig:
             norm_groups=self.norm_groups,
         )
         _require_sides(self.sides)
-        _require(
+        require(
             len(self.phi_of_scale) == len(self.sides) and min(self.phi_of_scale) >= 0,
             f"phi_of_scale is {self.phi_of_scale}, wanted an index from 0 for each of the "
             f"{len(self.sides)} scales",
         )
-        _require(
+        require(
             self.image_channels in (1, 3),
             f"image_channels is {self.image_channels}, wanted 1 for grey or 3 for RGB",
         )
-        _require(
+        require(
             len(self.multipliers) > 0
             and min(self.multipliers) >= 1
             and all(self.base_width * m % self.norm_groups == 0 for m in self.multipliers),
@@ -176,6 +145,19 @@ class TokenizerConfig:
     def downsampling(self) -> int:
         """Pixels of one latent cell along a side."""
         return 1 << (len(self.multipliers) - 1)
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """Shape of the decoder, which the encoder mirrors."""
+        return DecoderShape(
+            code_channels=self.code_channels,
+            image_channels=self.image_channels,
+            base_width=self.base_width,
+            multipliers=self.multipliers,
+            num_res_blocks=self.num_res_blocks,
+            norm_groups=self.norm_groups,
+            has_attention=True,
+        )
 
     @property
     def latent_side(self) -> int:
@@ -200,12 +182,12 @@ class ModelConfig:
         """The two halves must agree."""
         for name in ("sides", "codebook_size", "code_channels"):
             ours, theirs = getattr(self.transformer, name), getattr(self.tokenizer, name)
-            _require(ours == theirs, f"the transformer's {name} {ours}, the tokenizer's {theirs}")
-        _require(
+            require(ours == theirs, f"the transformer's {name} {ours}, the tokenizer's {theirs}")
+        require(
             len(self.class_names) == self.num_classes,
             f"{len(self.class_names)} class names for {self.num_classes} classes",
         )
-        _require(
+        require(
             self.name.isprintable() and self.name.strip() != "",
             f"its name is {self.name!r}, wanted printable text",
         )
@@ -241,9 +223,44 @@ class ModelConfig:
         return self.transformer.sides
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Rows and columns of the tokens of every scale, coarse to fine."""
+        return tuple((side, side) for side in self.sides)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image over all scales."""
+        return self.transformer.num_tokens
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.transformer.width
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the attention."""
+        return self.transformer.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.transformer.head_dim
+
+    @property
     def num_blocks(self) -> int:
         """Transformer blocks."""
         return self.transformer.num_blocks
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """Shape of the image decoder."""
+        return self.tokenizer.decoder_shape
+
+    @property
+    def map_size(self) -> Grid:
+        """Rows and columns of the feature map."""
+        return self.grids[-1]
 
     @property
     def image_side(self) -> int:
@@ -251,9 +268,24 @@ class ModelConfig:
         return self.tokenizer.latent_side * self.tokenizer.downsampling
 
     @property
+    def image_size(self) -> Grid:
+        """Height and width of the image in pixels."""
+        return self.image_side, self.image_side
+
+    @property
     def image_channels(self) -> int:
         """1 for grey, 3 for RGB."""
         return self.tokenizer.image_channels
+
+    def of_size(self, image_size: Grid) -> ModelConfig:
+        """This model; `InputError` for another size of image than its own."""
+        if image_size != self.image_size:
+            height, width = image_size
+            raise InputError(
+                f"{self.name} makes images of {self.image_side}x{self.image_side} pixels, got "
+                f"{width}x{height}: leave --image-size out, or choose a model of that size"
+            )
+        return self
 
 
 def small_model_config(
@@ -330,6 +362,8 @@ def scenes_model_config() -> ModelConfig:
 
 _DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+AnyModel = ModelConfig | InfinityConfig
+
 MODELS: Mapping[str, ModelConfig] = MappingProxyType(
     {
         config.name: config
@@ -343,6 +377,12 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
         )
     }
 )
+"""The known models of classes."""
+TEXT_MODELS: Mapping[str, InfinityConfig] = MappingProxyType(
+    {config.name: config for config in (INFINITY_2B, INFINITY_8B)}
+)
+"""The known models of text."""
+KNOWN_MODELS: Mapping[str, AnyModel] = MappingProxyType({**MODELS, **TEXT_MODELS})
 
 
 def real_set_of(class_names: tuple[str, ...], image_side: int, image_channels: int) -> str | None:
@@ -357,7 +397,7 @@ def real_set_of(class_names: tuple[str, ...], image_side: int, image_channels: i
     return None
 
 
-def model_config(name: str, weights: str | None = None) -> ModelConfig:
+def model_config(name: str, weights: str | None = None) -> AnyModel:
     """The configuration of a model: a known name, or a folder that holds a `config.json`.
 
     `weights` is a local folder or a file in one; where that folder holds a `config.json`, it
@@ -374,17 +414,17 @@ def model_config(name: str, weights: str | None = None) -> ModelConfig:
                 f"{folder_of(str(weights))}, or the weights of {name!r}"
             )
         return stored
-    if model_name(name) in MODELS:
-        return MODELS[model_name(name)]
+    if model_name(name) in KNOWN_MODELS:
+        return KNOWN_MODELS[model_name(name)]
     raise InputError(
-        f"unknown model {name!r}, wanted one of {', '.join(MODELS)}, or the folder or file of a "
-        "model: check --model"
+        f"unknown model {name!r}, wanted one of {', '.join(KNOWN_MODELS)}, or the folder or file "
+        "of a model: check --model"
     )
 
 
 def is_model_path(name: str) -> bool:
     """Whether a model's name is none of the known ones but a folder or file that is there."""
-    return name not in MODELS and Path(name).exists()
+    return name not in KNOWN_MODELS and Path(name).exists()
 
 
 def model_name(name: str) -> str:
@@ -409,7 +449,7 @@ def _is_same_folder(name: str, weights: str | None) -> bool:
     )
 
 
-def stored_config(folder: Path) -> ModelConfig | None:
+def stored_config(folder: Path) -> AnyModel | None:
     """The model that a folder's `config.json` describes; None without one, or with a foreign one.
 
     Raises `InputError` for unknown, missing and mistyped keys, for sizes that do not fit, and for
@@ -421,20 +461,28 @@ def stored_config(folder: Path) -> ModelConfig | None:
     content = read_json(path)
     if not isinstance(content, dict) or "format" not in content:
         return None
-    if content["format"] != CONFIG_FORMAT:
+    kinds: Mapping[object, type[AnyModel]] = {
+        CONFIG_FORMAT: ModelConfig,
+        TEXT_CONFIG_FORMAT: InfinityConfig,
+    }
+    kind = kinds.get(content["format"])
+    if kind is None:
         raise InputError(
             f"{path} has the format {content['format']!r}, wanted {CONFIG_FORMAT!r}: use the "
             "release that wrote it"
         )
     fields = {key: value for key, value in content.items() if key != "format"}
+    if isinstance(fields.get("sampling"), dict):
+        fields["sampling"] = {**_FORMER_SAMPLING, **fields["sampling"]}
     try:
-        stored = from_json(ModelConfig, fields, str(path))
+        stored = from_json(kind, fields, str(path))
     except InputError as error:
         raise InputError(error if str(path) in str(error) else f"{path}: {error}") from None
-    known = MODELS.get(stored.name, stored)
-    for part in ("transformer", "tokenizer"):
-        wanted, found = asdict(getattr(known, part)), asdict(getattr(stored, part))
-        differing = [f"{k} {found[k]} ({wanted[k]})" for k in wanted if found[k] != wanted[k]]
+    known = KNOWN_MODELS.get(stored.name, stored)
+    for part, wanted, found in _parts(known, stored):
+        differing = [
+            f"{k} {found.get(k)} ({wanted[k]})" for k in wanted if found.get(k) != wanted[k]
+        ]
         if differing:
             raise InputError(
                 f"{path} calls its model {stored.name!r} and gives another {part} than that of "
@@ -443,6 +491,27 @@ def stored_config(folder: Path) -> ModelConfig | None:
     return stored
 
 
-def config_json(config: ModelConfig) -> dict[str, Any]:
+def _parts(
+    known: AnyModel, stored: AnyModel
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(what, fields of a known model, fields of a stored one), of all that is its architecture."""
+    if isinstance(known, ModelConfig):
+        for part in ("transformer", "tokenizer"):
+            found = getattr(stored, part, None)
+            yield part, asdict(getattr(known, part)), {} if found is None else asdict(found)
+    else:
+        own = {"name", "sampling", "grids", "rotary_grid"}
+        wanted, found = (
+            {k: v for k, v in asdict(c).items() if k not in own} for c in (known, stored)
+        )
+        yield "architecture", wanted, found
+
+
+def config_json(config: AnyModel) -> dict[str, Any]:
     """What `stored_config` reads, as JSON values."""
-    return {"format": CONFIG_FORMAT, **asdict(config)}
+    kind = CONFIG_FORMAT if isinstance(config, ModelConfig) else TEXT_CONFIG_FORMAT
+    fields = asdict(config)
+    for name, value in _FORMER_SAMPLING.items():
+        if fields["sampling"][name] == value:
+            del fields["sampling"][name]
+    return {"format": kind, **fields}

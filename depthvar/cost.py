@@ -5,11 +5,17 @@ A multiply-add counts as two operations. Elementwise work (norms, activations, p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from depthvar.config import ModelConfig, TokenizerConfig
+from depthvar.config import AnyModel, ModelConfig, TokenizerConfig
+from depthvar.infinity_config import InfinityConfig
 from depthvar.plan import DepthPlan
+from depthvar.settings import DecoderShape, Grid
+
+TEXT_TOKENS = 64
+"""Tokens of a text for which costs are told."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,34 @@ class Cost:
         return self.transformer_flops + self.decoder_flops
 
 
-def image_cost(config: ModelConfig, plan: DepthPlan, *, streams: int = 2) -> Cost:
-    """Operations one image takes under a plan; guided sampling runs two streams."""
+def image_cost(config: AnyModel, plan: DepthPlan, *, streams: int = 2) -> Cost:
+    """Operations one image takes under a plan; guided sampling runs two streams.
+
+    Those of texts of `TEXT_TOKENS` where the model is asked in words; their encoder is not counted.
+    """
+    if isinstance(config, InfinityConfig):
+        transformer = _text_transformer_flops(config, plan, streams)
+        return Cost(transformer, _decoder_flops(config.decoder_shape, config.map_size))
     return Cost(transformer_flops(config, plan, streams), decoder_flops(config.tokenizer))
 
 
-def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> float:
-    """Blocks, embeddings, AdaLN, head, expected codes and their spreads of one image."""
-    shape = config.transformer
-    width = shape.width
-    per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
-    per_proxy_token = 2 * 2 * width**2
+def _text_transformer_flops(config: InfinityConfig, plan: DepthPlan, streams: int) -> float:
+    """Blocks, embeddings, AdaLN, head, and what is made of the texts, of one image."""
+    width, text = config.width, TEXT_TOKENS
+    per_active_token = 2 * (6 * width**2 + 2 * width * config.mlp_width) + 4 * width * text
+    flops = _blocks_flops(plan, width, per_active_token)
+    for i, scale in enumerate(plan.scales):
+        flops += scale.count * 2 * width * 2 * config.bits
+        flops += scale.count * 2 * width * config.bits if i else 0
+    flops += 2 * (6 + 2) * width**2
+    flops += 2 * text * width * (config.text_width + width)
+    flops += 2 * text * 2 * width * config.text_width + 4 * text * width + 2 * width**2
+    flops += plan.num_blocks * 2 * text * 2 * width**2
+    return float(streams * flops)
+
+
+def _blocks_flops(plan: DepthPlan, width: int, per_active_token: int) -> int:
+    """All blocks of one stream: a token's own products, its attention, and its keys and values."""
     flops = 0
     cached = [0] * plan.num_blocks
     for i, scale in enumerate(plan.scales):
@@ -43,7 +66,17 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
             kept = plan.cached_tokens(i, block)
             cached[block] += kept
             flops += active * (per_active_token + 4 * width * cached[block])
-            flops += (kept - active) * per_proxy_token
+            flops += (kept - active) * 2 * 2 * width**2
+    return flops
+
+
+def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> float:
+    """Blocks, embeddings, AdaLN, head, expected codes and their spreads of one image."""
+    shape = config.transformer
+    width = shape.width
+    per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
+    flops = _blocks_flops(plan, width, per_active_token)
+    for i, scale in enumerate(plan.scales):
         flops += scale.count * 2 * width * shape.codebook_size
         if i:  # the first scale starts from the class, not from codes
             flops += scale.count * 2 * width * shape.code_channels
@@ -63,29 +96,36 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
 
 def decoder_flops(config: TokenizerConfig) -> float:
     """Convolutions and attention from the feature map to the pixels of one image."""
-    widths = [config.base_width * m for m in config.multipliers]
+    channels, side = config.code_channels, config.latent_side
+    after_quantizing = 2 * channels**2 * 3**2 * side**2
+    return after_quantizing + _decoder_flops(config.decoder_shape, (side, side))
+
+
+def _decoder_flops(shape: DecoderShape, map_size: Grid) -> float:
+    widths = [shape.base_width * m for m in shape.multipliers]
     last = len(widths) - 1
-    side = config.latent_side
+    pixels = math.prod(map_size)
 
     def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
-        return 2 * inputs * outputs * kernel**2 * side**2
+        return 2 * inputs * outputs * kernel**2 * pixels
 
     def res_block(inputs: int, outputs: int) -> int:
         shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
         return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
 
     def attention(channels: int) -> int:
-        return 4 * conv(channels, channels, 1) + 4 * side**4 * channels
+        if not shape.has_attention:
+            return 0
+        return 4 * conv(channels, channels, 1) + 4 * pixels**2 * channels
 
-    flops = conv(config.code_channels, config.code_channels)
-    flops += conv(config.code_channels, widths[-1])
+    flops = conv(shape.code_channels, widths[-1])
     flops += 2 * res_block(widths[-1], widths[-1]) + attention(widths[-1])
     for level in range(last, -1, -1):
         flops += res_block(widths[min(level + 1, last)], widths[level])
-        flops += config.num_res_blocks * res_block(widths[level], widths[level])
+        flops += shape.num_res_blocks * res_block(widths[level], widths[level])
         if level == last:
-            flops += (config.num_res_blocks + 1) * attention(widths[level])
+            flops += (shape.num_res_blocks + 1) * attention(widths[level])
         if level:
-            side *= 2
+            pixels *= 4
             flops += conv(widths[level], widths[level])
-    return float(flops + conv(widths[0], config.image_channels))
+    return float(flops + conv(widths[0], shape.image_channels))

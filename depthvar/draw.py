@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.config import SamplingSettings
+from depthvar.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class _Place:
 class Drawn:
     """Drawn tokens and the truncated distribution they come from.
 
-    tokens_BT: code indices. log_prob_BT: natural log of their probabilities. The distribution is
-    the guided logits from `_first` up, and the log of the sum of their exponentials.
+    tokens: code indices (B, T). log_prob_BT: natural log of their probabilities. The distribution
+    is the guided logits from `_first` up, and the log of the sum of their exponentials.
     """
 
-    tokens_BT: Tensor
+    tokens: Tensor
     log_prob_BT: Tensor
     _logits_BTV: Tensor
     _first: _Place
@@ -94,7 +94,7 @@ def draw_tokens(logits_BTV: Tensor, uniforms_BT: Tensor, settings: SamplingSetti
     dropped_equals_BT1 = first.rank_BT1 * (first.logit_BT1 - log_mass_BT1).exp()
     log_mass_BT1 = log_mass_BT1 + torch.log1p(-dropped_equals_BT1)
     return Drawn(
-        tokens_BT=drawn.code_BT1[:, :, 0],
+        tokens=drawn.code_BT1[:, :, 0],
         log_prob_BT=(drawn.logit_BT1 - log_mass_BT1)[:, :, 0].clamp(max=0),
         _logits_BTV=logits_BTV,
         _first=first,

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.plan import DepthPlan, ScalePlan
+from depthvar.layers import turned
+from depthvar.plan import DepthPlan, Grid, ScalePlan
 
 ConditionT = TypeVar("ConditionT", contravariant=True)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,14 +32,24 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Backbone(Protocol[ConditionT]):
     """What the engine needs of a transformer; `condition` is the backbone's own business."""
 
+    def rotations(self, scale: int) -> Tensor | None:
+        """What turns the queries and keys of every token of a scale (`layers.turned`): (T, D).
+
+        None where positions turn nothing.
+        """
+        ...
+
     def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Tensor:
-        """What a block adds to the residual stream of some tokens: a tensor of the caller's own."""
+        """What a block adds to the residual stream of some tokens: a tensor of the caller's own.
+
+        `attend` turns queries and keys by the places of these tokens, where the backbone has such.
+        """
         ...
 
     def keys_values(
         self, block: int, x_GKC: Tensor, condition: ConditionT
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, H, K, D) of tokens that a block does not compute."""
+        """Keys and values (G, H, K, D) of tokens that a block does not compute, not yet turned."""
         ...
 
 
@@ -97,10 +108,13 @@ class ScaleTrace:
     slot_of_raster_GT: Tensor
 
 
-def parent_positions(side: int, previous_side: int, device: torch.device) -> Tensor:
+def parent_positions(grid: Grid, previous: Grid, device: torch.device) -> Tensor:
     """Raster position at the previous scale that covers each position of this one: (T,)."""
-    along = (2 * torch.arange(side, device=device) + 1) * previous_side // (2 * side)
-    return (along[:, None] * previous_side + along[None, :]).flatten()
+    rows, columns = (
+        (2 * torch.arange(length, device=device) + 1) * coarse // (2 * length)
+        for length, coarse in zip(grid, previous, strict=True)
+    )
+    return (rows[:, None] * previous[1] + columns[None, :]).flatten()
 
 
 @dataclass(frozen=True)
@@ -112,18 +126,25 @@ class _ScaleTensors:
     parents_T: Tensor
     code_weights_T: Tensor
     compensation_T1: Tensor
+    rotations_TD: Tensor | None
 
     @classmethod
     def of(
-        cls, scale: ScalePlan, previous: ScalePlan, device: torch.device, dtype: torch.dtype
+        cls,
+        scale: ScalePlan,
+        previous: ScalePlan,
+        rotations_TD: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> _ScaleTensors:
         compensation_T = torch.as_tensor(scale.compensation, dtype=dtype, device=device)
         return cls(
             identity_T=torch.arange(scale.count, device=device),
             rank_of_slot_T=torch.as_tensor(scale.rank_of_slot, device=device),
-            parents_T=parent_positions(scale.side, previous.side, device),
+            parents_T=parent_positions(scale.grid, previous.grid, device),
             code_weights_T=torch.as_tensor(scale.code_weights, device=device),
             compensation_T1=compensation_T[:, None],
+            rotations_TD=None if rotations_TD is None else rotations_TD.to(device, dtype),
         )
 
 
@@ -133,6 +154,14 @@ class _Parents:
 
     changes: tuple[Tensor | None, ...]
     places_GT: Tensor
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What the blocks of a scale know of its slots: where their parents are, what turns them."""
+
+    parents: _Parents | None
+    rotations_GTD: Tensor | None
 
 
 class DepthEngine(Generic[ConditionT]):
@@ -155,8 +184,8 @@ class DepthEngine(Generic[ConditionT]):
         self._plan = plan
         self._fit = proxy_fit if plan.policy.proxy == "calibrated" else None
         self._tensors = [
-            _ScaleTensors.of(scale, previous, device, dtype)
-            for previous, scale in pairwise((plan.scales[0], *plan.scales))
+            _ScaleTensors.of(scale, previous, backbone.rotations(i), device, dtype)
+            for i, (previous, scale) in enumerate(pairwise((plan.scales[0], *plan.scales)))
         ]
 
     def upsample(self, index: int, values_BT: Tensor) -> Tensor:
@@ -196,8 +225,8 @@ class DepthEngine(Generic[ConditionT]):
         else:
             order_GT = self._tensors[index].identity_T.expand(x_GTC.shape[:2])
             slots_GTC = x_GTC.clone()
-        parents = self._parents(index, order_GT, previous)
-        total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, parents)
+        slots = _Slots(self._parents(index, order_GT, previous), self._rotations(index, order_GT))
+        total_GT, changes = self._run_blocks(index, slots_GTC, condition, cache, slots)
         if policy.proxy == "output" and scale.kept < scale.count:
             assert previous is not None
             restored_GTC = self.upsample(index, previous.hidden_GTC)
@@ -235,13 +264,20 @@ class DepthEngine(Generic[ConditionT]):
         slots_GT = previous.slot_of_raster_GT.gather(1, raster_GT)
         return _Parents(previous.changes, _places(slots_GT, previous.hidden_GTC.shape[1]))
 
+    def _rotations(self, index: int, order_GT: Tensor) -> Tensor | None:
+        """What turns the queries and keys of every slot (G, T, D)."""
+        rotations_TD = self._tensors[index].rotations_TD
+        if rotations_TD is None or self._plan.scales[index].ranked:
+            return None if rotations_TD is None else rotations_TD[order_GT]
+        return rotations_TD.expand(len(order_GT), -1, -1)
+
     def _run_blocks(
         self,
         index: int,
         x_GTC: Tensor,
         condition: ConditionT,
         cache: KeyValueCache,
-        parents: _Parents | None,
+        slots: _Slots,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Run the blocks on `x_GTC`, in slot order and in place.
 
@@ -251,7 +287,7 @@ class DepthEngine(Generic[ConditionT]):
         total_GT = x_GTC.new_zeros(x_GTC.shape[:2], dtype=_at_least_float32(x_GTC.dtype))
         changes: list[Tensor | None] = []
         for block in range(self._plan.num_blocks):
-            parts = self._changes(index, block, x_GTC, condition, cache, parents)
+            parts = self._changes(index, block, x_GTC, condition, cache, slots)
             change_GKC = torch.cat(parts, dim=1) if len(parts) == 2 else parts[0] if parts else None
             if change_GKC is not None:
                 changed = slice(change_GKC.shape[1])
@@ -267,27 +303,32 @@ class DepthEngine(Generic[ConditionT]):
         x_GTC: Tensor,
         condition: ConditionT,
         cache: KeyValueCache,
-        parents: _Parents | None,
+        slots: _Slots,
     ) -> list[Tensor]:
         """What a block adds to its active tokens, and what stands in for that in the others."""
         scale, policy = self._plan.scales[index], self._plan.policy
         active, changes = scale.prefix[block], []
         if active < scale.count and policy.skipped_keys_values == "proxy":
-            cache.append(block, *self._backbone.keys_values(block, x_GTC[:, active:], condition))
+            k_GHKD, v_GHKD = self._backbone.keys_values(block, x_GTC[:, active:], condition)
+            cache.append(block, _turned(k_GHKD, slots.rotations_GTD, slice(active, None)), v_GHKD)
         if active:
 
             def attend(q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor) -> Tensor:
-                cache.append(block, k_GHKD, v_GHKD)
-                return cache.attend(block, q_GHKD)
+                queries_GHKD, keys_GHKD = (
+                    _turned(x_GHKD, slots.rotations_GTD, slice(active))
+                    for x_GHKD in (q_GHKD, k_GHKD)
+                )
+                cache.append(block, keys_GHKD, v_GHKD)
+                return cache.attend(block, queries_GHKD.to(v_GHKD.dtype))
 
             change_GKC = self._backbone.run_block(block, x_GTC[:, :active], condition, attend)
             if policy.compensation and scale.adaptive:
                 change_GKC *= self._tensors[index].compensation_T1[:active]
             changes.append(change_GKC)
-        if active < scale.count and parents is not None:
-            earlier_GTC = parents.changes[block]
+        if active < scale.count and slots.parents is not None:
+            earlier_GTC = slots.parents.changes[block]
             assert earlier_GTC is not None
-            proxy_GKC = _rows(earlier_GTC, parents.places_GT[:, active:])
+            proxy_GKC = _rows(earlier_GTC, slots.parents.places_GT[:, active:])
             if self._fit is not None:
                 slope_SLC, offset_SLC = self._fit.slope_SLC, self._fit.offset_SLC
                 proxy_GKC = torch.addcmul(
@@ -295,6 +336,10 @@ class DepthEngine(Generic[ConditionT]):
                 )
             changes.append(proxy_GKC)
         return changes
+
+
+def _turned(x_GHKD: Tensor, rotations_GTD: Tensor | None, slots: slice) -> Tensor:
+    return x_GHKD if rotations_GTD is None else turned(x_GHKD, rotations_GTD[:, slots])
 
 
 def _permute(values_GTC: Tensor, order_GK: Tensor) -> Tensor:

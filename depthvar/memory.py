@@ -7,11 +7,15 @@ is not counted.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from depthvar.config import ModelConfig, TokenizerConfig
+from depthvar.config import AnyModel, TokenizerConfig
+from depthvar.cost import TEXT_TOKENS
+from depthvar.infinity_config import InfinityConfig
 from depthvar.plan import DepthPlan
+from depthvar.settings import DecoderShape, Grid
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDE = 4
@@ -19,10 +23,9 @@ _WIDE = 4
 # Alive at once, in units of one value per token and channel. In the stream's precision: of all
 # tokens the embedded input and the slots, of the active ones the stream after
 # attention and the change. In the model's: attention's output, and of the feed-forward the
-# norm and two hidden layers of 4.
+# norm and two hidden layers.
 _STREAMS_OF_ALL = 2
 _STREAMS_OF_ACTIVE = 2
-_BRANCHES_OF_ACTIVE = 1 + 1 + 2 * 4
 # Bytes alive per token and code while logits are guided, which is more than drawing needs: those of
 # two streams, both as weighted, and what is left, in float32.
 _DRAW_BYTES = 5 * 4
@@ -68,20 +71,20 @@ class MemoryNeed:
 
 
 def memory_need(
-    config: ModelConfig, plan: DepthPlan, *, batch_size: int, streams: int, precision: str
+    config: AnyModel, plan: DepthPlan, *, batch_size: int, streams: int, precision: str
 ) -> MemoryNeed:
-    """What one worker needs to sample `batch_size` images at once."""
+    """What one worker needs to sample `batch_size` images at once, of texts of `TEXT_TOKENS`."""
     size = _BYTES[precision]
     return MemoryNeed(
         weights=_weight_bytes(config, size),
-        cache=_cache_bytes(config, plan, batch_size * streams, size),
+        cache=2 * batch_size * streams * config.width * sum(plan.cache_lengths) * size,
         sampling=_sampling_bytes(config, plan, batch_size, streams, size),
-        decoding=_decoding_bytes(config.tokenizer, batch_size, size),
+        decoding=_decoding_bytes(config.decoder_shape, config.image_size, batch_size, size),
     )
 
 
 def largest_batch(
-    config: ModelConfig,
+    config: AnyModel,
     plan: DepthPlan,
     room: int,
     *,
@@ -100,8 +103,10 @@ def largest_batch(
     return bisect_right(range(1, at_most + 1), room, key=peak)
 
 
-def transformer_parameters(config: ModelConfig) -> int:
+def transformer_parameters(config: AnyModel) -> int:
     """Parameters of the transformer."""
+    if isinstance(config, InfinityConfig):
+        return _text_transformer_parameters(config)
     shape = config.transformer
     width, blocks = shape.width, shape.num_blocks
     attention = 4 * width**2 + 3 * width + shape.num_heads
@@ -114,7 +119,25 @@ def transformer_parameters(config: ModelConfig) -> int:
     return blocks * (attention + feed_forward) + modulation + embeddings + head + word
 
 
-def _weight_bytes(config: ModelConfig, size: int) -> int:
+def _text_transformer_parameters(config: InfinityConfig) -> int:
+    width, text = config.width, config.text_width
+    self_attention = 4 * width**2 + 3 * width + config.num_heads
+    cross_attention = 4 * width**2 + 3 * width
+    feed_forward = 2 * width * config.mlp_width + config.mlp_width + width
+    block = self_attention + cross_attention + feed_forward + (2 + 6) * width
+    pool = width + 2 * width * text + width + width**2 + width
+    texts = config.max_text_tokens * text + text + width * (text + 1) + width * (width + 1)
+    adaln = 6 * width**2 + 6 * width
+    embeddings = (1 + config.num_levels + config.bits + 1) * width
+    head = 2 * width**2 + 2 * width + 2 * config.bits * (width + 1)
+    return config.num_blocks * block + pool + texts + adaln + embeddings + head
+
+
+def _weight_bytes(config: AnyModel, size: int) -> int:
+    if isinstance(config, InfinityConfig):
+        wide = (config.max_text_tokens + 1) * config.text_width
+        narrow = transformer_parameters(config) - wide + _decoder_parameters(config.decoder_shape)
+        return narrow * size + wide * max(size, _WIDE)
     shape = config.tokenizer
     phis = shape.num_phis * (9 * shape.code_channels**2 + shape.code_channels)
     quantizer = shape.codebook_size * shape.code_channels + phis
@@ -124,7 +147,12 @@ def _weight_bytes(config: ModelConfig, size: int) -> int:
 
 def decoder_parameters(config: TokenizerConfig) -> int:
     """Parameters from the feature map to the pixels, without the quantizer."""
-    widths = [config.base_width * m for m in config.multipliers]
+    after_quantizing = (9 * config.code_channels + 1) * config.code_channels
+    return after_quantizing + _decoder_parameters(config.decoder_shape)
+
+
+def _decoder_parameters(shape: DecoderShape) -> int:
+    widths = [shape.base_width * m for m in shape.multipliers]
     last = len(widths) - 1
 
     def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
@@ -136,47 +164,55 @@ def decoder_parameters(config: TokenizerConfig) -> int:
         return norms + conv(inputs, outputs) + conv(outputs, outputs) + shortcut
 
     def attention(channels: int) -> int:
+        if not shape.has_attention:
+            return 0
         return 2 * channels + conv(channels, 3 * channels, 1) + conv(channels, channels, 1)
 
-    total = conv(config.code_channels, config.code_channels)
-    total += conv(config.code_channels, widths[-1])
+    total = conv(shape.code_channels, widths[-1])
     total += 2 * res_block(widths[-1], widths[-1]) + attention(widths[-1])
     for level in range(last, -1, -1):
         total += res_block(widths[min(level + 1, last)], widths[level])
-        total += config.num_res_blocks * res_block(widths[level], widths[level])
-        total += (config.num_res_blocks + 1) * attention(widths[level]) if level == last else 0
+        total += shape.num_res_blocks * res_block(widths[level], widths[level])
+        total += (shape.num_res_blocks + 1) * attention(widths[level]) if level == last else 0
         total += conv(widths[level], widths[level]) if level else 0
-    return total + 2 * widths[0] + conv(widths[0], config.image_channels)
-
-
-def _cache_bytes(config: ModelConfig, plan: DepthPlan, rows: int, size: int) -> int:
-    return 2 * rows * config.transformer.width * sum(plan.cache_lengths) * size
+    return total + 2 * widths[0] + conv(widths[0], shape.image_channels)
 
 
 def _sampling_bytes(
-    config: ModelConfig, plan: DepthPlan, batch_size: int, streams: int, size: int
+    config: AnyModel, plan: DepthPlan, batch_size: int, streams: int, size: int
 ) -> int:
     """The widest moment over the scales: their blocks, or the draw of their tokens."""
-    shape, rows = config.transformer, batch_size * streams
-    branch = rows * shape.width * size
-    stream = rows * shape.width * max(size, _WIDE)
+    rows, blocks = batch_size * streams, plan.num_blocks
+    branch = rows * config.width * size
+    stream = rows * config.width * max(size, _WIDE)
+    if isinstance(config, InfinityConfig):
+        held = 2 * TEXT_TOKENS * blocks * branch
+        num_logits, hidden = 2 * config.bits, config.mlp_width
+        # Of the queries and keys that are turned in float32: as they were, and turned.
+        turned = 4 * stream
+    else:
+        held, turned = 0, 0
+        num_logits, hidden = config.transformer.codebook_size, 4 * config.width
     kept = [
-        scale.count * sum(plan.keeps_change(i, block) for block in range(plan.num_blocks))
+        scale.count * sum(plan.keeps_change(i, block) for block in range(blocks))
         for i, scale in enumerate(plan.scales)
     ]
+    branches = 1 + 1 + 2 * hidden / config.width
     moments = []
     for i, scale in enumerate(plan.scales):
         earlier = kept[i - 1] if i else 0
         active = max(scale.prefix)
         tokens = _STREAMS_OF_ALL * scale.count + _STREAMS_OF_ACTIVE * active
-        block = (tokens + earlier + kept[i]) * stream + _BRANCHES_OF_ACTIVE * active * branch
-        draw = _DRAW_BYTES * batch_size * scale.count * shape.codebook_size
+        block = (tokens + earlier + kept[i]) * stream + active * round(branches * branch)
+        attention = (_STREAMS_OF_ALL * scale.count + active + earlier + kept[i]) * stream
+        attention += active * (3 * branch + turned)
+        draw = _DRAW_BYTES * batch_size * scale.count * num_logits
         moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
-    modulation = 6 * shape.num_blocks * stream
-    return modulation + max(moments)
+        moments += [attention] if turned else []
+    modulation = 6 * blocks * stream
+    return held + modulation + max(moments)
 
 
-def _decoding_bytes(config: TokenizerConfig, batch_size: int, size: int) -> int:
-    side = config.latent_side * config.downsampling
-    widest = config.base_width * config.multipliers[0] * side**2
+def _decoding_bytes(shape: DecoderShape, image_size: Grid, batch_size: int, size: int) -> int:
+    widest = shape.base_width * shape.multipliers[0] * math.prod(image_size)
     return _MAPS_IN_A_RES_BLOCK * batch_size * widest * size

@@ -10,6 +10,7 @@ Pure numbers: no model, no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,8 @@ from depthvar.policy import DepthPolicy
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 _MAX_COMPENSATION = 4 / 3
+Grid = tuple[int, int]
+"""Rows and columns of a scale's tokens."""
 
 
 def block_order(num_blocks: int, order: BlockOrder = "bit-reversal") -> tuple[int, ...]:
@@ -80,7 +83,7 @@ def _power_with_mean(percentiles: Floats, mean: float) -> Floats:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """One scale: `count` = side * side tokens in slot order, deepest first.
+    """One scale: the `count` tokens of a grid (rows, columns) in slot order, deepest first.
 
     scores: depth score S of every slot. depths: blocks every slot runs. prefix: number of active
     slots at every block. rank_of_slot: which rank of the ranking map (0 = lowest) sits in a slot;
@@ -89,7 +92,7 @@ class ScalePlan:
     matters which token sits in which; where they do not, they stand in raster order.
     """
 
-    side: int
+    grid: Grid
     ranked: bool
     scores: Floats
     depths: Ints
@@ -101,7 +104,7 @@ class ScalePlan:
     @property
     def count(self) -> int:
         """Tokens of the scale."""
-        return self.side * self.side
+        return math.prod(self.grid)
 
     @property
     def adaptive(self) -> bool:
@@ -123,37 +126,41 @@ class ScalePlan:
 class DepthPlan:
     """The plan of all sampled scales; scales that a policy skips at the end are left out."""
 
-    sides: tuple[int, ...]
+    grids: tuple[Grid, ...]
     num_blocks: int
     policy: DepthPolicy
     scales: tuple[ScalePlan, ...]
 
     @classmethod
-    def build(cls, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy) -> DepthPlan:
-        """Plan a policy for a model; `InputError` when the policy does not fit it."""
+    def build(cls, scales: Sequence[int | Grid], num_blocks: int, policy: DepthPolicy) -> DepthPlan:
+        """Plan a policy for a model of such scales, each a grid or the side of a square one.
+
+        `InputError` when the policy does not fit.
+        """
+        grids = tuple((scale, scale) if isinstance(scale, int) else scale for scale in scales)
         reference, skipped = policy.reference_scale, policy.skip_last_scales
-        if skipped >= len(sides):
+        if skipped >= len(grids):
             raise InputError(
-                f"policy skips the last {skipped} scales, the model has {len(sides)}: skip fewer"
+                f"policy skips the last {skipped} scales, the model has {len(grids)}: skip fewer"
             )
-        if reference is not None and not 0 <= reference < len(sides):
+        if reference is not None and not 0 <= reference < len(grids):
             raise InputError(
-                f"reference scale is {reference}, wanted 0 to {len(sides) - 1} "
-                f"(the model has {len(sides)} scales): check --reference-scale"
+                f"reference scale is {reference}, wanted 0 to {len(grids) - 1} "
+                f"(the model has {len(grids)} scales): check --reference-scale"
             )
         if policy.min_depth > num_blocks:
             raise InputError(
                 f"policy min_depth is {policy.min_depth}, the model has {num_blocks} blocks: "
                 "lower it"
             )
-        sampled = sides[: len(sides) - skipped]
+        sampled = grids[: len(grids) - skipped]
         if round(policy.kept_depth * num_blocks, 9) < 1:
             raise InputError(
                 f"policy kept_depth is {policy.kept_depth}, which is no whole block of the model's "
                 f"{num_blocks}: give at least 1/{num_blocks}, rounded up"
             )
-        scales = tuple(_plan_scale(i, sampled, num_blocks, policy) for i in range(len(sampled)))
-        return cls(sides, num_blocks, policy, scales)
+        plans = tuple(_plan_scale(i, sampled, num_blocks, policy) for i in range(len(sampled)))
+        return cls(grids, num_blocks, policy, plans)
 
     @cached_property
     def token_layers(self) -> int:
@@ -163,13 +170,13 @@ class DepthPlan:
     @cached_property
     def full_token_layers(self) -> int:
         """The same at full depth over all scales of the model."""
-        return self.num_blocks * sum(side * side for side in self.sides)
+        return self.num_blocks * sum(map(math.prod, self.grids))
 
     @cached_property
     def mean_depth_per_scale(self) -> tuple[float, ...]:
         """Mean number of blocks a token runs, for every scale of the model; 0 where skipped."""
         depths = [scale.token_layers / scale.count for scale in self.scales]
-        return tuple(depths + [0.0] * (len(self.sides) - len(depths)))
+        return tuple(depths + [0.0] * (len(self.grids) - len(depths)))
 
     def keeps_change(self, scale: int, block: int) -> bool:
         """Whether the next scale takes the change that this one's tokens make at a block."""
@@ -192,32 +199,36 @@ class DepthPlan:
         )
 
 
-def mean_depth(sides: tuple[int, ...], index: int, policy: DepthPolicy) -> float:
-    """Mean depth of a scale after the reference scale, as a share of the blocks, in [0, 1]."""
+def mean_depth(counts: Sequence[int], index: int, policy: DepthPolicy) -> float:
+    """Mean depth of a scale after the reference scale, as a share of the blocks, in [0, 1].
+
+    `counts` are the tokens of the sampled scales.
+    """
     reference = policy.reference_scale
     assert reference is not None
     if policy.allocation == "least":
         return 0.0
-    each = sides[reference] ** 2
+    each = counts[reference]
     if policy.allocation == "reference":
-        return min(1.0, each / sides[index] ** 2)
-    tokens = [side * side for side in sides[reference + 1 :]]
+        return min(1.0, each / counts[index])
+    tokens = counts[reference + 1 :]
     in_sum = each * len(tokens)
     equal = min(1.0, in_sum / sum(tokens))
     if policy.allocation == "equal":
         return equal
     most = max(policy.kept_depth, equal)
     left = max(0.0, in_sum - most * sum(tokens[: index - reference - 1]))
-    return min(most, left / sides[index] ** 2)
+    return min(most, left / counts[index])
 
 
 def _plan_scale(
-    index: int, sides: tuple[int, ...], num_blocks: int, policy: DepthPolicy
+    index: int, grids: Sequence[Grid], num_blocks: int, policy: DepthPolicy
 ) -> ScalePlan:
-    count, reference = sides[index] ** 2, policy.reference_scale
+    counts = [math.prod(grid) for grid in grids]
+    count, reference = counts[index], policy.reference_scale
     scores, percentiles, shift = np.ones(count), np.zeros(count), 0
     if reference is not None and index > reference:
-        mean = mean_depth(sides, index, policy)
+        mean = mean_depth(counts, index, policy)
         scores = schedule_scores(policy, mean, count)[::-1]
         scores = np.maximum(scores, policy.min_depth / num_blocks)
         if policy.dither:
@@ -235,7 +246,7 @@ def _plan_scale(
     if policy.compensation:
         compensation = np.minimum(_MAX_COMPENSATION, np.sqrt(num_blocks / np.maximum(depths, 1)))
     return ScalePlan(
-        side=sides[index],
+        grid=grids[index],
         ranked=bool(np.ptp(depths) or np.ptp(code_weights)),
         scores=scores,
         depths=depths,

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.config import SamplingSettings, TokenizerConfig
+from depthvar.config import TokenizerConfig
 from depthvar.sampling import SampleBatch
+from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import LoadedModel
 
 State = Mapping[str, Tensor]

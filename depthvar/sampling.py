@@ -12,25 +12,101 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from depthvar.config import SamplingSettings
+from depthvar import engine
 from depthvar.cost import image_cost
-from depthvar.draw import Drawn, draw_tokens
 from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
-from depthvar.var.transformer import Condition
-from depthvar.weights.checkpoint import LoadedModel, why_not_finite
+from depthvar.settings import SamplingSettings
+from depthvar.weights.checkpoint import AnyLoaded, why_not_finite
 
+Given = Sequence[int] | Sequence[Tensor] | Sequence[npt.NDArray[np.float32]] | Tensor
+"""What a batch is of: class labels, or the states of texts, each (length, channels)."""
+ConditionT = TypeVar("ConditionT")
+DrawnT = TypeVar("DrawnT", bound="Drawn")
 ScaleHook = Callable[[int, Tensor, ScaleTrace], None]
 """Called after every scale with (scale, guided logits (B, T, V), trace)."""
+
+
+class Backbone(engine.Backbone[ConditionT], Protocol[ConditionT]):
+    """What the sampler needs of a transformer beside its blocks."""
+
+    def condition(self, given: Any, streams: int) -> ConditionT:
+        """What no scale and no token changes; the rows of two streams are [given, unconditional].
+
+        `given` are labels or states of texts, as `Given`.
+        """
+        ...
+
+    def embed(self, scale: int, codes_GTZ: Tensor | None, condition: ConditionT) -> Tensor:
+        """Input of a scale (G, T, C), at least float32; at scale 0 there are no codes yet."""
+        ...
+
+    def logits(self, x_GTC: Tensor, condition: ConditionT) -> Tensor:
+        """What tokens are drawn from (G, T, V), at least float32."""
+        ...
+
+
+class Drawn(Protocol):
+    """Drawn tokens and the distribution that they come from."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens (B, T), or their bits (B, T, Z)."""
+        ...
+
+    @property
+    def log_prob_BT(self) -> Tensor:  # noqa: N802 - the suffix is the shape
+        """Natural log of the probability of what was drawn."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """Entropy of the distribution in nats (B, T)."""
+        ...
+
+
+class Codec(Protocol[DrawnT]):
+    """What the sampler needs of a quantizer: from logits to codes, and from codes to the map."""
+
+    draws_per_token: int
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the feature map."""
+        ...
+
+    def draw(self, logits_BTV: Tensor, uniforms_BU: Tensor, settings: SamplingSettings) -> DrawnT:
+        """Draw the tokens of a scale from guided logits; `uniforms_BU` go token by token."""
+        ...
+
+    def codes(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The code vectors of tokens (B, T, Z)."""
+        ...
+
+    def expected_codes(self, drawn: DrawnT) -> Tensor:
+        """Mean code vectors under the distributions (B, T, Z)."""
+        ...
+
+    def spread(self, drawn: DrawnT) -> Tensor:
+        """Variance of the code vectors, summed over their channels (B, T)."""
+        ...
+
+    def input_of_scale(self, scale: int, feature_map_BZHW: Tensor) -> Tensor:
+        """The feature map at the grid of a scale, as tokens (B, T, Z)."""
+        ...
+
+    def contribution(self, scale: int, codes_BTZ: Tensor) -> Tensor:
+        """What the code vectors of a scale add to the feature map (B, Z, H, W)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +144,7 @@ class BatchState:
     signal_BT: what the next scale's tokens are ranked by, if the drawn distributions tell it.
     """
 
-    condition: Condition
+    condition: Any
     cache: KeyValueCache
     feature_map_BZHW: Tensor
     trace: ScaleTrace | None = None
@@ -85,7 +161,7 @@ class Sampler:
     its batch.
     """
 
-    def __init__(self, model: LoadedModel, policy: DepthPolicy, settings: SamplingSettings) -> None:
+    def __init__(self, model: AnyLoaded, policy: DepthPolicy, settings: SamplingSettings) -> None:
         """`InputError` when the policy does not fit the model or lacks its calibration."""
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             raise InputError(
@@ -93,34 +169,35 @@ class Sampler:
                 "calibration: run depthvar calibrate, or use a policy with another proxy"
             )
         self.config = model.config
-        self.plan = DepthPlan.build(model.config.sides, model.config.num_blocks, policy)
+        self.plan = DepthPlan.build(model.config.grids, model.config.num_blocks, policy)
         self.settings = settings
         self.cost = image_cost(model.config, self.plan, streams=settings.streams)
         self._model = model
+        self._backbone: Backbone[Any] = model.transformer
+        self._codec: Codec[Any] = model.tokenizer.quantize
         self._depths = [
             torch.as_tensor(scale.depths, dtype=torch.uint8, device=model.device)
             for scale in self.plan.scales
         ]
         self._engine = DepthEngine(
-            model.transformer,
+            self._backbone,
             self.plan,
             device=model.device,
             dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
         )
 
-    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
-        """Make one image per label; `indices` are the samples' global indices."""
+    def __call__(self, given: Given, *, seed: int, indices: Sequence[int]) -> SampleBatch:
+        """Make one image of each thing given; `indices` are the samples' global indices."""
         begun = time.perf_counter()
-        num_tokens = self.config.transformer.num_tokens
         depths_BN = torch.zeros(
-            len(labels), num_tokens, dtype=torch.uint8, device=self._model.device
+            len(given), self.config.num_tokens, dtype=torch.uint8, device=self._model.device
         )
 
         def keep_depths(i: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
-            depths_BN[:, self._places(i)] = self._depths[i][trace.slot_of_raster_GT[: len(labels)]]
+            depths_BN[:, self._places(i)] = self._depths[i][trace.slot_of_raster_GT[: len(given)]]
 
-        sampled = self.tokens(labels, seed=seed, indices=indices, on_scale=keep_depths)
+        sampled = self.tokens(given, seed=seed, indices=indices, on_scale=keep_depths)
         mean_change_BS = _to_numpy(sampled.mean_change_BS)
         mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
         if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
@@ -139,21 +216,22 @@ class Sampler:
 
     def tokens(
         self,
-        labels: Sequence[int],
+        given: Given,
         *,
         seed: int,
         indices: Sequence[int],
         on_scale: ScaleHook | None = None,
         forced: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
-        """Draw the tokens of one image per label, without decoding them.
+        """Draw the tokens of one image of each thing given, without decoding them.
 
         `forced` as in `tokens_from_uniforms`.
         """
-        num_tokens = self.config.transformer.num_tokens
+        num_tokens = self.config.num_tokens
+        num_draws = num_tokens * self._codec.draws_per_token
         return self.tokens_from_uniforms(
-            torch.tensor(labels, device=self._model.device),
-            self._on_device(token_uniforms(seed, indices, num_tokens)),
+            given,
+            self._on_device(token_uniforms(seed, indices, num_draws)),
             self._on_device(ranking_uniforms(seed, indices, num_tokens)),
             on_scale=on_scale,
             forced=forced,
@@ -162,31 +240,38 @@ class Sampler:
     @torch.inference_mode()
     def tokens_from_uniforms(
         self,
-        labels_B: Tensor,
+        given: Given,
         uniforms_BN: Tensor,
         ranking_BN: Tensor,
         *,
         on_scale: ScaleHook | None = None,
         forced: Sequence[Tensor] | None = None,
     ) -> SampledTokens:
-        """Draw all scales with the given uniform numbers, one per token in scale order.
+        """Draw all scales with the given uniform numbers, in scale order one per token (VAR).
+
+        Tokens of bits take one number per bit, `uniforms_BN` is (B, N * bits) of them.
 
         `forced` are the tokens of every scale that later scales see in place of the drawn ones
         (teacher forcing); what is returned are the drawn tokens.
         """
-        state = self.begin(labels_B)
+        state = self.begin(given)
         for i in range(len(self.plan.scales)):
             forced_BT = forced[i] if forced else None
             self.draw_scale(state, uniforms_BN, ranking_BN, on_scale=on_scale, forced_BT=forced_BT)
         return self.finish(state)
 
     @torch.inference_mode()
-    def begin(self, labels_B: Tensor) -> BatchState:
+    def begin(self, given: Given) -> BatchState:
         """A batch before its first scale."""
         return BatchState(
-            self._model.transformer.condition(self._stream_labels(labels_B)),
-            self.new_cache(len(labels_B)),
-            self._empty_feature_map(len(labels_B)),
+            self._backbone.condition(given, self.settings.streams),
+            self.new_cache(len(given)),
+            torch.zeros(
+                len(given),
+                *self._codec.map_shape,
+                dtype=self._model.stream_dtype,
+                device=self._model.device,
+            ),
         )
 
     @torch.inference_mode()
@@ -194,7 +279,7 @@ class Sampler:
         """A batch after its last scale."""
         changes = [change_BT.mean(dim=1) for change_BT in state.changes]
         log_probs = [log_prob_BT.mean(dim=1) for log_prob_BT in state.log_probs]
-        skipped = [torch.zeros_like(changes[0])] * (len(self.config.sides) - len(changes))
+        skipped = [torch.zeros_like(changes[0])] * (len(self.config.grids) - len(changes))
         return SampledTokens(
             state.feature_map_BZHW,
             tuple(state.tokens),
@@ -213,33 +298,34 @@ class Sampler:
         forced_BT: Tensor | None = None,
     ) -> None:
         """The next scale: embed, run the blocks, draw, and add the codes to the feature map."""
-        model, quantizer = self._model.transformer, self._model.tokenizer.quantize
+        backbone, codec = self._backbone, self._codec
         i, policy = len(state.tokens), self.plan.policy
         here = self._places(i)
         # Every scale after the first starts from the feature map at its own size.
-        codes_BTZ = quantizer.input_of_scale(i, state.feature_map_BZHW) if i else None
-        x_GTC = model.embed(i, self._for_streams(codes_BTZ), state.condition)
+        codes_BTZ = codec.input_of_scale(i, state.feature_map_BZHW) if i else None
+        x_GTC = backbone.embed(i, self._for_streams(codes_BTZ), state.condition)
         given_BT = ranking_BN[:, here]
         if state.signal_BT is not None:
             given_BT = self._engine.upsample(i, state.signal_BT)
         trace = self._engine.run_scale(
             i, x_GTC, state.condition, state.cache, state.trace, given_BT
         )
-        logits_BTV = self._guided(i, model.logits(trace.hidden_GTC, state.condition))
-        drawn = draw_tokens(logits_BTV, uniforms_BN[:, here], self.settings)
+        logits_BTV = self._guided(i, backbone.logits(trace.hidden_GTC, state.condition))
+        draws = slice(here.start * codec.draws_per_token, here.stop * codec.draws_per_token)
+        drawn = codec.draw(logits_BTV, uniforms_BN[:, draws], self.settings)
         if on_scale:
             on_scale(i, logits_BTV, trace)
         # The code vectors, weighted as the policy says, add to the feature map.
-        codes_BTZ = quantizer.embedding(drawn.tokens_BT if forced_BT is None else forced_BT)
+        tokens = drawn.tokens if forced_BT is None else forced_BT
+        codes_BTZ = codec.codes(tokens, self._model.stream_dtype)
         if self.plan.scales[i].adaptive and policy.blending != "none":
             weight_BT1 = self._engine.code_weights(i, trace)[:, :, None].to(codes_BTZ.dtype)
             codes_BTZ = codes_BTZ * weight_BT1
             if policy.uses_expected_codes:
-                expected_BTZ = drawn.expected_codes(quantizer.embedding.weight)
-                codes_BTZ = codes_BTZ + (1 - weight_BT1) * expected_BTZ
-        state.feature_map_BZHW = state.feature_map_BZHW + quantizer.contribution(i, codes_BTZ)
+                codes_BTZ = codes_BTZ + (1 - weight_BT1) * codec.expected_codes(drawn)
+        state.feature_map_BZHW = state.feature_map_BZHW + codec.contribution(i, codes_BTZ)
         state.trace, state.signal_BT = trace, self._signal(i, drawn)
-        state.tokens.append(drawn.tokens_BT)
+        state.tokens.append(drawn.tokens)
         state.changes.append(trace.change_BT)
         state.log_probs.append(drawn.log_prob_BT)
 
@@ -256,7 +342,7 @@ class Sampler:
         if policy.ranking == "entropy":
             signal_BT = drawn.entropy()
         elif policy.ranking == "spread":
-            signal_BT = drawn.spread(self._model.tokenizer.quantize.embedding.weight)
+            signal_BT = self._codec.spread(drawn)
         else:
             signal_BT = -drawn.log_prob_BT
         # Tokens with one distribution tie, whatever the last bits of its sums.
@@ -280,39 +366,29 @@ class Sampler:
     def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(values).to(self._model.device)
 
-    def _stream_labels(self, labels_B: Tensor) -> Tensor:
-        if self.settings.streams == 1:
-            return labels_B
-        return torch.cat([labels_B, torch.full_like(labels_B, self.config.num_classes)])
-
     def _for_streams(self, codes_BTZ: Tensor | None) -> Tensor | None:
         if codes_BTZ is None:
             return None
         return codes_BTZ.to(self._model.dtype).repeat(self.settings.streams, 1, 1)
 
     def _guided(self, scale: int, logits_GTV: Tensor) -> Tensor:
-        """Guidance grows linearly from 0 at the first scale to `cfg` at the last of the model."""
-        if self.settings.streams == 1:
-            return logits_GTV
-        strength = self.settings.cfg * scale / max(1, len(self.config.sides) - 1)
-        conditional_BTV, unconditional_BTV = logits_GTV.chunk(2)
-        return (1 + strength) * conditional_BTV - strength * unconditional_BTV
+        settings = self.settings
+        logits_BTV = logits_GTV
+        if settings.streams == 2:
+            strength = settings.strength(scale, len(self.config.grids))
+            conditional_BTV, unconditional_BTV = logits_GTV.chunk(2)
+            logits_BTV = (1 + strength) * conditional_BTV - strength * unconditional_BTV
+        return logits_BTV if settings.temperature == 1.0 else logits_BTV / settings.temperature
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for a batch of this sampler."""
-        shape = self.config.transformer
         return KeyValueCache(
             self.plan,
             rows=batch * self.settings.streams,
-            heads=shape.num_heads,
-            head_dim=shape.head_dim,
+            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
             like=self._model.transformer.pos_start,
         )
-
-    def _empty_feature_map(self, batch: int) -> Tensor:
-        shape = self.config.tokenizer
-        codebook_VZ = self._model.tokenizer.quantize.embedding.weight
-        return codebook_VZ.new_zeros(batch, shape.code_channels, *([shape.latent_side] * 2))
 
 
 def _to_numpy(values_BS: Tensor) -> npt.NDArray[np.float32]:

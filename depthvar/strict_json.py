@@ -30,7 +30,7 @@ def read_json(path: Path) -> Any:
 def from_json(kind: type[DataT], value: object, where: str) -> DataT:
     """A dataclass from a parsed JSON object; `where` begins every error.
 
-    Fields may be bool, int, float, str, tuples of these and dataclasses of these. `InputError` for
+    Fields may be bool, int, float, str, literals, tuples and dataclasses of these. `InputError` for
     unknown, missing and mistyped keys; the dataclass's own checks pass through.
     """
     if not isinstance(value, dict):
@@ -48,11 +48,21 @@ def _typed(hint: Any, value: object, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast("type[Any]", hint), value, where)
     if typing.get_origin(hint) is tuple:
-        item, dots = typing.get_args(hint)
-        assert dots is Ellipsis, "a field is a scalar, a tuple of any length or a dataclass"
-        if not isinstance(value, list):
-            raise InputError(f"{where} is {shown(value)}, wanted a list")
-        return tuple(_typed(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        items = typing.get_args(hint)
+        is_any_length = items[-1] is Ellipsis
+        if not isinstance(value, list) or not (is_any_length or len(value) == len(items)):
+            wanted = "a list" if is_any_length else f"a list of {len(items)}"
+            raise InputError(f"{where} is {shown(value)}, wanted {wanted}")
+        hints = items[:1] * len(value) if is_any_length else items
+        return tuple(
+            _typed(item, entry, f"{where}[{i}]")
+            for i, (item, entry) in enumerate(zip(hints, value, strict=True))
+        )
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            wanted = " or ".join(map(repr, typing.get_args(hint)))
+            raise InputError(f"{where} is {shown(value)}, wanted {wanted}")
+        return value
     # bool is an int to Python, and an int is a good float.
     if hint is float and type(value) is int:
         value = float(value)

@@ -5,6 +5,7 @@ Shape legend: B images of a batch, N of a set, T tokens of a scale, V codes, H W
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from depthvar.weights.checkpoint import LoadedModel
 class MakesImages(Protocol):
     """A sampler, as `Sampler` is called."""
 
-    def __call__(self, labels: Sequence[int], *, seed: int, indices: Sequence[int]) -> SampleBatch:
+    def __call__(
+        self, labels: Sequence[int], /, *, seed: int, indices: Sequence[int]
+    ) -> SampleBatch:
         """One image per label."""
         ...
 
@@ -48,11 +51,11 @@ class Contender:
     def of_policy(cls, model: LoadedModel, policy: DepthPolicy) -> Contender:
         """Our sampler under a policy, at the model's own settings."""
         settings = model.config.sampling
-        num_scales = len(model.config.sides) - policy.skip_last_scales
+        grids = model.config.grids[: len(model.config.grids) - policy.skip_last_scales]
         return cls(
             partial(Sampler, model, policy, settings),
             partial(draw_tokens, settings=settings),
-            tuple(side * side for side in model.config.sides[:num_scales]),
+            tuple(map(math.prod, grids)),
         )
 
     @classmethod
@@ -62,7 +65,7 @@ class Contender:
         return cls(
             partial(PublishedSampler, model, dtype),
             lambda logits_BTV, _: draw_published(logits_BTV, settings),
-            tuple(side * side for side in model.config.sides),
+            tuple(map(math.prod, model.config.grids)),
         )
 
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from depthvar.config import SamplingSettings
 from depthvar.policy import make_policy
+from depthvar.settings import SamplingSettings
 from pipeline.dataset.loader import Dataset, open_dataset
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment, ShardPlan
 from pipeline.request.labels import LabelCounts
@@ -42,7 +42,7 @@ NUM_SCALES = 3
 DEPTHS = ((4, 2, 2, 0), (3, 3, 1, 1, 1, 1, 1, 1, 0))
 """Of the tokens after the first, in some order."""
 WITH_DEPTH_MAPS: dict[str, Any] = {
-    "depth_map_sides": (1, 2, 3),
+    "depth_map_grids": ((1, 1), (2, 2), (3, 3)),
     "compute": ImageCompute(24, 56, 2e6, 1e6, 6e6, (4.0, 2.0, 12 / 9)),
 }
 """What makes a plan store the depths of `fake_batch`."""
@@ -60,7 +60,7 @@ def make_plan(counts: Mapping[int, int] | None = None, **changes: Any) -> JobPla
         "model": "fake",
         "weights_sha256": "ab" * 32,
         "class_names": ("zero", "one, or uno", "../tw|o\n", "three"),
-        "image_side": 7,
+        "image_size": (7, 7),
         "image_channels": 1,
         "policy": make_policy("depthvar", reference_scale=1),
         "sampling": SamplingSettings(cfg=1.5, top_k=90, top_p=0.96),
@@ -87,11 +87,11 @@ class FakeBatch:
 
 def fake_batch(plan: JobPlan, indices: Iterable[int]) -> FakeBatch:
     """A function of the seed and the indices alone, as a sampler's batch is."""
-    side, channels = plan.image_side, plan.image_channels
+    shape = (*plan.image_size, plan.image_channels)
     images, changes, log_probs, depths = [], [], [], []
     for index in indices:
         rng = np.random.default_rng((plan.seed, index))
-        images.append(rng.integers(0, 256, (side, side, channels), dtype=np.uint8))
+        images.append(rng.integers(0, 256, shape, dtype=np.uint8))
         changes.append(rng.random(NUM_SCALES, dtype=np.float32))
         log_probs.append(-rng.random(NUM_SCALES, dtype=np.float32))
         depths.append(np.concatenate([[4], *(rng.permutation(d) for d in DEPTHS)]))

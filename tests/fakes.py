@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from depthvar.config import ModelConfig, model_config
+from depthvar.config import AnyModel, model_config
 from depthvar.cost import Cost, image_cost
+from depthvar.infinity_config import BitDecoderConfig, InfinityConfig
 from depthvar.plan import DepthPlan
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.worker import Workplace
@@ -91,17 +92,19 @@ class FakeBatch:
     decoding_s: float
 
 
-class TextModel(ModelConfig):
-    """A model that is asked in words, as far as the pipeline can tell."""
-
-    text_width, max_text_tokens = 4, 512
-
-    @property
-    def is_text(self) -> bool:
-        return True
-
-
-TEXT_MODEL = TextModel(**{**vars(model_config("digits")), "name": "fake-text"})
+TEXT_MODEL = InfinityConfig(
+    name="fake-text",
+    grids=model_config("digits").grids,
+    rotary_grid=(8, 8),
+    num_blocks=16,
+    width=48,
+    num_heads=3,
+    bits=6,
+    text_width=4,
+    pool_heads=3,
+    decoder=BitDecoderConfig(base_width=8, multipliers=(1, 2, 4), norm_groups=8),
+)
+"""A model that is asked in words, as far as the pipeline can tell: images of 32x32 pixels."""
 
 
 def fake_image(given: Any, seed: int, index: int, side: int, channels: int) -> np.ndarray:
@@ -113,7 +116,7 @@ def fake_image(given: Any, seed: int, index: int, side: int, channels: int) -> n
 
 
 class FakeSampler:
-    def __init__(self, config: ModelConfig, plan: DepthPlan) -> None:
+    def __init__(self, config: AnyModel, plan: DepthPlan) -> None:
         self.config = config
         self.plan = plan
         self.cost: Cost = image_cost(config, plan)
@@ -121,12 +124,12 @@ class FakeSampler:
     def __call__(self, given: Sequence[Any], *, seed: int, indices: Sequence[int]) -> FakeBatch:
         faults = faults_in_force()
         _act_out(faults, indices)
-        side, channels = self.config.image_side, self.config.image_channels
+        channels = self.config.image_channels
         images = [
-            fake_image(asked, seed, index, side, channels)
+            fake_image(asked, seed, index, self.config.image_size[0], channels)
             for asked, index in zip(given, indices, strict=True)
         ]
-        shape = (len(images), len(self.config.sides))
+        shape = (len(images), len(self.config.grids))
         change = float("nan") if faults.get("nan") in indices else 0.25
         return FakeBatch(
             images_BHWC=np.stack(images) + np.uint8(faults.get("environment", 0)),
@@ -148,7 +151,7 @@ def fake_sampler(plan: JobPlan, place: Workplace, device: str) -> FakeSampler:
     if "load_error" in faults:
         raise RuntimeError(faults["load_error"])
     config = model_config(plan.model) if plan.prompts is None else TEXT_MODEL
-    depth = DepthPlan.build(config.sides, config.num_blocks, plan.runnable_policy)
+    depth = DepthPlan.build(config.grids, config.num_blocks, plan.runnable_policy)
     return FakeSampler(config, depth)
 
 

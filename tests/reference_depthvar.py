@@ -20,6 +20,7 @@ Sources: arXiv 2404.02905 (VAR), arXiv 2604.17286 (DepthVAR).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Protocol
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthvar import published
-from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig
+from depthvar.config import ModelConfig, TokenizerConfig
 from depthvar.policy import DepthPolicy
+from depthvar.settings import SamplingSettings
 
 State = dict[str, Tensor]
 
@@ -38,11 +40,21 @@ State = dict[str, Tensor]
 # Depth of every token.
 
 
-def covering_token(side: int, coarse_side: int) -> list[int]:
-    """For every token of a side x side map, the token of the coarse map that covers its centre."""
-    ratio = Fraction(coarse_side, side)
-    along = [math.floor((i + Fraction(1, 2)) * ratio) for i in range(side)]
-    return [row * coarse_side + column for row in along for column in along]
+Grid = tuple[int, int]
+
+
+def covering_token(grid: Grid, coarse: Grid) -> list[int]:
+    """For every token of a map, the token of the coarse map that covers its centre."""
+    rows, columns = (
+        [math.floor((i + Fraction(1, 2)) * Fraction(short, length)) for i in range(length)]
+        for length, short in zip(grid, coarse, strict=True)
+    )
+    return [row * coarse[1] + column for row in rows for column in columns]
+
+
+def squares(sides: Sequence[int]) -> tuple[Grid, ...]:
+    """The grids of square maps."""
+    return tuple((side, side) for side in sides)
 
 
 def ranks(values_T: list[float]) -> list[int]:
@@ -67,21 +79,26 @@ def power_with_mean(percentiles: list[float], mean: float) -> float:
 
 
 def scores_and_depths_of_scale(
-    policy: DepthPolicy, sides: tuple[int, ...], scale: int, num_blocks: int, ranking_T: list[float]
+    policy: DepthPolicy,
+    grids: tuple[Grid, ...],
+    scale: int,
+    num_blocks: int,
+    ranking_T: list[float],
 ) -> tuple[list[float], list[int]]:
     """Depth score S and depth D of every token: budget, rank, rotation, G, least depth, floor."""
-    count, reference = sides[scale] ** 2, policy.reference_scale
+    counts = [rows * columns for rows, columns in grids]
+    count, reference = counts[scale], policy.reference_scale
     if reference is None or scale <= reference:
         return [1.0] * count, [num_blocks] * count
-    spends = [min(sides[reference] ** 2, side**2) for side in sides[reference + 1 :]]
+    spends = [min(counts[reference], later) for later in counts[reference + 1 :]]
     mean = spends[scale - reference - 1] / count
     if policy.allocation == "equal":
-        mean = sum(spends) / sum(side**2 for side in sides[reference + 1 :])
+        mean = sum(spends) / sum(counts[reference + 1 :])
     if policy.allocation == "coarse-first":
-        left, tokens = sum(spends), sum(side**2 for side in sides[reference + 1 :])
+        left, tokens = sum(spends), sum(counts[reference + 1 :])
         share = policy.kept_depth if policy.kept_depth * tokens > left else left / tokens
-        for side in sides[reference + 1 : scale]:
-            left -= min(left, share * side**2)
+        for earlier in counts[reference + 1 : scale]:
+            left -= min(left, share * earlier)
         mean = min(left / count, share)
     if policy.allocation == "least" or mean == 0.0:
         return [policy.min_depth / num_blocks] * count, [policy.min_depth] * count
@@ -157,7 +174,7 @@ class DenseBlocks(Protocol):
 class ScaleResult:
     """A scale in raster order: output, change at every block, depths and masks of every stream."""
 
-    side: int
+    grid: Grid
     hidden_GTC: Tensor
     changes: list[Tensor]
     change_GT: Tensor
@@ -176,7 +193,7 @@ class DenseDepth:
     """Runs the scales of one sample under a policy, remembering keys and values of every block."""
 
     blocks: DenseBlocks
-    sides: tuple[int, ...]
+    grids: tuple[Grid, ...]
     num_blocks: int
     policy: DepthPolicy
     slope_SLC: Tensor | None = None
@@ -188,18 +205,18 @@ class DenseDepth:
         """The next scale, from its input in raster order; `given_T` ranks where no stream does."""
         scale, policy = len(self.scales), self.policy
         previous = self.scales[-1] if self.scales else None
-        side = self.sides[scale]
-        cover = covering_token(side, previous.side) if previous else []
+        grid = self.grids[scale]
+        cover = covering_token(grid, previous.grid) if previous else []
         scores, depths = zip(
             *(
-                scores_and_depths_of_scale(policy, self.sides, scale, self.num_blocks, ranking_T)
+                scores_and_depths_of_scale(policy, self.grids, scale, self.num_blocks, ranking_T)
                 for ranking_T in self.rankings(x_GTC, given_T, cover)
             ),
             strict=True,
         )
         adaptive = min(map(min, depths)) < self.num_blocks
         place = {b: i for i, b in enumerate(order_of_blocks(policy, self.num_blocks))}
-        factor_GT1 = torch.ones(len(depths), side * side, 1, dtype=x_GTC.dtype)
+        factor_GT1 = torch.ones(len(depths), math.prod(grid), 1, dtype=x_GTC.dtype)
         if policy.compensation:
             for g, depths_T in enumerate(depths):
                 for t, depth in enumerate(depths_T):
@@ -232,7 +249,7 @@ class DenseDepth:
         weights_T = torch.tensor(weights, dtype=x_GTC.dtype).mean(0)
         if policy.blending == "none":
             weights_T = torch.ones_like(weights_T)
-        result = ScaleResult(side, x_GTC, changes, change_GT, weights_T, list(depths), masks)
+        result = ScaleResult(grid, x_GTC, changes, change_GT, weights_T, list(depths), masks)
         self.scales.append(result)
         return result
 
@@ -270,16 +287,16 @@ def masked_attention(q_GHTD: Tensor, keys: Tensor, values: Tensor, kept_GM: Tens
 # The published transformer.
 
 
-def _normed(x: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps)
 
 
-def _silu(x: Tensor) -> Tensor:
+def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
+def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -299,10 +316,10 @@ class VarBlocks:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each (G, 1, C)."""
         width = self.config.transformer.width
         if self.config.transformer.shared_adaln:
-            six = self.linear("shared_ada_lin.1", _silu(self.class_GC)).reshape(-1, 6, width)
+            six = self.linear("shared_ada_lin.1", silu(self.class_GC)).reshape(-1, 6, width)
             six = six + self.state[f"blocks.{block}.ada_gss"].reshape(1, 6, width)
         else:
-            six = self.linear(f"blocks.{block}.ada_lin.1", _silu(self.class_GC))
+            six = self.linear(f"blocks.{block}.ada_lin.1", silu(self.class_GC))
             six = six.reshape(-1, 6, width)
         return [six[:, i : i + 1] for i in range(6)]
 
@@ -310,11 +327,11 @@ class VarBlocks:
         """q, k, v (G, H, T, D) of every token; q and k normalised, q scaled."""
         name, shape = f"blocks.{block}.attn", self.config.transformer
         _, _, scale1, _, shift1, _ = self.modulation(block)
-        normed = _normed(x_GTC, shape.norm_eps) * (1 + scale1) + shift1
+        h = normed(x_GTC, shape.norm_eps) * (1 + scale1) + shift1
         weights = self.state[f"{name}.mat_qkv.weight"].reshape(3, shape.width, shape.width)
         biases = (self.state[f"{name}.q_bias"], 0.0, self.state[f"{name}.v_bias"])
         q, k, v = (
-            (normed @ weight.T + bias)
+            (h @ weight.T + bias)
             .reshape(*x_GTC.shape[:2], shape.num_heads, shape.width // shape.num_heads)
             .permute(0, 2, 1, 3)
             for weight, bias in zip(weights, biases, strict=True)
@@ -339,8 +356,8 @@ class VarBlocks:
         attended = masked_attention(q, keys_GHMD, values_GHMD, kept_GM)
         attended = attended.permute(0, 2, 1, 3).reshape(x_GTC.shape)
         x_GTC = x_GTC + self.linear(f"{name}.attn.proj", attended) * gamma1
-        normed = _normed(x_GTC, self.config.transformer.norm_eps) * (1 + scale2) + shift2
-        hidden = _gelu_tanh(self.linear(f"{name}.ffn.fc1", normed))
+        h = normed(x_GTC, self.config.transformer.norm_eps) * (1 + scale2) + shift2
+        hidden = gelu_tanh(self.linear(f"{name}.ffn.fc1", h))
         return x_GTC + self.linear(f"{name}.ffn.fc2", hidden) * gamma2
 
     def embed(self, scale: int, codes_TZ: Tensor | None) -> Tensor:
@@ -356,10 +373,10 @@ class VarBlocks:
 
     def logits(self, x_GTC: Tensor) -> Tensor:
         """AdaLN before the head, then the head: (G, T, V)."""
-        two = self.linear("head_nm.ada_lin.1", _silu(self.class_GC))
+        two = self.linear("head_nm.ada_lin.1", silu(self.class_GC))
         scale, shift = two.reshape(-1, 2, self.config.transformer.width).unbind(1)
-        normed = _normed(x_GTC, self.config.transformer.norm_eps)
-        return self.linear("head", normed * (1 + scale[:, None]) + shift[:, None])
+        h = normed(x_GTC, self.config.transformer.norm_eps)
+        return self.linear("head", h * (1 + scale[:, None]) + shift[:, None])
 
 
 def teacher_forced_logits(
@@ -369,7 +386,7 @@ def teacher_forced_logits(
     rows = []
     for label, codes_NZ in zip(labels_B, codes_BNZ, strict=True):
         blocks = VarBlocks(state, config, state["class_emb.weight"][[label]])
-        dense = DenseDepth(blocks, config.sides, config.num_blocks, DepthPolicy())
+        dense = DenseDepth(blocks, config.grids, config.num_blocks, DepthPolicy())
         logits, begin = [], 0
         for scale, side in enumerate(config.sides):
             codes_TZ = codes_NZ[begin : begin + side**2] if scale else None
@@ -518,7 +535,7 @@ def _sample_one(
     labels = [label, config.num_classes] if settings.cfg > 0 else [label]
     blocks = VarBlocks(transformer, config, transformer["class_emb.weight"][labels])
     sides = config.sides[: len(config.sides) - policy.skip_last_scales]
-    dense = DenseDepth(blocks, sides, config.num_blocks, policy, *(fit or (None, None)))
+    dense = DenseDepth(blocks, squares(sides), config.num_blocks, policy, *(fit or (None, None)))
     codebook_VZ = tokenizer["quantize.embedding.weight"]
     last = config.sides[-1]
     f_hat_ZHW = codebook_VZ.new_zeros(codebook_VZ.shape[1], last, last)
@@ -530,7 +547,9 @@ def _sample_one(
         if i and policy.ranking in ("entropy", "log-probability", "spread"):
             exact = [uncertainty(policy.ranking, drawn, codebook_VZ) for drawn in draws]
             signal = torch.tensor(exact, dtype=torch.float32).tolist()
-            given_T = [signal[cover] for cover in covering_token(side, config.sides[i - 1])]
+            given_T = [
+                signal[cover] for cover in covering_token(*squares((side, config.sides[i - 1])))
+            ]
         result = dense.run_scale(x_GTC, given_T)
         logits_GTV = blocks.logits(result.hidden_GTC)
         logits_TV = logits_GTV[0]

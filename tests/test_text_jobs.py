@@ -134,7 +134,7 @@ def test_every_image_is_made_from_its_prompt_and_says_so(of_classes: Path):
         digest = hashlib.sha256(prompt.encode()).hexdigest()
         assert {**told, "prompt_sha256": digest, "index": index}.items() <= row.items()
         pixels = np.asarray(Image.open(io.BytesIO(sample["png"])))
-        assert (pixels == fake_image(states_of(prompt), 0, index, 32, 1)[:, :, 0]).all()
+        assert (pixels == fake_image(states_of(prompt), 0, index, 32, 3)).all()
     assert index == 23
     assert {row["template"] for row in rows(of_classes)} == {*TEMPLATES}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -15,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthvar.config import ModelConfig, SamplingSettings, TokenizerConfig, TransformerConfig
+from depthvar.config import ModelConfig, TokenizerConfig, TransformerConfig
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
+from depthvar.infinity.tokenizer import BitTokenizer
+from depthvar.infinity.transformer import InfinityTransformer
+from depthvar.infinity_config import BitDecoderConfig, InfinityConfig
 from depthvar.policy import DepthPolicy
+from depthvar.settings import SamplingSettings
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
-from depthvar.weights.checkpoint import LoadedModel
+from depthvar.weights.checkpoint import LoadedModel, LoadedTextModel, precision_of
 from depthvar.weights.find import FoundModel
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
@@ -119,9 +124,7 @@ def tiny_model(
     generator = torch.Generator().manual_seed(shape)
     transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
     for module in (transformer, tokenizer):
-        module.double()
-        fill_with_noise(module, generator)
-        module.to(dtype).eval().requires_grad_(False)
+        _fill_in(module, dtype, generator)
     return LoadedModel(
         found=FoundModel(config, Path("tiny"), Path("tiny"), None, ()),
         transformer=transformer,
@@ -199,3 +202,60 @@ def label_of(policy: DepthPolicy) -> str:
         f"{'apart-' if policy.separate_ranking else ''}"
         f"{policy.proxy}-{policy.blending}-kv_{policy.skipped_keys_values}-{policy.block_order}"
     )
+
+
+# Grids of no one ratio, halves to round among the positions, chunks, and cells of patches.
+TEXT_SHAPES: tuple[dict[str, Any], ...] = (
+    {"grids": ((1, 1), (2, 2), (3, 3), (5, 5)), "rotary_grid": (7, 7), "bits": 12},
+    {"grids": ((1, 1), (2, 1), (4, 3), (6, 4)), "rotary_grid": (9, 6), "bits": 16, "patch": 2},
+)
+TEXT_GUIDED = SamplingSettings(cfg=2.5, top_k=0, top_p=0.97, temperature=0.9, guidance="constant")
+TEXT_UNGUIDED = SamplingSettings(cfg=1.0, top_k=0, top_p=1.0, guidance="constant")
+
+
+def tiny_infinity(shape: int = 0, **changes: Any) -> InfinityConfig:
+    """A model of texts of a few thousand weights: images 2x the feature map."""
+    fields: dict[str, Any] = {
+        "name": "tiny-infinity",
+        "num_blocks": 6,
+        "width": 16,
+        "num_heads": 2,
+        "text_width": 10,
+        "pool_heads": 4,
+        "num_chunks": 2,
+        "num_levels": 6,
+        "max_text_tokens": 9,
+        "decoder": BitDecoderConfig(
+            base_width=4, multipliers=(1, 2), num_res_blocks=1, norm_groups=2
+        ),
+        "sampling": TEXT_GUIDED,
+    }
+    return InfinityConfig(**{**fields, **TEXT_SHAPES[shape], **changes})
+
+
+@cache
+def tiny_text_model(shape: int = 0, dtype: torch.dtype = torch.float64) -> LoadedTextModel:
+    """Model number `shape` of `TEXT_SHAPES`; the same weights, rounded, in every precision."""
+    config = tiny_infinity(shape)
+    generator = torch.Generator().manual_seed(shape)
+    transformer, tokenizer = InfinityTransformer(config), BitTokenizer(config)
+    for module in (transformer, tokenizer):
+        _fill_in(module, dtype, generator)
+    found = FoundModel(config, Path("tiny"), Path("tiny"), None, ())
+    return LoadedTextModel(found, transformer, tokenizer, None)
+
+
+def text_states(lengths: Sequence[int], width: int = 10, seed: int = 3) -> list[Tensor]:
+    """Noise in place of an encoder's states, each (length, width), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(length, width, generator=generator, dtype=torch.float64) for length in lengths
+    ]
+
+
+def _fill_in(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
+    module.double()
+    fill_with_noise(module, generator)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(precision_of(name, dtype))
+    module.eval().requires_grad_(False)

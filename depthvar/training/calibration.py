@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from depthvar.config import SamplingSettings
 from depthvar.engine import ProxyFit, ScaleTrace, parent_positions
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import LoadedModel
 
 CALIBRATION_SEED = 0xCA1
@@ -78,7 +78,7 @@ def calibrate(
     def on_scale(scale: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
         if scale:
             parents_T = parent_positions(
-                config.sides[scale], config.sides[scale - 1], logits_BTV.device
+                config.grids[scale], config.grids[scale - 1], logits_BTV.device
             )
             regression.add(scale, [change_GTC[:, parents_T] for change_GTC in earlier], later)
         earlier[:] = later

@@ -98,7 +98,10 @@ def reconstruction_error(tokenizer: Tokenizer, data: ImageSet) -> float:
 
 def _check_start(config: TokenizerConfig, name: str) -> None:
     """`InputError` unless a tokenizer can start from that of a model: only the sides may differ."""
-    start = model_config(name).tokenizer
+    known = model_config(name)
+    if not isinstance(known, ModelConfig):
+        raise InputError(f"{name} is asked in words, wanted a model of classes: choose another")
+    start = known.tokenizer
     at_our_sides = replace(start, sides=config.sides, phi_of_scale=config.phi_of_scale)
     if at_our_sides != config or start.num_phis != config.num_phis:
         raise InputError(

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthvar.config import TokenizerConfig
+from depthvar.draw import Drawn, draw_tokens
+from depthvar.settings import DecoderShape, SamplingSettings
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,18 +52,18 @@ class GroupNorm(nn.GroupNorm):
         return torch.addcmul(shift, x_BCHW, scale)
 
 
-def _norm(channels: int, config: TokenizerConfig) -> GroupNorm:
-    return GroupNorm(config.norm_groups, channels, eps=1e-6)
+def _norm(channels: int, shape: DecoderShape) -> GroupNorm:
+    return GroupNorm(shape.norm_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with group norm and swish, added to the input."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, shape: DecoderShape) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels, config)
+        self.norm1 = _norm(in_channels, shape)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, config)
+        self.norm2 = _norm(out_channels, shape)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -78,9 +80,9 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Single-head attention over the positions of a feature map, softmax scale C^-0.5."""
 
-    def __init__(self, channels: int, config: TokenizerConfig) -> None:
+    def __init__(self, channels: int, shape: DecoderShape) -> None:
         super().__init__()
-        self.norm = _norm(channels, config)
+        self.norm = _norm(channels, shape)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -125,7 +127,7 @@ class Level(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        config: TokenizerConfig,
+        shape: DecoderShape,
         *,
         num_blocks: int,
         attention: bool,
@@ -133,9 +135,9 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResBlock(a, b, shape) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
-            SelfAttention(out_channels, config) for _ in range(num_blocks if attention else 0)
+            SelfAttention(out_channels, shape) for _ in range(num_blocks if attention else 0)
         )
         self.resize_name = resize[0] if resize else None
         if resize:
@@ -152,14 +154,12 @@ class Level(nn.Module):
         return x_BCHW
 
 
-def _middle(channels: int, config: TokenizerConfig) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "block_1": ResBlock(channels, channels, config),
-            "attn_1": SelfAttention(channels, config),
-            "block_2": ResBlock(channels, channels, config),
-        }
-    )
+def _middle(channels: int, shape: DecoderShape) -> nn.ModuleDict:
+    middle = nn.ModuleDict({"block_1": ResBlock(channels, channels, shape)})
+    if shape.has_attention:
+        middle["attn_1"] = SelfAttention(channels, shape)
+    middle["block_2"] = ResBlock(channels, channels, shape)
+    return middle
 
 
 def _through(middle: nn.ModuleDict, x_BCHW: Tensor) -> Tensor:
@@ -171,25 +171,25 @@ def _through(middle: nn.ModuleDict, x_BCHW: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Image to latent map: (B, image channels, H, W) to (B, Z, H/f, W/f)."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        widths = [config.base_width * m for m in config.multipliers]
+        widths = [shape.base_width * m for m in shape.multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.image_channels, config.base_width, 3, padding=1)
+        self.conv_in = nn.Conv2d(shape.image_channels, shape.base_width, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
-                widths[max(i - 1, 0)] if i else config.base_width,
+                widths[max(i - 1, 0)] if i else shape.base_width,
                 widths[i],
-                config,
-                num_blocks=config.num_res_blocks,
+                shape,
+                num_blocks=shape.num_res_blocks,
                 attention=i == last,
                 resize=None if i == last else ("downsample", Downsample(widths[i])),
             )
             for i in range(len(widths))
         )
-        self.mid = _middle(widths[-1], config)
-        self.norm_out = _norm(widths[-1], config)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_channels, 3, padding=1)
+        self.mid = _middle(widths[-1], shape)
+        self.norm_out = _norm(widths[-1], shape)
+        self.conv_out = nn.Conv2d(widths[-1], shape.code_channels, 3, padding=1)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] to latents."""
@@ -203,25 +203,25 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent map to image: (B, Z, h, w) to (B, image channels, h*f, w*f)."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        widths = [config.base_width * m for m in config.multipliers]
+        widths = [shape.base_width * m for m in shape.multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.code_channels, widths[-1], 3, padding=1)
-        self.mid = _middle(widths[-1], config)
+        self.conv_in = nn.Conv2d(shape.code_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1], shape)
         self.up = nn.ModuleList(
             Level(
                 widths[min(i + 1, last)],
                 widths[i],
-                config,
-                num_blocks=config.num_res_blocks + 1,
-                attention=i == last,
+                shape,
+                num_blocks=shape.num_res_blocks + 1,
+                attention=i == last and shape.has_attention,
                 resize=("upsample", Upsample(widths[i])) if i else None,
             )
             for i in range(len(widths))
         )
-        self.norm_out = _norm(widths[0], config)
-        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+        self.norm_out = _norm(widths[0], shape)
+        self.conv_out = nn.Conv2d(widths[0], shape.image_channels, 3, padding=1)
 
     def forward(self, latent_BZHW: Tensor) -> Tensor:
         """Latents to images, nominally in [-1, 1]; level 0 is the highest resolution."""
@@ -250,11 +250,36 @@ class SharedPhis(nn.Module):
 class Quantizer(nn.Module):
     """Codebook and the residual feature map built up scale by scale."""
 
+    draws_per_token = 1
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.codebook_size, config.code_channels)
         self.quant_resi = SharedPhis(config)
+
+    def draw(self, logits_BTV: Tensor, uniforms_BT: Tensor, settings: SamplingSettings) -> Drawn:
+        """Draw one code per token, see `draw.draw_tokens`."""
+        return draw_tokens(logits_BTV, uniforms_BT, settings)
+
+    def codes(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """The code vectors of tokens (B, T, Z)."""
+        codes_BTZ: Tensor = self.embedding(tokens_BT)
+        return codes_BTZ.to(dtype)
+
+    def expected_codes(self, drawn: Drawn) -> Tensor:
+        """Mean code vectors under the distributions (B, T, Z)."""
+        return drawn.expected_codes(self.embedding.weight)
+
+    def spread(self, drawn: Drawn) -> Tensor:
+        """Variance of the code vectors, summed over their channels (B, T)."""
+        return drawn.spread(self.embedding.weight)
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the feature map."""
+        side = self.config.latent_side
+        return self.config.code_channels, side, side
 
     def contribution(self, scale: int, codes_BTZ: Tensor) -> Tensor:
         """What the code vectors of a scale add to the feature map: (B, Z, H, W)."""
@@ -284,8 +309,8 @@ class Tokenizer(nn.Module):
         super().__init__()
         channels = config.code_channels
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config.decoder_shape)
+        self.decoder = Decoder(config.decoder_shape)
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 3, padding=1)

@@ -10,6 +10,7 @@ Source: Tian et al., arXiv 2404.02905, and the public `var_d*.pth` files.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,16 @@ from torch import Tensor, nn
 
 from depthvar.config import TransformerConfig
 from depthvar.engine import Attend
-
-_MAX_LOG_SCALE = math.log(100.0)
+from depthvar.layers import (
+    FeedForward,
+    HeadNorm,
+    at_least_float32,
+    heads,
+    modulated,
+    query_scale,
+    unit,
+    unrounded,
+)
 
 
 @dataclass(frozen=True)
@@ -59,85 +68,40 @@ class Condition:
     head: tuple[Tensor, Tensor]
 
 
-def _unit(x_GHKD: Tensor) -> Tensor:
-    """The vectors at length 1, in at least float32: half precision would round the length first."""
-    return F.normalize(_at_least_float32(x_GHKD), dim=-1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unrounded(layer: nn.Linear, x_GTC: Tensor) -> Tensor:
-    """A linear layer whose sums are never rounded to half precision, as the logits need it."""
-    if layer.weight.dtype in (torch.float32, torch.float64):
-        return _at_least_float32(layer(x_GTC))
-    bias_V = layer.bias.float()
-    if x_GTC.is_cuda:  # the product's sums are float32 already, and can be had at no cost
-        flat_NV = torch.mm(x_GTC.flatten(0, 1), layer.weight.t(), out_dtype=torch.float32)
-        return flat_NV.view(*x_GTC.shape[:2], -1) + bias_V
-    return F.linear(x_GTC.float(), layer.weight.float(), bias_V)
-
-
-def _modulated(
-    x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor, *, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Layer norm with class-dependent scale and shift (AdaLN), rounded once, to `dtype`."""
-    normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
-    return torch.addcmul(shift_G1C, normed, scale_G1C).to(dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, heads = config.width, config.num_heads
-        self.num_heads = heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        width = config.width
+        self.num_heads = config.num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4.0)))
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def _heads(self, x_GKC: Tensor) -> Tensor:
-        return x_GKC.view(*x_GKC.shape[:2], self.num_heads, -1).transpose(1, 2)
-
     def constants(self) -> AttentionConstants:
         """What every call needs of the parameters beside the weights."""
         bias_M = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        return AttentionConstants(bias_M, self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp())
+        return AttentionConstants(bias_M, query_scale(self.scale_mul_1H11))
 
     def keys_values(self, x_GKC: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor]:
         """Unit keys and values, each (G, H, K, D)."""
         width = x_GKC.shape[2]
         weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
         k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
-        k_GHKD = self._heads(k_GKC)
-        return _unit(k_GHKD).to(k_GHKD.dtype), self._heads(v_GKC)
+        k_GHKD = heads(k_GKC, self.num_heads)
+        return unit(k_GHKD).to(k_GHKD.dtype), heads(v_GKC, self.num_heads)
 
     def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
         """Attend through `attend`, which owns the cache or the mask."""
         qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
-        q, k, v = map(self._heads, qkv_GKM.chunk(3, dim=2))
-        queries_GHKD = (_unit(q) * constants.scale_1H11).to(q.dtype)
-        out_GHKD = attend(queries_GHKD, _unit(k).to(k.dtype), v)
+        q, k, v = (heads(x_GKC, self.num_heads) for x_GKC in qkv_GKM.chunk(3, dim=2))
+        queries_GHKD = (unit(q) * constants.scale_1H11).to(q.dtype)
+        out_GHKD = attend(queries_GHKD, unit(k).to(k.dtype), v)
         projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
         return projected
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around a tanh GELU."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
-
-    def forward(self, x_GKC: Tensor) -> Tensor:
-        """(G, K, C) to the same shape."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_GKC), approximate="tanh"))
-        return out
 
 
 class Block(nn.Module):
@@ -147,7 +111,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_eps = config.norm_eps
         self.attn = Attention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.width, config.mlp_ratio * config.width)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         else:
@@ -155,7 +119,7 @@ class Block(nn.Module):
 
     def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
         dtype = self.ffn.fc1.weight.dtype
-        return _modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
+        return modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
     def keys_values(self, x_GKC: Tensor, given: BlockCondition) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
@@ -168,20 +132,6 @@ class Block(nn.Module):
         attended_GKC = self.attn(normed_GKC, given.attention, attend) * given.gamma1
         normed_GKC = self._normed(x_GKC + attended_GKC, given.scale2, given.shift2)
         return torch.addcmul(attended_GKC, self.ffn(normed_GKC), given.gamma2)
-
-
-class HeadNorm(nn.Module):
-    """LayerNorm before the output layer, with class-dependent scale and shift."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.norm_eps = config.norm_eps
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
-
-    def forward(self, x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
-        """(G, T, C) to the same shape."""
-        dtype = next(self.parameters()).dtype
-        return _modulated(x_GTC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
 
 class Transformer(nn.Module):
@@ -199,19 +149,25 @@ class Transformer(nn.Module):
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
-        self.head_nm = HeadNorm(config)
+        self.head_nm = HeadNorm(config.width, config.norm_eps)
         self.head = nn.Linear(width, config.codebook_size)
 
     def typed_blocks(self) -> list[Block]:
         """The blocks, as what they are."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    def condition(self, labels_G: Tensor) -> Condition:
-        """Class-dependent vectors; the label `num_classes` stands for "unconditional"."""
+    def condition(self, labels: Sequence[int] | Tensor, streams: int = 1) -> Condition:
+        """Class-dependent vectors of one label or more; with two streams, unconditional ones too.
+
+        The label `num_classes` stands for "unconditional".
+        """
+        labels_G = torch.as_tensor(labels, device=self.pos_start.device)
+        if streams == 2:
+            labels_G = torch.cat([labels_G, torch.full_like(labels_G, self.config.num_classes)])
         embedded_GC = self.class_emb(labels_G)
 
         def vectors(linear: nn.Module, count: int) -> Tensor:
-            out_GC = _at_least_float32(linear(embedded_GC))
+            out_GC = at_least_float32(linear(embedded_GC))
             return out_GC.view(len(out_GC), 1, count, -1)
 
         def of_block(block: Block) -> BlockCondition:
@@ -230,7 +186,7 @@ class Transformer(nn.Module):
         sides = self.config.sides
         begin = sum(side * side for side in sides[:scale])
         positions_1TC = self.pos_1LC[:, begin : begin + sides[scale] ** 2]
-        return self.lvl_embed.weight[scale] + _at_least_float32(positions_1TC)
+        return self.lvl_embed.weight[scale] + at_least_float32(positions_1TC)
 
     def embed(self, scale: int, codes_GTZ: Tensor | None, condition: Condition) -> Tensor:
         """Input of a scale (G, T, C), at least float32: where the residual stream begins.
@@ -239,7 +195,10 @@ class Transformer(nn.Module):
         """
         if codes_GTZ is None:
             return condition.start_G1C + self.pos_start + self._positions(scale)
-        return _at_least_float32(self.word_embed(codes_GTZ)) + self._positions(scale)
+        return at_least_float32(self.word_embed(codes_GTZ)) + self._positions(scale)
+
+    def rotations(self, scale: int) -> None:
+        """None: positions are embedded, and turn nothing."""
 
     def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Tensor:
         """What one block adds to the residual stream of some tokens."""
@@ -252,7 +211,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_GTC: Tensor, condition: Condition) -> Tensor:
         """Logits over the codebook (G, T, V), at least float32."""
-        return _unrounded(self.head, self.head_nm(x_GTC, *condition.head))
+        return unrounded(self.head, self.head_nm(x_GTC, *condition.head))
 
     def forward(
         self, labels_B: Tensor, codes_BTZ: Tensor, mask_TT: Tensor, kept_blocks: list[int]

@@ -4,6 +4,7 @@ What stays in float32 when a model runs in bfloat16 or float16, and where:
 
 - the feature map, the codebook and the phi convolutions (`quantize.*`, here), with the bicubic and
   area resizing between the scales, because every scale adds to what the earlier ones left;
+- the unconditional states of a text and the norm of all (`cfg_uncond`, `text_norm`, here);
 - the attention's learned log scales (`scale_mul_1H11`, here): half precision would move the
   temperature of the attention by up to 1.6%;
 - the residual stream, with the AdaLN vectors that norm and gate it and the changes that the engine
@@ -17,30 +18,30 @@ What stays in float32 when a model runs in bfloat16 or float16, and where:
 Everything else is in the model's precision: weights, what goes into the matrix products and comes
 out of them, keys and values, and the decoder. Under float32 and float64 all of a model is in that
 precision. Float32 is float32 on a GPU too: putting a model together forbids TF32 in this process,
-which torch allows convolutions by default (`assemble`).
+which torch allows convolutions by default (`_placed`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import (
-    CONFIG_FILE,
-    ModelConfig,
-    config_json,
-    model_config,
-)
+from depthvar.config import CONFIG_FILE, AnyModel, ModelConfig, config_json, model_config
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError, naming
+from depthvar.infinity.tokenizer import BitTokenizer
+from depthvar.infinity.transformer import InfinityTransformer
+from depthvar.infinity_config import InfinityConfig
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import (
@@ -48,25 +49,29 @@ from depthvar.weights.files import (
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
 )
-from depthvar.weights.find import FoundModel, blank_modules, find_model
+from depthvar.weights.find import (
+    FoundModel,
+    blank_modules,
+    blank_text_modules,
+    find_model,
+    kind_of_model,
+)
 from depthvar.weights.tensor_files import PARTS, Part, holds_encoder, parameters, read_file
 
 _WIDE = (torch.float32, torch.float64)
+_WIDE_PARTS = ("quantize.", "text_norm.", "cfg_uncond")
+
+
+TransformerT = TypeVar("TransformerT", Transformer, InfinityTransformer)
+TokenizerT = TypeVar("TokenizerT", Tokenizer, BitTokenizer)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """Weights on a device, in a precision; see the module for what stays float32."""
-
+class _Loaded(Generic[TransformerT, TokenizerT]):
     found: FoundModel
-    transformer: Transformer
-    tokenizer: Tokenizer
+    transformer: TransformerT
+    tokenizer: TokenizerT
     proxy_fit: ProxyFit | None
-
-    @property
-    def config(self) -> ModelConfig:
-        """What the model is."""
-        return self.found.config
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +89,48 @@ class LoadedModel:
         return torch.promote_types(self.dtype, torch.float32)
 
 
+@dataclass(frozen=True)
+class LoadedModel(_Loaded[Transformer, Tokenizer]):
+    """Weights of a model of classes on a device, in a precision; see the module for float32."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.found.class_config
+
+
+@dataclass(frozen=True)
+class LoadedTextModel(_Loaded[InfinityTransformer, BitTokenizer]):
+    """Weights of a model of texts on a device, in a precision; see the module for float32."""
+
+    @property
+    def config(self) -> InfinityConfig:
+        """What the model is."""
+        config = self.found.config
+        assert isinstance(config, InfinityConfig)
+        return config
+
+
+AnyLoaded = LoadedModel | LoadedTextModel
+
+
+def load_any(
+    found: FoundModel,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> AnyLoaded:
+    """Load a model of either kind for sampling, see `load_model`."""
+    if not isinstance(found.config, InfinityConfig):
+        return load_model(found, device=device, dtype=dtype)
+    transformer, tokenizer = blank_text_modules(found.config)
+    transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
+    tokenizer.load_state_dict(_tensors(found, "tokenizer"), assign=True)
+    return LoadedTextModel(
+        found, *_placed(transformer, tokenizer, device=device, dtype=dtype), proxy_fit=None
+    )
+
+
 def load_model(
     found: FoundModel,
     *,
@@ -91,14 +138,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     with_encoder: bool = False,
 ) -> LoadedModel:
-    """Load a model for sampling.
+    """Load a model of classes for sampling.
 
     Every tensor goes from the file straight to its device and precision; those that are as they
     should be stay mapped from the file. Without `with_encoder` the tokenizer has none. Raises
-    `InputError` for a calibration of other weights, and for a file without the encoder that is
-    asked for.
+    `InputError` for a model of texts, a calibration of other weights, and a file without the
+    encoder that is asked for.
     """
-    transformer, tokenizer = blank_modules(found.config, with_encoder=with_encoder)
+    transformer, tokenizer = blank_modules(found.class_config, with_encoder=with_encoder)
     transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
     tokenizer.load_state_dict(_tensors(found, "tokenizer", with_encoder), assign=True)
     return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
@@ -107,7 +154,8 @@ def load_model(
 def _tensors(found: FoundModel, part: Part, with_encoder: bool = False) -> dict[str, Tensor]:
     """A part's parameters, mapped; `InputError` if the encoder is asked for and not there."""
     path = found.file(part)
-    tensors = parameters(read_file(path).part(part), with_encoder=with_encoder)
+    held = read_file(path).part(part, kind_of_model(found.config))
+    tensors = parameters(held, with_encoder=with_encoder)
     if with_encoder and not holds_encoder(tensors):
         raise InputError(
             f"{path} holds no encoder, wanted one: give the weights that this file was converted "
@@ -123,26 +171,65 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     with_encoder: bool = False,
 ) -> LoadedModel:
-    """A model by its name with random weights, the same every time on a device.
+    """A model of classes by its name with random weights, the same every time on a device.
 
     It takes the time and the memory of the real one, and makes noise.
     """
-    config = model_config(name)
+    found = FoundModel(model_config(name), Path("random"), Path("random"), None, ())
+    config = found.class_config
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
-        for parameter in (*transformer.parameters(), *tokenizer.parameters()):
-            if not parameter.any():  # a fresh block adds nothing
-                nn.init.normal_(parameter, std=0.02)
+        _randomise(transformer, tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
-    found = FoundModel(config, Path("random"), Path("random"), None, ())
     return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
+
+
+def random_text_model(
+    config: InfinityConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedTextModel:
+    """The same of a model of texts; no tensor is ever held in another precision."""
+    found = FoundModel(config, Path("random"), Path("random"), None, ())
+    transformer, tokenizer = blank_text_modules(config)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in (transformer, tokenizer):
+        tensors = {
+            name: torch.empty(parameter.shape, dtype=precision_of(name, dtype), device=device)
+            for name, parameter in module.named_parameters()
+        }
+        for name, tensor in tensors.items():
+            _fill(name, tensor, generator)
+        module.load_state_dict(tensors, assign=True)
+    placed = _placed(transformer, tokenizer, device=device, dtype=dtype)
+    return LoadedTextModel(found, *placed, proxy_fit=None)
+
+
+def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Noise that keeps the size of what passes, and norms that begin as nothing."""
+    is_norm = name.endswith("norm.weight") or (".norm" in name and name.endswith("weight"))
+    if is_norm:
+        tensor.fill_(1.0)
+    elif name.endswith("scale_mul_1H11"):
+        tensor.fill_(math.log(4.0))
+    else:
+        tensor.normal_(0.0, 0.02, generator=generator)
+
+
+def _randomise(*modules: nn.Module) -> None:
+    """A fresh block adds nothing: what is zero becomes noise."""
+    for module in modules:
+        for parameter in module.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
 
 
 def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Precision of a parameter of a model that runs in `dtype`."""
-    stays_wide = name.startswith("quantize.") or name.endswith(".scale_mul_1H11")
+    stays_wide = name.startswith(_WIDE_PARTS) or name.endswith(".scale_mul_1H11")
     return torch.float32 if stays_wide and dtype not in _WIDE else dtype
 
 
@@ -158,13 +245,7 @@ def assemble(
 
     See the top of this file for what stays float32.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    for module in (transformer, tokenizer):
-        for name, parameter in module.named_parameters():
-            parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))
-        module.eval().requires_grad_(False)
-    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _placed(transformer, tokenizer, device=device, dtype=dtype)
     fit = None
     if found.calibration is not None:
         tensors = found.read_calibration()
@@ -174,7 +255,25 @@ def assemble(
     return LoadedModel(found, transformer, tokenizer, fit)
 
 
-def why_not_finite(model: LoadedModel) -> str:
+def _placed(
+    transformer: TransformerT,
+    tokenizer: TokenizerT,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> tuple[TransformerT, TokenizerT]:
+    """The modules on a device in a precision, and TF32 forbidden in this process."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    for module in (transformer, tokenizer):
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))
+        module.eval().requires_grad_(False)
+    tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return transformer, tokenizer
+
+
+def why_not_finite(model: AnyLoaded) -> str:
     """Why a model can make numbers that are not finite, and what to do: looks at every weight."""
     for part in PARTS:
         path = model.found.file(part)
@@ -219,7 +318,7 @@ def save_proxy_fit(path: Path, fit: ProxyFit, found: FoundModel) -> None:
 
 def save_model(
     folder: Path,
-    config: ModelConfig,
+    config: AnyModel,
     transformer: nn.Module,
     tokenizer: nn.Module,
     *,
@@ -265,7 +364,7 @@ def _on_its_own(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _write_config(folder: Path, config: ModelConfig) -> None:
+def _write_config(folder: Path, config: AnyModel) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config_json(config), indent=2) + "\n")
 
 

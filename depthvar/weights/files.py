@@ -13,6 +13,7 @@ or `hf://owner/repo[@revision]`). Nothing is fetched unless a repository is name
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -21,8 +22,10 @@ from pathlib import Path
 
 from depthvar.config import (
     CONFIG_FILE,
+    KNOWN_MODELS,
     MODELS,
-    ModelConfig,
+    TEXT_MODELS,
+    AnyModel,
     folder_of,
     is_model_path,
     stored_config,
@@ -38,7 +41,10 @@ CLASSES_FILE = "classes.txt"
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 RECIPE_FILE = "recipe.json"
 
+INDEX_SUFFIX = ".safetensors.index.json"
+
 PUBLISHED_REPO = "FoundationVision/var"
+PUBLISHED_TEXT_REPO = "FoundationVision/Infinity"
 _PUBLISHED_SUFFIXES = (".safetensors", ".pth")
 _TOKENIZER_LIKE = re.compile(r"vae|vq|tokenizer", re.IGNORECASE)
 _HUB_SCHEME = "hf://"
@@ -46,12 +52,24 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+_TEXT_FILES = {
+    "infinity-2b": (("infinity_2b_reg.pth",), ("infinity_vae_d32reg.pth",)),
+    "infinity-8b": (
+        (f"infinity_8b_weights/model{INDEX_SUFFIX}", f"model{INDEX_SUFFIX}"),
+        ("infinity_vae_d56_f8_14_patchify.pth", "../infinity_vae_d56_f8_14_patchify.pth"),
+    ),
+}
+
+
 def _is_published(model: str) -> bool:
-    return model in MODELS and model.startswith("var-d")
+    return model in TEXT_MODELS or (model in MODELS and model.startswith("var-d"))
 
 
 def file_names(model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a model's transformer and tokenizer files may be called, the first choice first."""
+    if model in _TEXT_FILES:
+        transformers, tokenizers = _TEXT_FILES[model]
+        return (*transformers, TRANSFORMER_FILE), (*tokenizers, TOKENIZER_FILE)
     if not _is_published(model):
         return (TRANSFORMER_FILE,), (TOKENIZER_FILE,)
     stem = model.replace("-", "_").removesuffix("_512")
@@ -74,7 +92,7 @@ def choose_files(
     parts = [next((name for name in usual if name in names), None) for usual in wanted]
     chosen = tuple(name for name in parts if name is not None)
     if len(chosen) < 2:
-        chosen = () if model in MODELS else _of_an_own_model(names, transformer)
+        chosen = () if model in KNOWN_MODELS else _of_an_own_model(names, transformer)
     others = [name for name in (CALIBRATION_FILE, CONFIG_FILE, CLASSES_FILE) if name in names]
     return (*chosen, *others) if chosen else ()
 
@@ -111,7 +129,8 @@ def find_place(name: str, weights: str | None) -> str | None:
 
 def _fetched(model: str, weights: str | None) -> str | None:
     if weights is None and _is_published(model):
-        return from_hub(f"{_HUB_SCHEME}{PUBLISHED_REPO}", _patterns(model))
+        repo = PUBLISHED_TEXT_REPO if model in TEXT_MODELS else PUBLISHED_REPO
+        return from_hub(f"{_HUB_SCHEME}{repo}", _patterns(model))
     if weights is None or Path(weights).exists():
         return weights
     fetched = from_hub(weights, _patterns(model))
@@ -137,7 +156,8 @@ def _patterns(model: str) -> list[str]:
     """The files of a repository that a model may need."""
     wanted = [*(name for names in file_names(model) for name in names), CALIBRATION_FILE]
     wanted.append(CONFIG_FILE)
-    if model not in MODELS:
+    wanted += [f"{os.path.dirname(name)}/*" for name in wanted if name.endswith(INDEX_SUFFIX)][:1]
+    if model not in KNOWN_MODELS:
         wanted += [CLASSES_FILE, *(f"*{suffix}" for suffix in WEIGHTS_SUFFIXES)]
     return wanted
 
@@ -185,7 +205,7 @@ def _check_not_above_a_model(folder: Path) -> None:
         )
 
 
-def files_in(config: ModelConfig, place: str | None) -> tuple[Path, Path]:
+def files_in(config: AnyModel, place: str | None) -> tuple[Path, Path]:
     """A known model's transformer and tokenizer, by their usual names.
 
     `place` is a folder, or the transformer in one; None for the package. Raises `InputError` for
@@ -206,7 +226,7 @@ def files_in(config: ModelConfig, place: str | None) -> tuple[Path, Path]:
     )
 
 
-def _choice(config: ModelConfig, folder: Path, part: str, wanted: tuple[str, ...]) -> Path:
+def _choice(config: AnyModel, folder: Path, part: str, wanted: tuple[str, ...]) -> Path:
     for path in (folder / name for name in wanted):
         if path.is_file():
             return path
@@ -217,7 +237,9 @@ def _choice(config: ModelConfig, folder: Path, part: str, wanted: tuple[str, ...
     if kind_of_folder is not None:
         raise InputError(f"{folder} is {kind_of_folder.what}, wanted {kind_of_folder.to_do}")
     names = [path.name for path in folder.iterdir()]
-    fitting = [model for model in MODELS if _is_published(model) and choose_files(model, names)]
+    fitting = [
+        model for model in KNOWN_MODELS if _is_published(model) and choose_files(model, names)
+    ]
     raise InputError(
         f"{folder} holds {', '.join(weights_among(names)) or 'no weights'}, wanted the {part} of "
         f"{config.name} as {' or '.join(wanted)}: "
@@ -226,10 +248,35 @@ def _choice(config: ModelConfig, folder: Path, part: str, wanted: tuple[str, ...
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file; read once per process while its size and time stay the same.
+    """SHA-256 of a file, or of all that an index names; read once while size and time stay.
 
     Raises `InputError` where a file of the Hugging Face cache is not the one its name stands for.
     """
+    if path.name.endswith(INDEX_SUFFIX):
+        hashes = [_sha256_of_file(path), *map(_sha256_of_file, shards_of(path))]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return _sha256_of_file(path)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of safetensors names, which lie beside it.
+
+    Raises `InputError` for an index that is none, and for files that are missing.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of safetensors ({error}): fetch it again") from error
+    missing = [n for n in names if Path(n).name != n or not index.with_name(n).is_file()]
+    if missing or not names:
+        raise InputError(
+            f"{index} names {', '.join(map(str, missing[:4])) or 'no files'}, wanted files beside "
+            "it: fetch them too"
+        )
+    return [index.with_name(name) for name in names]
+
+
+def _sha256_of_file(path: Path) -> str:
     real = path.resolve()
     state = real.stat()
     found = _hashed(str(real), state.st_size, state.st_mtime_ns)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from depthvar.config import (
     CONFIG_FILE,
+    KNOWN_MODELS,
     MODELS,
+    AnyModel,
     ModelConfig,
     folder_of,
     model_config,
@@ -24,12 +26,16 @@ from depthvar.config import (
     stored_config,
 )
 from depthvar.errors import InputError
+from depthvar.infinity.tokenizer import BitTokenizer
+from depthvar.infinity.transformer import InfinityTransformer
+from depthvar.infinity_config import InfinityConfig
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import CALIBRATION_FILE, files_in, find_place, sha256_of
 from depthvar.weights.own_model import read_own_model
 from depthvar.weights.tensor_files import (
     PARTS,
+    Kind,
     Part,
     WeightsFile,
     holds_encoder,
@@ -42,11 +48,21 @@ from depthvar.weights.tensor_files import (
 class FoundModel:
     """What a model is and where its files are; `notes` say what was chosen or assumed of them."""
 
-    config: ModelConfig
+    config: AnyModel
     transformer: Path
     tokenizer: Path
     calibration: Path | None
     notes: tuple[str, ...]
+
+    @property
+    def class_config(self) -> ModelConfig:
+        """What a model of classes is; `InputError` for one of texts."""
+        if isinstance(self.config, ModelConfig):
+            return self.config
+        raise InputError(
+            f"{self.config.name} is asked in words, wanted a model of classes here: choose one of "
+            f"{', '.join(MODELS)}, or one of your own"
+        )
 
     def file(self, part: Part) -> Path:
         """The file of a part."""
@@ -72,7 +88,7 @@ class FoundModel:
         """`slope` and `offset` of the calibration; `InputError` for one of other weights."""
         assert self.calibration is not None
         tensors = read_file(self.calibration).tensors
-        shape = (len(self.config.sides), self.config.num_blocks, self.config.transformer.width)
+        shape = (len(self.config.grids), self.config.num_blocks, self.config.width)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         with safe_open(self.calibration, framework="pt") as file:
             made_from = (file.metadata() or {}).get("weights_sha256")
@@ -94,19 +110,20 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     place = find_place(name, weights)
     is_described = place is None or stored_config(folder_of(place)) is not None
     assumed: tuple[str, ...] = ()
-    if place is None or is_described or model_name(name) in MODELS:
+    if place is None or is_described or model_name(name) in KNOWN_MODELS:
         config = model_config(name, place)
         transformer, tokenizer = _known_files(config, place)
     else:
         config, transformer, tokenizer, assumed = read_own_model(name, Path(place))
     check_fit(transformer, config, "transformer")
     check_fit(tokenizer, config, "tokenizer")
+    kind = kind_of_model(config)
     if transformer is tokenizer:
-        taken = [transformer.what_was_taken(PARTS)]
+        taken = [transformer.what_was_taken(PARTS, kind)]
     else:
         taken = [
-            transformer.what_was_taken(["transformer"]),
-            tokenizer.what_was_taken(["tokenizer"]),
+            transformer.what_was_taken(["transformer"], kind),
+            tokenizer.what_was_taken(["tokenizer"], kind),
         ]
     calibration = transformer.path.with_name(CALIBRATION_FILE)
     return FoundModel(
@@ -118,47 +135,51 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     )
 
 
-def _known_files(config: ModelConfig, place: str | None) -> tuple[WeightsFile, WeightsFile]:
+def kind_of_model(config: AnyModel) -> Kind:
+    """Under whose names the tensors of a model are."""
+    return "text" if config.is_text else "class"
+
+
+def _known_files(config: AnyModel, place: str | None) -> tuple[WeightsFile, WeightsFile]:
     """The transformer's and the tokenizer's file, which a trainer writes as one."""
     if place is not None and Path(place).is_file() and Path(place).name != CONFIG_FILE:
         given = read_file(Path(place))
-        if given.find("tokenizer"):
+        if given.find("tokenizer", kind_of_model(config)):
             return given, given
     transformer, tokenizer = files_in(config, place)
     return read_file(transformer), read_file(tokenizer)
 
 
-def check_fit(file: WeightsFile, config: ModelConfig, part: Part) -> None:
+def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
     """`InputError` unless a file holds a part of a model: exactly its names, shapes, and floats.
 
     The published buffers may be there; a tokenizer may lack its whole encoder. The error names the
     model that the file fits, or what is off first.
     """
-    if not file.find(part):
+    if not file.find(part, kind_of_model(config)):
         raise file.wrong_part(part, config.name)
     problem = _misfit(file, config, part)
     if not problem:
         return
-    fitting = [model.name for model in MODELS.values() if not _misfit(file, model, part)]
+    fitting = [model.name for model in KNOWN_MODELS.values() if not _misfit(file, model, part)]
     if fitting:
         raise InputError(
             f"{file.path} holds the {part} of {' or '.join(fitting)}, wanted that of "
             f"{config.name}: use --model {fitting[0]}, or give the weights of {config.name}"
         )
+    own = "" if config.is_text else f", or use --model {file.path} for a VAR of your own"
     raise InputError(
         f"{file.path} holds a {part} of no known model, wanted that of {config.name} ({problem}): "
-        f"fetch it again, or use --model {file.path} for a VAR of your own"
+        f"fetch it again{own}"
     )
 
 
-def _misfit(file: WeightsFile, config: ModelConfig, part: Part) -> str:
+def _misfit(file: WeightsFile, config: AnyModel, part: Part) -> str:
     """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
-    tensors = parameters(file.part(part))
-    blank: Transformer | Tokenizer
-    if part == "transformer":
-        blank = _blank_transformer(config)
-    else:
-        blank = _blank_tokenizer(config, with_encoder=holds_encoder(tensors))
+    if file.find(part, kind_of_model(config)) is None:
+        return f"it holds no {part} of {config.name}"
+    tensors = parameters(file.part(part, kind_of_model(config)), with_encoder=not config.is_text)
+    blank = _blank_part(config, part, with_encoder=holds_encoder(tensors))
     try:
         blank.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -186,6 +207,14 @@ def blank_modules(config: ModelConfig, *, with_encoder: bool) -> tuple[Transform
     return _blank_transformer(config), _blank_tokenizer(config, with_encoder=with_encoder)
 
 
+def _blank_part(config: AnyModel, part: Part, *, with_encoder: bool) -> nn.Module:
+    if not isinstance(config, ModelConfig):
+        return blank_text_modules(config)[PARTS.index(part)]
+    if part == "transformer":
+        return _blank_transformer(config)
+    return _blank_tokenizer(config, with_encoder=with_encoder)
+
+
 def _blank_transformer(config: ModelConfig) -> Transformer:
     with torch.device("meta"), _NoNoise():
         return Transformer(config.transformer)
@@ -197,6 +226,12 @@ def _blank_tokenizer(config: ModelConfig, *, with_encoder: bool) -> Tokenizer:
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
     return tokenizer
+
+
+def blank_text_modules(config: InfinityConfig) -> tuple[InfinityTransformer, BitTokenizer]:
+    """A text-to-image model without storage."""
+    with torch.device("meta"), _NoNoise():
+        return InfinityTransformer(config), BitTokenizer(config)
 
 
 def _combined(*paths: Path) -> str:

@@ -24,20 +24,31 @@ from torch import Tensor
 
 from depthvar.errors import InputError
 from depthvar.weights.file_kinds import SAVE_THE_STATE, kind_of
+from depthvar.weights.files import INDEX_SUFFIX, shards_of
 
 Part = Literal["transformer", "tokenizer"]
 PARTS: tuple[Part, Part] = ("transformer", "tokenizer")
+Kind = Literal["class", "text"]
+"""What a model is asked by: a VAR by classes, an Infinity by texts."""
 
 # Names that a part of a model has and nothing else.
-_ANCHORS: Mapping[Part, tuple[str, ...]] = {
-    "transformer": ("pos_1LC", "word_embed.weight"),
-    "tokenizer": ("quantize.embedding.weight", "decoder.conv_in.weight"),
+_ANCHORS: Mapping[Kind, Mapping[Part, tuple[str, ...]]] = {
+    "class": {
+        "transformer": ("pos_1LC", "word_embed.weight"),
+        "tokenizer": ("quantize.embedding.weight", "decoder.conv_in.weight"),
+    },
+    "text": {
+        "transformer": ("cfg_uncond", "text_norm.weight"),
+        "tokenizer": ("decoder.conv_in.conv.weight", "decoder.conv_in.weight"),
+    },
 }
 # What the published files hold beside the parameters: tables that are computed, and statistics;
 # `n_averaged` is of torch's averaged models.
 _BUFFERS = re.compile(
     r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias|n_averaged"
     r"|quantize\.ema_vocab_hit_SV"
+    r"|(?:block_chunks\.\d+\.module\.\d+\.[sc]a|text_proj_for_sos\.ca)\.zero_k_bias"
+    r"|quantizer?\.lfq\.mask"
 )
 _ENCODER = ("encoder.", "quant_conv.")
 # What data-parallel, compiled, sharded and averaged modules, and whole pickled ones, add to names.
@@ -48,6 +59,8 @@ _WRAPPERS = re.compile(
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # The published code has phis of each scale, or one, without the list in their names.
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:(\d+)|qresi)\.")
+# The bitwise tokenizer's published layers stand within wrappers, which ours lack.
+_INNER = re.compile(r"(?<!upsample)\.(?:conv|norm)(?=\.(?:weight|bias)$)")
 
 _TORCH = (b"PK", b"\x80\x02")
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -81,21 +94,22 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     values: dict[str, object]
 
-    def part(self, part: Part) -> dict[str, Tensor]:
-        """The tensors of a part by their published names; every tensor where the part is not."""
-        found = self.find(part)
+    def part(self, part: Part, kind: Kind = "class") -> dict[str, Tensor]:
+        """The tensors of a part by our names of them; every tensor where the part is not."""
+        found = self.find(part, kind)
         if found is None:
             return dict(self.tensors)
         return {name: self.tensors[stored] for name, stored in found.names.items()}
 
-    def find(self, part: Part) -> FoundPart | None:
+    def find(self, part: Part, kind: Kind = "class") -> FoundPart | None:
         """Where a part is: at the top, in a checkpoint of a trainer, in a wrapper.
 
         Moving averages are taken before what they average. Raises `InputError` for a part that is
         there more than once.
         """
         bare = {stored: _WRAPPERS.sub("", stored) for stored in self.tensors}
-        places = _places(bare.values(), _ANCHORS[part])
+        anchors = _ANCHORS[kind]
+        places = _places(bare.values(), anchors[part])
         chosen = sorted(filter(_AVERAGED.search, places)) or sorted(places)
         if not chosen:
             return None
@@ -105,22 +119,19 @@ class WeightsFile:
             )
         place, names = chosen[0], dict[str, str]()
         # The other part may lie within this one, as a module of it.
-        inner = _places(bare.values(), (a for p in PARTS if p != part for a in _ANCHORS[p]))
+        inner = _places(bare.values(), (a for p in PARTS if p != part for a in anchors[p]))
         within = tuple(other for other in inner if other != place and other.startswith(place))
         for stored, name in bare.items():
             if name.startswith(place) and not name.startswith(within):
-                published = _PHI.sub(
-                    lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.",
-                    name.removeprefix(place),
-                )
+                published = _our_name(name.removeprefix(place), part, kind)
                 if published in names:
                     raise self._ambiguous(published, (names[published], stored))
                 names[published] = stored
         return FoundPart(place, names)
 
-    def what_was_taken(self, parts: Iterable[Part]) -> str | None:
+    def what_was_taken(self, parts: Iterable[Part], kind: Kind = "class") -> str | None:
         """What is used and what is not, in one line; None for a file of the weights alone."""
-        found = [place for place in map(self.find, parts) if place]
+        found = [place for part in parts if (place := self.find(part, kind))]
         used = {stored for part in found for stored in part.names.values()}
         inner = {prefix for name in used for prefix in _prefixes(name)}
         rest = {
@@ -136,7 +147,7 @@ class WeightsFile:
 
     def wrong_part(self, part: Part, model: str) -> InputError:
         """The error for a file that does not hold a part of a model."""
-        held: list[str] = [other for other in PARTS if self.find(other)]
+        held: list[str] = [other for other in PARTS for kind in _ANCHORS if self.find(other, kind)]
         if "slope" in self.tensors:
             held.append("calibration")
         names = ", ".join(sorted(self.tensors)[:4]) or "nothing"
@@ -149,6 +160,12 @@ class WeightsFile:
             f"{self.path} holds {what} more than once, as {' and '.join(names)}, wanted one: save "
             "the state dict of the one to use alone"
         )
+
+
+def _our_name(published: str, part: Part, kind: Kind) -> str:
+    if kind == "text":
+        return _INNER.sub("", published) if part == "tokenizer" else published
+    return _PHI.sub(lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.", published)
 
 
 def _places(names: Iterable[str], anchors: Iterable[str]) -> set[str]:
@@ -186,6 +203,8 @@ def read_file(path: Path) -> WeightsFile:
     What is no tensor of torch or plain value is passed over without looking at what it would run.
     Raises `InputError` for a file that is truncated, unreadable, of another kind, or holds code.
     """
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     try:
         if _is_safetensors(path):
             with safe_open(path, framework="pt") as file:
@@ -203,6 +222,14 @@ def read_file(path: Path) -> WeightsFile:
         {name: leaf.detach() for name, leaf in leaves.items() if isinstance(leaf, Tensor)},
         {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)},
     )
+
+
+def _read_shards(index: Path) -> WeightsFile:
+    """All that the files hold which an index of safetensors names."""
+    tensors: dict[str, Tensor] = {}
+    for shard in shards_of(index):
+        tensors.update(read_file(shard).tensors)
+    return WeightsFile(index, tensors, {})
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

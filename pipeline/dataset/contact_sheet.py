@@ -63,7 +63,7 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], per_subject: in
     Small images grow by a whole factor, pixel by pixel; large ones shrink smoothly. A long name has
     the lines that fit beside an image.
     """
-    side = max(image.shape[0] for _, images in rows for image in images)
+    side = max(max(image.shape[:2]) for _, images in rows for image in images)
     shown = _shown_side(side)
     font = ImageFont.load_default(_FONT_PX)
     names = [_lines(name, shown // _LINE_PX) for name, _ in rows]
@@ -100,5 +100,7 @@ def _shown_side(side: int) -> int:
 
 def _resized(pixels: np.ndarray, shown: int) -> Image.Image:
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-    kind = Image.Resampling.NEAREST if shown >= image.width else Image.Resampling.LANCZOS
-    return image.resize((shown, shown), kind)
+    longest = max(image.size)
+    kind = Image.Resampling.NEAREST if shown >= longest else Image.Resampling.LANCZOS
+    width, height = (max(1, round(length * shown / longest)) for length in image.size)
+    return image.resize((width, height), kind)

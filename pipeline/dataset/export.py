@@ -44,14 +44,15 @@ def export_adm_npz(dataset: Dataset, out: Path, advance: Advance = lambda count:
     """
     if out.suffix != ".npz":
         raise InputError(f"got --out {out}, wanted a name that ends in .npz: rename it")
-    side, count = dataset.plan.image_side, dataset.num_samples
+    shape, count = (*dataset.plan.image_size, 3), dataset.num_samples
     labels = np.empty(count, dtype=np.int64)
     with _appearing_whole(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with _array(archive, "arr_0", (count, side, side, 3), np.dtype(np.uint8)) as write:
+        with _array(archive, "arr_0", (count, *shape), np.dtype(np.uint8)) as write:
             for place, sample in enumerate(iterate_samples(dataset)):
                 image = sample.image.repeat(3 // sample.image.shape[2], axis=2)
-                if image.shape != (side, side, 3):
-                    raise ShardError(f"{sample.key} is {image.shape}, wanted {side}x{side} pixels")
+                if image.shape != shape:
+                    wanted = "x".join(map(str, dataset.plan.image_size))
+                    raise ShardError(f"{sample.key} is {image.shape}, wanted {wanted} pixels")
                 write(image.tobytes())
                 if sample.label is not None:
                     labels[place] = sample.label

@@ -134,7 +134,7 @@ def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str
     try:
         image_HWC = decode_image(sample.image, plan.image_channels)
         metadata = json.loads(sample.metadata)
-        if sample.depths is not None and plan.depth_map_sides:
+        if sample.depths is not None and plan.depth_map_grids:
             read_depth_map(sample.depths, plan)
     except (ShardError, ValueError, RecursionError) as error:
         return f"it cannot be decoded: {error}"
@@ -142,8 +142,8 @@ def _difference(plan: JobPlan, sample: TarSample, row: Mapping[str, Any]) -> str
         return f"the image is {image_HWC.shape[1]} x {image_HWC.shape[0]} pixels"
     if plan.image_format in LOSSLESS_FORMATS and pixel_hash(image_HWC) != row["pixel_sha256"]:
         return "the pixels are others than in the Parquet"
-    if (sample.depths is None) == bool(plan.depth_map_sides):
-        return f"it has {'no' if plan.depth_map_sides else 'a'} depth map"
+    if (sample.depths is None) == bool(plan.depth_map_grids):
+        return f"it has {'no' if plan.depth_map_grids else 'a'} depth map"
     named = {"index", "label", "class_name", "pixel_sha256", "prompt", "template"} & row.keys()
     if not isinstance(metadata, dict) or any(metadata.get(n) != row[n] for n in named):
         return "the .json member says something else than the Parquet"

@@ -101,6 +101,18 @@ class GenerateConfig(JobConfig):
     top_p: float | None = Field(
         None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
     )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="what guided logits are divided by (default: the model's own)",
+    )
+    image_size: Annotated[str, Metavar("SIZE")] | None = Field(
+        None,
+        pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$",
+        description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
+        " (default: the model's own)",
+    )
     precision: Precision = Field("float32", description="number type of the model")
     save_depth_maps: bool = Field(
         False, description="also store how many blocks every token ran, as {key}.depth.npy"
@@ -146,6 +158,12 @@ class GenerateConfig(JobConfig):
     contact_sheet: int = Field(
         10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _side_from_yaml(cls, value: object) -> object:
+        """Accept `image_size: 512` from YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("classes", "class_names", mode="before")
     @classmethod

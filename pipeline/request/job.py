@@ -6,22 +6,24 @@ import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from depthvar.config import MODELS, ModelConfig, SamplingSettings, model_name
+from depthvar.config import KNOWN_MODELS, AnyModel, ModelConfig, model_name
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
+from depthvar.infinity_config import InfinityConfig
 from depthvar.paths import check_output_folder, is_uri
 from depthvar.plan import DepthPlan
 from depthvar.policy import OPTIONS, PRESETS, DepthPolicy, make_policy, policy_of
+from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.generation import GenerateConfig, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
-from pipeline.request.text import ReadsText, find_text
+from pipeline.request.text import find_text
 from pipeline.request.weights import fetch_model
 
 UNREAD_WEIGHTS = "0" * 64
@@ -32,7 +34,7 @@ UNREAD_WEIGHTS = "0" * 64
 class _KnownModel:
     """A published model by its name alone, as `FoundModel` of weights that were read."""
 
-    config: ModelConfig
+    config: AnyModel
     sha256: str = UNREAD_WEIGHTS
     calibration: None = None
     notes: tuple[str, ...] = ()
@@ -43,7 +45,7 @@ def plan_job(
     *,
     note: Callable[[str], object] = lambda text: None,
     fetches: bool = True,
-) -> tuple[JobPlan, ModelConfig]:
+) -> tuple[JobPlan, AnyModel]:
     """What a request will make, checked against its model, and the model's sizes.
 
     Loads no weights and writes nothing; `note` is told what may have been meant otherwise. Without
@@ -53,7 +55,7 @@ def plan_job(
     _check_scratch(config)
     by_name = None if fetches else _known_model(config)
     found = by_name or fetch_model(config.model, config.weights)
-    model = found.config
+    model = _of_size(found.config, config.image_size)
     policy = _policy(config)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
@@ -70,7 +72,7 @@ def plan_job(
         model=model.name,
         weights_sha256=found.sha256,
         class_names=asked.class_names,
-        image_side=model.image_side,
+        image_size=model.image_size,
         image_channels=model.image_channels,
         policy=policy,
         sampling=sampling,
@@ -82,19 +84,20 @@ def plan_job(
         png_level=config.png_level,
         compute=compute,
         segments=(Segment(asked.counts),),
-        depth_map_sides=model.sides if config.save_depth_maps else (),
+        depth_map_grids=model.grids if config.save_depth_maps else (),
         prompts=asked.prompts,
     )
     if plan.prompts is None:
         return plan, model
-    encoder = _text_encoder(config, plan, cast(ReadsText, model), fetches, note)
+    assert isinstance(model, InfinityConfig)
+    encoder = _text_encoder(config, plan, model, fetches, note)
     return replace(plan, text_encoder_sha256=encoder), model
 
 
 def _text_encoder(
     config: GenerateConfig,
     plan: JobPlan,
-    model: ReadsText,
+    model: InfinityConfig,
     fetches: bool,
     note: Callable[[str], object],
 ) -> str:
@@ -118,9 +121,9 @@ def _known_model(config: GenerateConfig) -> _KnownModel | None:
     """A published model whose weights would have to be fetched."""
     weights = config.weights
     is_here = weights is not None and not is_uri(weights) and not is_repository(weights)
-    if config.model not in MODELS or is_here or (BUNDLED / config.model).is_dir():
+    if config.model not in KNOWN_MODELS or is_here or (BUNDLED / config.model).is_dir():
         return None
-    return _KnownModel(MODELS[config.model])
+    return _KnownModel(KNOWN_MODELS[config.model])
 
 
 def check_before_submission(config: GenerateConfig) -> None:
@@ -128,10 +131,19 @@ def check_before_submission(config: GenerateConfig) -> None:
 
     Of a model of the user's own nothing is known before its files are read.
     """
-    model = MODELS.get(model_name(config.model))
-    if model is not None:
+    known = KNOWN_MODELS.get(model_name(config.model))
+    if known is not None:
+        model = _of_size(known, config.image_size)
         _compute(model, _policy(config), _sampling(config, model.sampling))
         _asked(config, model, lambda note: None)
+
+
+def _of_size(model: AnyModel, image_size: str | None) -> AnyModel:
+    """The model for images of the size that is asked for, `SIDE` or `WIDTHxHEIGHT`."""
+    if image_size is None:
+        return model
+    width, _, height = image_size.partition("x")
+    return model.of_size((int(height or width), int(width)))
 
 
 def _policy(config: GenerateConfig) -> DepthPolicy:
@@ -162,16 +174,18 @@ def _check_scratch(config: GenerateConfig) -> None:
 
 
 def _sampling(config: GenerateConfig, default: SamplingSettings) -> SamplingSettings:
-    return SamplingSettings(
+    return replace(
+        default,
         cfg=default.cfg if config.cfg is None else config.cfg,
         top_k=default.top_k if config.top_k is None else config.top_k,
         top_p=default.top_p if config.top_p is None else config.top_p,
+        temperature=default.temperature if config.temperature is None else config.temperature,
     )
 
 
-def _compute(model: ModelConfig, policy: DepthPolicy, sampling: SamplingSettings) -> ImageCompute:
-    depth = DepthPlan.build(model.sides, model.num_blocks, policy)
-    full = DepthPlan.build(model.sides, model.num_blocks, make_policy("full"))
+def _compute(model: AnyModel, policy: DepthPolicy, sampling: SamplingSettings) -> ImageCompute:
+    depth = DepthPlan.build(model.grids, model.num_blocks, policy)
+    full = DepthPlan.build(model.grids, model.num_blocks, make_policy("full"))
     cost = image_cost(model, depth, streams=sampling.streams)
     full_cost = image_cost(model, full, streams=sampling.streams)
     return ImageCompute(
@@ -184,7 +198,7 @@ def _compute(model: ModelConfig, policy: DepthPolicy, sampling: SamplingSettings
     )
 
 
-def _asked(config: GenerateConfig, model: ModelConfig, note: Callable[[str], object]) -> Asked:
+def _asked(config: GenerateConfig, model: AnyModel, note: Callable[[str], object]) -> Asked:
     """What a request asks of a model, in the terms of its kind."""
     if wrong := config.unfit_for(is_text=model.is_text):
         raise InputError(_other_kind(model, wrong))
@@ -192,6 +206,7 @@ def _asked(config: GenerateConfig, model: ModelConfig, note: Callable[[str], obj
         return asked_prompts(config.prompts, config.per_class, note)
     if config.class_names is not None:
         return asked_classes(config.class_names, config.templates, config.per_class, note)
+    assert isinstance(model, ModelConfig)
     names, others = model.class_names, model.other_names
     if config.labels_file is not None:
         counts = read_labels_file(config.labels_file, names, others, note=note)
@@ -201,9 +216,9 @@ def _asked(config: GenerateConfig, model: ModelConfig, note: Callable[[str], obj
     return Asked(names, None, counts)
 
 
-def _other_kind(model: ModelConfig, got: str) -> str:
+def _other_kind(model: AnyModel, got: str) -> str:
     """What to say where a request is of another kind than its model."""
-    takers = [name for name, known in MODELS.items() if known.is_text != model.is_text]
+    takers = [name for name, known in KNOWN_MODELS.items() if known.is_text != model.is_text]
     others = f" ({', '.join(takers)} take the others)" if takers else ""
     if model.is_text:
         wanted = f"{model.name} makes images from text: give --class-names or --prompts"

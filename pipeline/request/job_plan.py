@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from depthvar.config import SamplingSettings
 from depthvar.errors import InputError, shown
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import prompt_uniform
+from depthvar.settings import Grid, SamplingSettings
 from pipeline.request.generation import DEFAULT_PNG_LEVEL, ImageFormat, Precision
 from pipeline.request.labels import MAX_SAMPLES, LabelCounts
 from pipeline.request.prompts import Prompt, Prompts, WrittenPrompts
@@ -157,7 +157,7 @@ class JobPlan:
     model: str
     weights_sha256: Sha256
     class_names: tuple[str, ...]
-    image_side: PositiveInt
+    image_size: tuple[PositiveInt, PositiveInt]
     image_channels: int
     policy: Annotated[DepthPolicy | FormerPolicy, BeforeValidator(_policy)]
     sampling: SamplingSettings
@@ -168,8 +168,8 @@ class JobPlan:
     image_format: ImageFormat
     compute: ImageCompute
     segments: tuple[Segment, ...]
-    depth_map_sides: tuple[PositiveInt, ...] = ()
-    """Sides of the scales whose depths are stored with every image; none without depth maps."""
+    depth_map_grids: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Rows and columns of the scales whose depths are stored with every image; or none."""
     png_level: Annotated[int, Field(ge=0, le=9)] = DEFAULT_PNG_LEVEL
     prompts: Prompts | None = None
     """What a text model is told; None for a class-conditional model."""
@@ -459,7 +459,10 @@ class JobPlan:
         """All but the segments, what is drawn and the policy taken apart."""
         settings: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            settings.update(value if name == "sampling" else {name: value})
+            if name in _SQUARE:
+                settings.update(_stored_square(name, _SQUARE[name], value))
+            else:
+                settings.update(value if name == "sampling" else {name: value})
         del settings["segments"]
         settings["policy"] = policy_fields(self.policy)
         return {**settings, "format_version": FORMAT_VERSION}
@@ -485,14 +488,33 @@ def _as_fields(settings: Mapping[str, JsonValue], segments: JsonValue) -> dict[s
         )
     drawing = [f.name for f in fields(SamplingSettings)]
     sampling = {name: values.pop(name) for name in drawing if name in values}
+    if "image_side" in values:
+        values["image_size"] = [values.pop("image_side")] * 2
+    if isinstance(sides := values.get("depth_map_sides"), list):
+        values["depth_map_grids"] = [[side, side] for side in sides]
+        del values["depth_map_sides"]
     return {**values, "sampling": sampling, "segments": segments}
 
 
-_FORMERLY = {
+_SQUARE = {"image_size": "image_side", "depth_map_grids": "depth_map_sides"}
+"""Fields that plan.json holds as sides, by another name, where all is square."""
+
+
+def _stored_square(name: str, of_sides: str, value: Any) -> dict[str, Any]:
+    grids: tuple[Grid, ...] = value if name == "depth_map_grids" else (value,)
+    if any(rows != columns for rows, columns in grids):
+        return {name: value}
+    sides = tuple(rows for rows, _ in grids)
+    return {of_sides: sides if name == "depth_map_grids" else sides[0]}
+
+
+_FORMERLY: Mapping[str, object] = {
     "depth_map_sides": (),
     "png_level": DEFAULT_PNG_LEVEL,
     "prompts": None,
     "text_encoder_sha256": None,
+    "temperature": 1.0,
+    "guidance": "ramp",
 }
 _POLICY = TypeAdapter(DepthPolicy)
 _PLAN_FILE, _PLAN = TypeAdapter(_PlanFile), TypeAdapter(JobPlan)

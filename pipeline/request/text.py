@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from depthvar.text.encoder_files import (
     DEFAULT_ENCODER,
@@ -15,13 +14,6 @@ from depthvar.text.states import GivenStates
 from pipeline.request.weights import local_encoder
 
 TextSource = FoundEncoder | GivenStates
-
-
-class ReadsText(Protocol):
-    """The sizes of a text model that its encoder must fit."""
-
-    text_width: int
-    max_text_tokens: int
 
 
 def find_text(encoder: str | None, states: str | None) -> TextSource:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
-from depthvar.config import ModelConfig
+from depthvar.config import AnyModel
 from depthvar.host.rate import rate_text
 from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
@@ -146,12 +146,12 @@ def run_summary(num_images: int, making_s: float, loading_s: float, workers: Seq
     )
 
 
-def depth_plan(plan: JobPlan, model: ModelConfig) -> DepthPlan:
+def depth_plan(plan: JobPlan, model: AnyModel) -> DepthPlan:
     """How many blocks each token of the plan's images runs."""
-    return DepthPlan.build(model.sides, model.num_blocks, plan.runnable_policy)
+    return DepthPlan.build(model.grids, model.num_blocks, plan.runnable_policy)
 
 
-def memory_warning(plan: JobPlan, model: ModelConfig, room: int | None) -> str | None:
+def memory_warning(plan: JobPlan, model: AnyModel, room: int | None) -> str | None:
     """What to change if a batch does not fit into the bytes a worker has; None where it fits.
 
     `room` is None where nobody knows how much a worker has.

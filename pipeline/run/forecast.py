@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 
-from depthvar.config import ModelConfig
+from depthvar.config import AnyModel
 from depthvar.host.rate import rate_text
 from depthvar.memory import memory_need
 from depthvar.plan import DepthPlan
@@ -58,7 +59,7 @@ class Speed:
 
 def plan_report(
     plan: JobPlan,
-    model: ModelConfig,
+    model: AnyModel,
     depth: DepthPlan,
     records: Mapping[int, CommitRecord],
     *,
@@ -66,13 +67,14 @@ def plan_report(
 ) -> str:
     """The dry run: what would be made, what it costs and what is there already."""
     done = sum(record.num_samples for record in records.values())
-    side, sampling, compute = plan.image_side, plan.sampling, plan.compute
+    sampling, compute = plan.sampling, plan.compute
+    height, width = plan.image_size
     is_unread = UNREAD_WEIGHTS in (plan.weights_sha256, plan.text_encoder_sha256)
     weights = _told(plan.weights_sha256)
     if plan.text_encoder_sha256 is not None:
         weights += f", text encoder {_told(plan.text_encoder_sha256)}"
     drawing = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
-    images = f"{plan.num_samples:,} images of {plan.subjects_told}, {side}x{side}"
+    images = f"{plan.num_samples:,} images of {plan.subjects_told}, {width}x{height}"
     sample_bytes, basis = _sample_bytes(plan, records)
     shard_bytes = human_bytes(sample_bytes * min(plan.samples_per_shard, plan.num_samples))
     identity = "not known before the weights are read" if is_unread else plan.fingerprint
@@ -93,8 +95,8 @@ def plan_report(
             f"where     {where}",
             f"identity  {identity}",
             "",
-            f"depth     {depth_words(depth, model.sides)}",
-            depth_table(depth, model.sides),
+            f"depth     {depth_words(depth)}",
+            depth_table(depth),
         ]
     )
 
@@ -104,7 +106,7 @@ def _told(sha256: str) -> str:
     return "not read" if sha256 == UNREAD_WEIGHTS else sha256[:12]
 
 
-def _memory(plan: JobPlan, model: ModelConfig, depth: DepthPlan) -> str:
+def _memory(plan: JobPlan, model: AnyModel, depth: DepthPlan) -> str:
     need = memory_need(
         model,
         depth,
@@ -133,14 +135,17 @@ def _sample_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> tuple[f
         per_pixel, kind = float(plan.image_channels), "images that are not compressed"
     # A row of .json has two numbers for each scale, of about 12 characters.
     members: list[float] = [1] * len(plan.caption_suffixes)
-    members += [320 + 24 * len(plan.compute.depth_per_scale), per_pixel * plan.image_side**2]
-    if plan.depth_map_sides:
-        members.append(128 + sum(side * side for side in plan.depth_map_sides))
+    members += [
+        320 + 24 * len(plan.compute.depth_per_scale),
+        per_pixel * math.prod(plan.image_size),
+    ]
+    if plan.depth_map_grids:
+        members.append(128 + sum(map(math.prod, plan.depth_map_grids)))
     in_tar = sum(_BLOCK * (1 + -(-size // _BLOCK)) for size in members)
     return in_tar, f"{per_pixel:g} bytes a pixel, measured on {kind}, until a shard is committed"
 
 
-def depth_words(depth: DepthPlan, sides: Sequence[int]) -> str:
+def depth_words(depth: DepthPlan) -> str:
     """Which scales run how deep, in a sentence."""
     last = depth.num_blocks
 
@@ -154,24 +159,26 @@ def depth_words(depth: DepthPlan, sides: Sequence[int]) -> str:
         return f"{mean:.3g} of {last} blocks in the mean, {fewest} to {most} by token"
 
     parts = []
-    for text, run in groupby(range(len(sides)), key=words):
+    for text, run in groupby(range(len(depth.grids)), key=words):
         scales = list(run)
         first, final = scales[0], scales[-1]
         name = f"scale {first}" if first == final else f"scales {first}-{final}"
-        maps = " to ".join(f"{sides[s]}x{sides[s]}" for s in dict.fromkeys((first, final)))
+        ends = (depth.grids[scale] for scale in dict.fromkeys((first, final)))
+        maps = " to ".join(f"{rows}x{columns}" for rows, columns in ends)
         parts.append(f"{name} ({maps} tokens) {text}")
     return "; ".join(parts)
 
 
-def depth_table(depth: DepthPlan, sides: Sequence[int]) -> str:
+def depth_table(depth: DepthPlan) -> str:
     """One row per scale: tokens, mean depth, and how many tokens how many blocks compute."""
-    rows = [("scale", "side", "tokens", "depth", "tokens x blocks")]
-    for index, (side, mean) in enumerate(zip(sides, depth.mean_depth_per_scale, strict=True)):
+    rows = [("scale", "grid", "tokens", "depth", "tokens x blocks")]
+    for index, (grid, mean) in enumerate(zip(depth.grids, depth.mean_depth_per_scale, strict=True)):
         is_sampled = index < len(depth.scales)
         widths = Counter(int(k) for k in depth.scales[index].prefix) if is_sampled else {}
         work = ", ".join(f"{k} x {n}" for k, n in sorted(widths.items(), reverse=True))
         work = work or "not sampled"
-        rows.append((str(index), str(side), str(side * side), f"{mean:.2f}", work))
+        shape = "x".join(map(str, grid))
+        rows.append((str(index), shape, str(math.prod(grid)), f"{mean:.2f}", work))
     widths_of = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths_of, strict=False)), row[4]])

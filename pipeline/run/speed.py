@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 
+from depthvar.infinity_config import InfinityConfig
 from pipeline.request.job_plan import JobPlan
-from pipeline.request.text import ReadsText
 from pipeline.run.forecast import Speed
 from pipeline.run.worker import Resampler, Scratch, Workplace
 from pipeline.shards.writer import ShardWriter
@@ -27,8 +26,8 @@ def measure_speed(plan: JobPlan, place: Workplace) -> Speed:
     """
 
     def states_of(prompt: str) -> np.ndarray:
-        width = cast(ReadsText, resampler.config).text_width
-        shape = (len(prompt) // _TOKEN_LETTERS + 1, width)
+        assert isinstance(resampler.config, InfinityConfig)
+        shape = (len(prompt) // _TOKEN_LETTERS + 1, resampler.config.text_width)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
     started = time.perf_counter()

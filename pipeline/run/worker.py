@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from depthvar.config import ModelConfig
+from depthvar.config import AnyModel
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
@@ -54,7 +54,7 @@ StatesOf = Callable[[str], np.ndarray]
 class SamplerLike(Protocol):
     """What the worker needs of `depthvar.sampling.Sampler`."""
 
-    config: ModelConfig
+    config: AnyModel
     plan: DepthPlan
     cost: Cost
 
@@ -141,7 +141,7 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
     import torch
 
     from depthvar.sampling import Sampler
-    from depthvar.weights.checkpoint import load_model
+    from depthvar.weights.checkpoint import load_any
 
     policy = plan.runnable_policy
     torch.set_num_threads(place.threads)
@@ -151,7 +151,8 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
             f"the weights on {socket.gethostname()} have SHA-256 {found.sha256}, the plan has"
             f" {plan.weights_sha256}: give every machine the same file"
         )
-    model = load_model(found, device=device, dtype=getattr(torch, plan.precision))
+    found = replace(found, config=found.config.of_size(plan.image_size))
+    model = load_any(found, device=device, dtype=getattr(torch, plan.precision))
     return Sampler(model, policy, plan.sampling)
 
 
@@ -180,7 +181,7 @@ class Resampler:
         )
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> AnyModel:
         """The model's sizes."""
         return self._sampler.config
 

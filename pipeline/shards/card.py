@@ -128,7 +128,7 @@ def _features(plan: JobPlan) -> list[dict[str, Any]]:
         plan.image_format: {"dtype": "image"},
         **{suffix: kinds[suffix] for suffix in plan.caption_suffixes},
         "json": {"struct": compact_features(columns_of(plan))},
-        **({DEPTH_MAP_SUFFIX: {"sequence": "uint8"}} if plan.depth_map_sides else {}),
+        **({DEPTH_MAP_SUFFIX: {"sequence": "uint8"}} if plan.depth_map_grids else {}),
         "__key__": {"dtype": "string"},
         "__url__": {"dtype": "string"},
     }
@@ -136,9 +136,9 @@ def _features(plan: JobPlan) -> list[dict[str, Any]]:
 
 
 def _depth_maps(plan: JobPlan) -> list[tuple[str, str]]:
-    sides = ", ".join(map(str, plan.depth_map_sides))
+    grids = ", ".join(f"{rows}x{columns}" for rows, columns in plan.depth_map_grids)
     what = "blocks of every token, uint8, scale by scale in raster order"
-    return [("depth maps", f"`.depth.npy`: {what}; sides {sides}")] if sides else []
+    return [("depth maps", f"`.depth.npy`: {what}; {grids}")] if grids else []
 
 
 def _templates(plan: JobPlan) -> list[tuple[str, str]]:
@@ -183,7 +183,7 @@ def _facts(
         ("shards", f"{num_shards:,} ({tar_bytes / 1e6:,.1f} MB)"),
         (
             "images",
-            f"{plan.image_side} x {plan.image_side} {mode} {plan.image_format}",
+            f"{plan.image_size[1]} x {plan.image_size[0]} {mode} {plan.image_format}",
         ),
         ("depth policy", _policy(plan.policy)),
         *_depth_maps(plan),

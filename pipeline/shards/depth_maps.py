@@ -8,6 +8,7 @@ ranked apart, the conditional one's.
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 
@@ -24,7 +25,9 @@ def depth_map_file(depths_N: np.ndarray) -> bytes:
 
 
 def read_depth_map(data: bytes, plan: JobPlan) -> list[np.ndarray]:
-    """The depths of every scale (side, side), uint8. Errors: `ValueError` for others than planned.
+    """The depths of every scale (rows, columns), uint8.
+
+    Errors: `ValueError` for others than planned.
 
     How deep a scale runs in the mean is fixed by the plan.
     """
@@ -32,14 +35,14 @@ def read_depth_map(data: bytes, plan: JobPlan) -> list[np.ndarray]:
         depths_N = np.load(io.BytesIO(data), allow_pickle=False)
     except (EOFError, OSError) as error:
         raise ValueError(f"the depth map is no .npy file: {error}") from error
-    ends = np.cumsum([side * side for side in plan.depth_map_sides])
+    ends = np.cumsum([math.prod(grid) for grid in plan.depth_map_grids])
     if depths_N.dtype != np.uint8 or depths_N.shape != (ends[-1],):
         raise ValueError(
             f"got a depth map {depths_N.dtype} {depths_N.shape}, wanted uint8 ({ends[-1]},)"
         )
     scales = [
-        part.reshape(side, side)
-        for part, side in zip(np.split(depths_N, ends[:-1]), plan.depth_map_sides, strict=True)
+        part.reshape(grid)
+        for part, grid in zip(np.split(depths_N, ends[:-1]), plan.depth_map_grids, strict=True)
     ]
     means = [float(scale.mean()) for scale in scales]
     if not np.allclose(means, plan.compute.depth_per_scale):

@@ -134,8 +134,7 @@ class ShardWriter:
         """
         images_BHWC = batch.images_BHWC
         stop = start + len(images_BHWC)
-        side, channels = self._plan.image_side, self._plan.image_channels
-        wanted = (len(images_BHWC), side, side, channels)
+        wanted = (len(images_BHWC), *self._plan.image_size, self._plan.image_channels)
         if images_BHWC.dtype != np.uint8 or images_BHWC.shape != wanted:
             raise ValueError(
                 f"got images {images_BHWC.dtype} {images_BHWC.shape}, wanted uint8 {wanted}"
@@ -152,7 +151,7 @@ class ShardWriter:
             float(batch.decoding_s),
             [finite_floats(row, "mean_change") for row in batch.mean_change_BS],
             [finite_floats(row, "mean_log_prob") for row in batch.mean_log_prob_BS],
-            list(map(depth_map_file, batch.depths_BN)) if self._plan.depth_map_sides else [],
+            list(map(depth_map_file, batch.depths_BN)) if self._plan.depth_map_grids else [],
         )
         for depth_map in entry.depth_maps:
             read_depth_map(depth_map, self._plan)
@@ -252,8 +251,8 @@ class ShardWriter:
             pixel_sha256=encoded.pixel_sha256,
             image_sha256=encoded.image_sha256,
             image_bytes=len(encoded.image),
-            width=plan.image_side,
-            height=plan.image_side,
+            width=plan.image_size[1],
+            height=plan.image_size[0],
             status=STATUS_OK,
             is_blank=encoded.is_blank,
             is_duplicate_in_shard=encoded.pixel_sha256 in self._pixel_hashes,

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from depthvar.config import MODELS, SamplingSettings, model_config, small_model_config
+from depthvar.config import MODELS, model_config, small_model_config
 from depthvar.errors import InputError
+from depthvar.settings import SamplingSettings
 
 
 @pytest.mark.parametrize(

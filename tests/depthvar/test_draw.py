@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthvar.config import SamplingSettings
 from depthvar.draw import Drawn, draw_tokens
+from depthvar.settings import SamplingSettings
 from tests import reference_depthvar as reference
 
 ALL = SamplingSettings(cfg=0.0, top_k=0, top_p=1.0)
@@ -91,7 +91,7 @@ def assert_drawn_as_by_sorting(kind: str, how: SamplingSettings) -> None:
     uniforms_BT = torch.rand(4, 15, generator=torch.Generator().manual_seed(7)).double()
     drawn = draw_tokens(logits_BTV, uniforms_BT, how)
     tokens_BT, log_prob_BT, probs_BTV = drawn_by_sorting(logits_BTV, uniforms_BT, how)
-    assert drawn.tokens_BT.equal(tokens_BT)
+    assert drawn.tokens.equal(tokens_BT)
     atol = 1e-12 if kind == "float64" else 3e-6
     torch.testing.assert_close(drawn.log_prob_BT.double(), log_prob_BT, rtol=0, atol=atol)
     torch.testing.assert_close(drawn.probs.double(), probs_BTV, rtol=0, atol=atol)
@@ -181,7 +181,7 @@ def test_the_likeliest_code_is_always_kept_of_equals_the_last():
     assert survivors([0.0, 5.0, 5.0, 1.0], keep(top_p=1e-9)) == {2}
     # In float32 all probability is at most 1 - p here.
     rounded = draw_one([0.0, 5.0, 1.0], keep(top_p=1e-9), 0.0, 0.5, dtype=torch.float32)
-    assert rounded.tokens_BT.tolist() == [[1, 1]]
+    assert rounded.tokens.tolist() == [[1, 1]]
     assert probs_by_code(rounded) == [0.0, 1.0, 0.0]
 
 
@@ -202,7 +202,7 @@ def test_a_uniform_picks_by_ascending_logit_then_code():
     total = 9
     edges = [1 / total, 3 / total, 5 / total]
     uniforms = [0.0, *(e + d for e in edges for d in (-1e-9, 1e-9)), JUST_BELOW_ONE]
-    assert draw_one(logits, ALL, *uniforms).tokens_BT.tolist() == [[2, 2, 0, 0, 3, 3, 1, 1]]
+    assert draw_one(logits, ALL, *uniforms).tokens.tolist() == [[2, 2, 0, 0, 3, 3, 1, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,7 +211,7 @@ def test_the_ends_of_the_unit_interval_pick_the_first_and_the_last_of_what_is_ke
     for how in (ALL, keep(900, 0.96), keep(900, 1.0), keep(0, 0.5), keep(1, 1.0), keep(0, 1e-6)):
         drawn = draw_one(logits, how, 0.0, JUST_BELOW_ONE, dtype=dtype)
         kept = sorted(survivors(logits, how), key=lambda code: logits[code])
-        assert drawn.tokens_BT.tolist() == [[kept[0], kept[-1]]]
+        assert drawn.tokens.tolist() == [[kept[0], kept[-1]]]
 
 
 def test_a_dropped_code_is_never_drawn():
@@ -236,7 +236,7 @@ def test_frequencies_are_the_exact_distribution():
     uniforms = [(i + 0.5) / count for i in range(count)]
     how = keep(6, 0.9)
     drawn = draw_one(logits, how, *uniforms)
-    frequencies = torch.bincount(drawn.tokens_BT[0], minlength=7).tolist()
+    frequencies = torch.bincount(drawn.tokens[0], minlength=7).tolist()
     exact = reference.draw(logits, 0.5, how).probs_V
     assert exact[5] == exact[2] == 0
     assert frequencies == pytest.approx([count * p for p in exact], abs=1)
@@ -245,7 +245,7 @@ def test_frequencies_are_the_exact_distribution():
 def test_log_probabilities_are_those_of_the_truncated_distribution():
     logits = [math.log(p) for p in (0.1, 0.3, 0.2, 0.4)]
     drawn = draw_one(logits, keep(top_k=3), 0.1, 0.3, 0.9)
-    assert drawn.tokens_BT.tolist() == [[2, 1, 3]]
+    assert drawn.tokens.tolist() == [[2, 1, 3]]
     want = [math.log(p / 0.9) for p in (0.2, 0.3, 0.4)]
     assert drawn.log_prob_BT[0].tolist() == pytest.approx(want, abs=1e-12)
     assert draw_one(logits, keep(top_k=1), 0.7).log_prob_BT.item() == pytest.approx(0, abs=1e-12)
@@ -293,7 +293,7 @@ def test_positions_and_samples_are_drawn_apart():
     for b in range(3):
         for t in range(5):
             want = reference.draw(logits_BTV[b, t].tolist(), uniforms_BT[b, t].item(), how)
-            assert drawn.tokens_BT[b, t] == want.code
+            assert drawn.tokens[b, t] == want.code
             assert drawn.log_prob_BT[b, t].item() == pytest.approx(want.log_prob, abs=1e-12)
 
 
@@ -323,5 +323,5 @@ def test_any_draw_with_many_ties_equals_the_plain_one(halves, uniform, top_k, to
         return
     got = draw_one(logits.tolist(), how, uniform)
     want = reference.draw(logits.tolist(), uniform, how)
-    assert got.tokens_BT.item() == want.code
+    assert got.tokens.item() == want.code
     assert probs_by_code(got) == pytest.approx(want.probs_V, abs=1e-9)

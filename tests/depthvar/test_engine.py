@@ -6,6 +6,7 @@ C width, D head channels, M text tokens.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -70,6 +71,9 @@ class RotaryText:
 
     weights: Tensor  # (L, 4, C, C): query, key, value, text
 
+    def rotations(self, scale: int) -> None:
+        return None
+
     def _turned(self, x_GKC: Tensor, weight: Tensor) -> Tensor:
         a, b = (x_GKC @ weight).chunk(2, dim=-1)
         angle = x_GKC[:, :, -1:]
@@ -130,7 +134,7 @@ def test_a_backbone_with_rotary_positions_and_text_equals_the_dense_reference(nu
         blocks = DenseRotaryText(backbone, text_GMC[rows])
         fits = (fit.slope_SLC, fit.offset_SLC)
         sampled = sides[: len(plan.scales)]
-        dense = reference.DenseDepth(blocks, sampled, num_blocks, policy, *fits)
+        dense = reference.DenseDepth(blocks, reference.squares(sampled), num_blocks, policy, *fits)
         for i, (x_GTC, random_BT) in enumerate(inputs_of(plan, 3)):
             want = dense.run_scale(x_GTC[rows], random_BT[sample].tolist())
             close = {"rtol": 0, "atol": 1e-9}
@@ -153,7 +157,7 @@ def test_active_tokens_are_those_of_the_boolean_mask_of_every_block(shape):
     blocks = reference.VarBlocks(
         states(model)[0], model.config, states(model)[0]["class_emb.weight"][labels]
     )
-    dense = reference.DenseDepth(blocks, plan.sides, plan.num_blocks, policy)
+    dense = reference.DenseDepth(blocks, plan.grids, plan.num_blocks, policy)
     cache, trace = var_cache(model, plan, rows=2), None
     for i, scale in enumerate(plan.scales):
         x_GTC = noise(2, scale.count, width, seed=i)
@@ -208,7 +212,7 @@ def test_full_depth_runs_the_backbone_s_blocks_in_order_and_nothing_else():
     cache = KeyValueCache(plan, rows=6, heads=1, head_dim=12, like=text_GMC)
     traces = run_scales(engine, plan, cache, text_GMC, batch=3)
     x = torch.cat([x_GTC for x_GTC, _ in inputs_of(plan, 3)], dim=1)
-    level = torch.cat([torch.full((s * s,), i) for i, s in enumerate(plan.sides)])
+    level = torch.cat([torch.full((s * s,), i) for i, (s, _) in enumerate(plan.grids)])
     hidden_from = level[None, :] > level[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -280,6 +284,9 @@ class MarkingBackbone:
     inner: Any
     recorder: Recorder
     num_blocks: int
+
+    def rotations(self, scale: int) -> None:
+        return None
 
     def keys_values(self, block: int, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         return self.inner.keys_values(block, x, condition)
@@ -426,18 +433,18 @@ def test_blocks_run_on_exactly_the_tokens_that_the_plan_counts():
 # The parts.
 
 
-@pytest.mark.parametrize("side", range(1, 14))
-def test_a_token_s_parent_covers_its_centre(side):
-    for coarse in range(1, 14):
-        parents = parent_positions(side, coarse, CPU).tolist()
-        assert parents == reference.covering_token(side, coarse)
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_a_token_s_parent_covers_its_centre(rows):
+    for columns, *coarse in itertools.product((1, 3, 8), range(1, 10), (1, 2, 5)):
+        grid = (rows, columns)
+        parents = parent_positions(grid, tuple(coarse), CPU).tolist()
+        assert parents == reference.covering_token(grid, tuple(coarse))
         for position, parent in enumerate(parents):
-            for mine, its in (
-                (position // side, parent // coarse),
-                (position % side, parent % coarse),
+            for mine, its, length, short in zip(
+                divmod(position, columns), divmod(parent, coarse[1]), grid, coarse, strict=True
             ):
-                centre = (mine + Fraction(1, 2)) / side
-                assert Fraction(its, coarse) <= centre <= Fraction(its + 1, coarse)
+                centre = (mine + Fraction(1, 2)) / length
+                assert Fraction(its, short) <= centre <= Fraction(its + 1, short)
 
 
 def cache_of(policy: DepthPolicy, sides: tuple[int, ...] = (1, 2, 3)) -> tuple[DepthPlan, Any]:
@@ -513,6 +520,9 @@ class BackAndForth:
     """Adds a number to 5 of 12 channels at even blocks and takes it away at odd ones."""
 
     step: float
+
+    def rotations(self, scale: int) -> None:
+        return None
 
     def keys_values(self, block: int, x: Tensor, condition: None) -> tuple[Tensor, Tensor]:
         return x[:, None], x[:, None]

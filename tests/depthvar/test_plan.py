@@ -340,7 +340,7 @@ def test_a_least_depth_does_not_fall_short_by_rounding():
 
 def test_skipped_scales_are_left_out_and_cost_nothing():
     plan = DepthPlan.build((1, 2, 3, 4), 5, make_policy("skip-scales", skip_last_scales=2))
-    assert [scale.side for scale in plan.scales] == [1, 2]
+    assert [scale.grid for scale in plan.scales] == [(1, 1), (2, 2)]
     assert plan.token_layers == 25
     assert plan.full_token_layers == 150
     assert plan.mean_depth_per_scale == (5.0, 5.0, 0.0, 0.0)
@@ -400,7 +400,7 @@ def test_tokens_get_the_reference_s_scores_by_exact_ranks(model_sides, num_block
     order = np.argsort(ranking_T, kind="stable")[plan.scales[scale].rank_of_slot]
     scores = np.empty(count)
     scores[order] = plan.scales[scale].scores
-    sampled = plan.sides[: len(plan.scales)]
+    sampled = plan.grids[: len(plan.scales)]
     want, _ = reference.scores_and_depths_of_scale(policy, sampled, scale, num_blocks, ranking_T)
     assert scores.tolist() == pytest.approx(want, abs=1e-9)
 

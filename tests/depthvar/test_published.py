@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from depthvar.config import SamplingSettings
 from depthvar.policy import make_policy
 from depthvar.published import PublishedSampler, draw_published
+from depthvar.settings import SamplingSettings
 from tests import reference_depthvar as reference
 from tests.gpu_check import published_logits
 from tests.tiny_models import GUIDED, TOLERANCE, UNGUIDED, states, tiny_model

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from depthvar import published
-from depthvar.config import SamplingSettings
 from depthvar.cost import image_cost
 from depthvar.engine import ScaleTrace
 from depthvar.errors import InputError
@@ -25,6 +24,7 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import SampledTokens, Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import LoadedModel
 from tests import reference_depthvar as reference
 from tests.tiny_models import (

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from depthvar.config import SamplingSettings, model_config
+from depthvar.config import model_config
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit
 from depthvar.weights.files import CALIBRATION_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from depthvar.weights.find import find_model

@@ -223,7 +223,7 @@ def test_plan_prints_the_dry_run_and_writes_nothing(
     assert "--batch-size 3 does not divide --samples-per-shard 4" in text
     assert "2 shards for 4 workers" in text
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[1] for row in rows] == ["1", "2", "3", "4", "5", "6", "8"]
+    assert [row[1] for row in rows] == [f"{side}x{side}" for side in (1, 2, 3, 4, 5, 6, 8)]
     assert not list(tmp_path.iterdir())
 
 
@@ -355,7 +355,7 @@ METAVARS = {
         max-attempts per-class png-level processes real reference-scale regenerate rounds runs
         samples samples-per-shard seed seeds steps threads threads-per-worker timing-rounds
         tokenizer-steps top-k transformer-steps transformer-tuning-steps workers""",
-    "X": "cfg held-out-share layer-drop learning-rate price-per-gpu-hour top-p",
+    "X": "cfg held-out-share layer-drop learning-rate price-per-gpu-hour temperature top-p",
     "PATH": "data inception-weights model-out out reference scratch test text-encoder weights",
     "FILE": "config json plot labels-file prompts templates text-states",
     "MODEL": "model tokenizer-from",
@@ -366,6 +366,7 @@ METAVARS = {
     "ADDRESS": "address",
     "DEVICE": "device",
     "COLOUR": "background",
+    "SIZE": "image-size",
 }
 JOBS = sorted(file.stem for file in (ROOT / "jobs").glob("[a-z]*.py"))
 

@@ -22,7 +22,7 @@ CLASSES = (0, 1, 3)
 
 def colour_plan(**changes: Any) -> JobPlan:
     """48 RGB images of three classes in six shards."""
-    settings: dict[str, Any] = {"image_side": 8, "image_channels": 3, "samples_per_shard": 8}
+    settings: dict[str, Any] = {"image_size": (8, 8), "image_channels": 3, "samples_per_shard": 8}
     return make_plan(dict.fromkeys(CLASSES, 16), **{**settings, **changes})
 
 

@@ -82,8 +82,8 @@ def render(survey: Survey) -> bytes:
         "made_with": records[0].made_with if records else {},
         "settings": dict(_settings(survey.plan.settings_as_stored)),
         "scope": _scope(survey.rows),
-        "is_small": survey.plan.image_side <= _SMALL_SIDE,
-        "is_shrunk": survey.plan.image_side > _SHOWN_SIDE,
+        "is_small": max(survey.plan.image_size) <= _SMALL_SIDE,
+        "is_shrunk": max(survey.plan.image_size) > _SHOWN_SIDE,
         **_figures(survey),
     }
     return (environment.get_template(_TEMPLATE).render(values) + "\n").encode()
@@ -129,8 +129,10 @@ def depth_strip(picture: Picture) -> str:
 
 def _tile(depths: np.ndarray) -> np.ndarray:
     """A map grown or shrunk to the side of a tile: every pixel is that of the token over it."""
-    along = (2 * np.arange(_TILE_SIDE) + 1) * len(depths) // (2 * _TILE_SIDE)
-    return np.asarray(depths[np.ix_(along, along)], dtype=np.float64)
+    rows, columns = (
+        (2 * np.arange(_TILE_SIDE) + 1) * length // (2 * _TILE_SIDE) for length in depths.shape
+    )
+    return np.asarray(depths[np.ix_(rows, columns)], dtype=np.float64)
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> str:

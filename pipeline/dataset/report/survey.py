@@ -243,7 +243,7 @@ def _picture(plan: JobPlan, rows: Rows, place: int, sample: TarSample) -> Pictur
     if hashlib.sha256(sample.image).hexdigest() != rows.image_sha256[place]:
         raise ShardError(f"the image of {key} is not the one that was committed")
     depths: Sequence[np.ndarray] = ()
-    if sample.depths is not None and plan.depth_map_sides:
+    if sample.depths is not None and plan.depth_map_grids:
         try:
             depths = read_depth_map(sample.depths, plan)
         except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from depthvar.config import model_config
+from depthvar.config import MODELS
 from depthvar.errors import InputError
 from depthvar.host.names import comparable
 from depthvar.training.class_folders import folder_names
@@ -82,14 +82,14 @@ class TrainingSet:
     def num_classes(self) -> int:
         """Classes of the model behind the dataset, with images or without."""
         if self.dataset is None:
-            return len(model_config(DIGITS).class_names)
+            return len(MODELS[DIGITS].class_names)
         return len(self.dataset.plan.class_names)
 
     @property
     def num_channels(self) -> int:
         """1 for grey images, 3 for RGB."""
         if self.dataset is None:
-            return model_config(DIGITS).image_channels
+            return MODELS[DIGITS].image_channels
         return self.dataset.plan.image_channels
 
     def class_ids(self) -> set[int]:
@@ -137,7 +137,7 @@ def open_test_set(
             f"got --test {test} without a dataset, wanted --test digits for real digits alone: "
             "name a dataset to train on"
         )
-    side = dataset.plan.image_side
+    side = dataset.plan.image_size[0]
     if side < MIN_SIDE:
         raise InputError(
             f"{dataset.storage} holds images of {side}x{side} pixels, wanted at least "
@@ -339,7 +339,7 @@ def _folder_images(
             f"{plan.class_names[0]!r}: correct it"
         )
     images, report = pictures.read(
-        side=plan.image_side,
+        side=plan.image_size[0],
         channels=plan.image_channels,
         background=background,
         skip_unreadable=skip_unreadable,
@@ -369,7 +369,7 @@ def _dataset_images(test: Dataset, dataset: Dataset) -> TestSet:
     our_names, their_names = ([*map(comparable, s.class_names)] for s in (ours, theirs))
     differing = {
         "class_names": our_names != their_names,
-        "image_side": ours.image_side != theirs.image_side,
+        "image_size": ours.image_size != theirs.image_size,
         "image_channels": ours.image_channels != theirs.image_channels,
     }
     for field, differs in differing.items():

@@ -143,7 +143,7 @@ def evaluate(
 def shows_digits(dataset: Dataset) -> bool:
     """Whether the images are those of a model of the digits, by classes and format."""
     shown = dataset.plan
-    return real_set_of(shown.class_names, shown.image_side, shown.image_channels) == "digits"
+    return real_set_of(shown.class_names, shown.image_size[0], shown.image_channels) == "digits"
 
 
 def _evaluate_digits(
@@ -247,7 +247,7 @@ def _evaluate_with_inception(
             f"{dataset.storage} holds grey images of {plan.model}, wanted RGB for the Inception"
             " network, or the bundled digits"
         )
-    reference = Reference.open(request.reference, plan.image_side)
+    reference = Reference.open(request.reference, plan.image_size[0])
     network = InceptionNetwork(request.inception_weights, device=request.device)
     return inception_evaluation(dataset, network, reference, count, listener)
 

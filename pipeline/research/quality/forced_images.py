@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.config import SamplingSettings
 from depthvar.draw import draw_tokens
 from depthvar.engine import ScaleTrace, parent_positions
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.training.data import to_float
 from depthvar.weights.checkpoint import LoadedModel
 
@@ -165,7 +165,7 @@ class ForcedImages:
 
     def _signals(self, scale: int, previous: _ScaleRun) -> dict[str, Tensor]:
         """What the tokens of a scale can be ranked by: of the scale before, up-sampled (B, T)."""
-        sides = self._model.config.sides
+        grids = self._model.config.grids
         nowhere_BT = torch.zeros_like(previous.change_BT)
         drawn = draw_tokens(previous.logits_BTV, nowhere_BT, _SETTINGS)
         of_previous = {
@@ -173,7 +173,7 @@ class ForcedImages:
             "entropy": drawn.entropy(),
             "spread": drawn.spread(self._model.tokenizer.quantize.embedding.weight),
         }
-        parents_T = parent_positions(sides[scale], sides[scale - 1], nowhere_BT.device)
+        parents_T = parent_positions(grids[scale], grids[scale - 1], nowhere_BT.device)
         return {name: values_BT[:, parents_T] for name, values_BT in of_previous.items()}
 
 

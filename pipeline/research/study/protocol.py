@@ -253,7 +253,7 @@ def resolve_study(config: StudyConfig) -> Study:
     if config.model in MODELS:
         _real_set(MODELS[config.model])  # it need not be fetched to be told
     found = fetch_model(config.model, config.weights)
-    model = found.config
+    model = found.class_config
     real_set = _real_set(model)
     sections: tuple[tuple[Section, dict[str, StudyMethod]], ...] = (
         ("methods", config.methods),

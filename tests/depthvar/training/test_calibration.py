@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from depthvar.config import SamplingSettings
+from depthvar.settings import SamplingSettings
 from depthvar.training.calibration import ProxyRegression, calibrate
 from depthvar.weights.checkpoint import load_model
 from depthvar.weights.find import find_model

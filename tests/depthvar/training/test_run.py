@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from depthvar.config import ModelConfig, SamplingSettings, model_config, scenes_model_config
+from depthvar.config import ModelConfig, model_config, scenes_model_config
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.training.data import REAL_SETS, ImageSet, digits
 from depthvar.training.loop import Process, train
 from depthvar.training.recipe import (

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import CONFIG_FILE, SamplingSettings, model_config
+from depthvar.config import CONFIG_FILE, model_config
 from depthvar.engine import ProxyFit, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.var.transformer import Attention
 from depthvar.weights import files as weights_files
 from depthvar.weights.checkpoint import (

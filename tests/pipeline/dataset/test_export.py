@@ -95,7 +95,7 @@ def test_the_folders_hold_every_image_under_its_class(tmp_path: Path, image_form
 
 def test_train_model_and_test_read_the_folders_with_the_classes_own_names(tmp_path: Path):
     names = ("AC/DC", "..", "cat", "Cat", ".DS_Store", "a ", "crane", "crane", "unused")
-    plan = make_plan(dict.fromkeys(range(8), 2), class_names=names, image_side=9)
+    plan = make_plan(dict.fromkeys(range(8), 2), class_names=names, image_size=(9, 9))
     write_dataset(Storage.open(tmp_path / "data"), plan, tmp_path / "scratch")
     dataset = open_dataset(str(tmp_path / "data"))
     export_png_folder(dataset, tmp_path / "out")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthvar.config import SamplingSettings
 from depthvar.errors import InputError
 from depthvar.policy import make_policy
+from depthvar.settings import SamplingSettings
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
 from pipeline.request.job_plan import FormerPolicy, JobPlan, key_of, policy_fields
@@ -56,7 +56,7 @@ def test_a_billion_samples_of_a_thousand_classes_are_planned_in_no_time():
 
 
 def test_a_plan_without_depth_maps_is_spelt_as_it_was_before_there_were_any():
-    plain, mapped = make_plan(), make_plan(depth_map_sides=(1, 2, 3))
+    plain, mapped = make_plan(), make_plan(depth_map_grids=((1, 1), (2, 2), (3, 3)))
     assert b"depth_map" not in plain.to_json()
     assert plain.fingerprint != mapped.fingerprint
     assert JobPlan.from_json(mapped.to_json()) == mapped
@@ -99,7 +99,7 @@ def test_the_same_request_gives_the_plan_that_an_earlier_release_stored(tmp_path
     )
     assert plan.to_json() == (STORED_PLANS / "depthvar.json").read_bytes()
     assert plan.runnable_policy == make_policy("depthvar", reference_scale=3)
-    assert model.image_side == plan.image_side
+    assert model.image_size == plan.image_size
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,12 @@ def digit_plan(counts: dict[int, int] | None = None, **changes: Any) -> JobPlan:
     """Noise in the format of the digits: 70 samples in 4 shards."""
     counts = counts or dict.fromkeys(range(10), 7)
     names, side = DIGITS.class_names, DIGITS.image_side
-    settings = {"class_names": names, "image_side": side, "samples_per_shard": 18, **changes}
+    settings = {
+        "class_names": names,
+        "image_size": (side, side),
+        "samples_per_shard": 18,
+        **changes,
+    }
     return make_plan(counts, **settings)
 
 
@@ -53,7 +58,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """24 RGB images of 9x9 pixels, which show no digits."""
-    plan = make_plan({0: 8, 1: 8, 3: 8}, image_side=9, image_channels=3, class_names=tuple("cabd"))
+    plan = make_plan(
+        {0: 8, 1: 8, 3: 8}, image_size=(9, 9), image_channels=3, class_names=tuple("cabd")
+    )
     return written(tmp_path_factory.mktemp("colours"), plan)
 
 
@@ -203,7 +210,11 @@ def test_real_digits_are_not_mixed_with_what_shows_none(colours: Dataset, tmp_pa
 
 def test_a_held_out_dataset_is_read_whole(colours: Dataset, tmp_path: Path):
     plan = make_plan(
-        {0: 5, 1: 6}, image_side=9, image_channels=3, class_names=colours.plan.class_names, seed=77
+        {0: 5, 1: 6},
+        image_size=(9, 9),
+        image_channels=3,
+        class_names=colours.plan.class_names,
+        seed=77,
     )
     test_set = open_test_set(written(tmp_path, plan).storage.uri, colours)
     assert np.array_equal(test_set.images_NHWC, fake_batch(plan, range(11)).images_BHWC)
@@ -216,13 +227,13 @@ def test_a_held_out_dataset_is_read_whole(colours: Dataset, tmp_path: Path):
     [
         ({}, "holds the images that are trained on"),
         ({"class_names": tuple("cabx"), "seed": 9}, "differ in class_names"),
-        ({"image_side": 10, "seed": 9}, "differ in image_side"),
+        ({"image_size": (10, 10), "seed": 9}, "differ in image_size"),
         ({"image_channels": 1, "seed": 9}, "differ in image_channels"),
     ],
 )
 def test_a_dataset_that_cannot_test_is_refused(colours: Dataset, tmp_path: Path, changes, message):
-    settings: dict[str, Any] = {"image_side": 9, "image_channels": 3, "class_names": tuple("cabd")}
-    plan = make_plan({0: 8, 1: 8, 3: 8}, **{**settings, **changes})
+    settings: dict[str, Any] = {"image_channels": 3, "class_names": tuple("cabd")}
+    plan = make_plan({0: 8, 1: 8, 3: 8}, **{"image_size": (9, 9), **settings, **changes})
     with pytest.raises(InputError, match=message):
         open_test_set(written(tmp_path, plan).storage.uri, colours)
 
@@ -248,7 +259,7 @@ def test_a_folder_of_images_is_read_by_class_name(colours: Dataset, tmp_path: Pa
 @pytest.mark.parametrize("name", ["caf\u00e9", "cafe\u0301"])
 def test_class_folders_are_matched_in_any_unicode_form(tmp_path: Path, name: str):
     names = ("2", "caf\u00e9", "1")
-    dataset = written(tmp_path, make_plan({0: 8, 1: 8, 2: 8}, class_names=names, image_side=9))
+    dataset = written(tmp_path, make_plan({0: 8, 1: 8, 2: 8}, class_names=names, image_size=(9, 9)))
     folder = class_folders(tmp_path / "real", {"1": 10, "2": 20, name: 30})
     test_set = open_test_set(str(folder), dataset)
     greys = test_set.images_NHWC[:, 0, 0, 0].tolist()
@@ -257,7 +268,7 @@ def test_class_folders_are_matched_in_any_unicode_form(tmp_path: Path, name: str
 
 def test_a_dataset_of_the_same_classes_in_another_unicode_form_fits(tmp_path: Path):
     plans = [
-        make_plan({0: 8, 1: 8}, class_names=("a", name), image_side=9, seed=seed)
+        make_plan({0: 8, 1: 8}, class_names=("a", name), image_size=(9, 9), seed=seed)
         for seed, name in enumerate(("caf\u00e9", "cafe\u0301"))
     ]
     ours, theirs = (written(tmp_path / str(plan.seed), plan) for plan in plans)

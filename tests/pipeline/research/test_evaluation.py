@@ -49,7 +49,7 @@ def digit_plan(counts: dict[int, int] | None = None) -> JobPlan:
     return make_plan(
         counts or dict.fromkeys(range(10), 13),
         class_names=DIGITS.class_names,
-        image_side=32,
+        image_size=(32, 32),
         samples_per_shard=60,
         batch_size=25,
     )

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from depthvar.config import SamplingSettings
 from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
+from depthvar.settings import SamplingSettings
 from depthvar.training.data import to_float
 from depthvar.var.transformer import block_causal_mask
 from pipeline.research.quality.forced_images import ForcedImages, _gain_of_top, _headroom

@@ -48,7 +48,9 @@ def test_the_bytes_of_a_pixel_are_those_of_photographs(image_format):
 
 
 def test_bytes_are_foretold_from_the_format_until_there_are_shards(tmp_path):
-    plan = make_plan({0: 40}, image_side=32, samples_per_shard=20, depth_map_sides=(1, 2, 3))
+    plan = make_plan(
+        {0: 40}, image_size=(32, 32), samples_per_shard=20, depth_map_grids=((1, 1), (2, 2), (3, 3))
+    )
     # Header and content of .cls, .json, .png (0.39 of 1,024 pixels) and .depth.npy in blocks of 512
     in_tar = 4 * 1024
     lines = report_lines(plan, {})
@@ -57,7 +59,7 @@ def test_bytes_are_foretold_from_the_format_until_there_are_shards(tmp_path):
         " model's digits, until a shard is committed"
     )
     assert lines["shards"] == f"2 of 20 images, about {20 * in_tar / 1000:.1f} kB each"
-    raw = report_lines(make_plan(image_channels=3, image_side=100, png_level=0), {})["bytes"]
+    raw = report_lines(make_plan(image_channels=3, image_size=(100, 100), png_level=0), {})["bytes"]
     assert "3 bytes a pixel, measured on images that are not compressed" in raw
     assert f"about {22 * (3 * 1024 + 59 * 512 + 512 - 1024) / 1e3:.1f} kB" in raw
     assert set(DIGIT_BYTES) == set(PHOTOGRAPH_BYTES) == {"png", "jpg", "webp"}
@@ -90,8 +92,9 @@ def test_the_depth_of_the_scales_is_told_in_words():
         num_blocks=4,
         scales=[SimpleNamespace(depths=of_scale) for of_scale in depths],
         mean_depth_per_scale=(4.0, 4.0, 4.0, 2.25, 2.0, 0.0),
+        grids=tuple((side, side) for side in range(1, 7)),
     )
-    assert depth_words(depth, (1, 2, 3, 4, 5, 6)) == (  # type: ignore[arg-type]
+    assert depth_words(depth) == (  # type: ignore[arg-type]
         "scales 0-2 (1x1 to 3x3 tokens) all 4 blocks; scale 3 (4x4 tokens) 2.25 of 4 blocks in the"
         " mean, 1 to 4 by token; scale 4 (5x5 tokens) 2 of 4 blocks; scale 5 (6x6 tokens) not"
         " sampled"
@@ -125,12 +128,14 @@ def test_what_may_not_be_meant_is_warned_of(changes, workers, told):
 
 def test_the_depth_of_every_scale_is_a_row():
     depth = SimpleNamespace(
-        scales=[SimpleNamespace(prefix=[4, 4, 2, 1])], mean_depth_per_scale=(2.75, 0.0)
+        scales=[SimpleNamespace(prefix=[4, 4, 2, 1])],
+        mean_depth_per_scale=(2.75, 0.0),
+        grids=((2, 2), (13, 12)),
     )
-    assert depth_table(depth, (2, 13)).splitlines() == [
-        "scale  side  tokens  depth  tokens x blocks",
-        "    0     2       4   2.75  4 x 2, 2 x 1, 1 x 1",
-        "    1    13     169   0.00  not sampled",
+    assert depth_table(depth).splitlines() == [
+        "scale   grid  tokens  depth  tokens x blocks",
+        "    0    2x2       4   2.75  4 x 2, 2 x 1, 1 x 1",
+        "    1  13x12     156   0.00  not sampled",
     ]
 
 

@@ -194,7 +194,7 @@ def test_an_error_while_encoding_surfaces_and_leaves_nothing(tmp_path, monkeypat
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="wants /dev/full")
 @pytest.mark.filterwarnings("error")
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path):
-    plan = make_plan(image_side=200)
+    plan = make_plan(image_size=(200, 200))
     writer = ShardWriter(plan, plan.shard(0), tmp_path)
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), writer._stream.fileno())
@@ -307,7 +307,7 @@ def test_a_file_that_is_read_back_otherwise_is_no_shard(tmp_path, monkeypatch, f
 
 
 def test_a_png_is_compressed_as_hard_as_the_plan_says(tmp_path):
-    plan = make_plan(png_level=0, image_side=64)
+    plan = make_plan(png_level=0, image_size=(64, 64))
     tar, _ = built_bytes(plan, tmp_path)
     image_HWC = fake_batch(plan, [0]).images_BHWC[0]
     wanted = io.BytesIO()

@@ -346,6 +346,9 @@ def test_what_a_model_does_not_take_is_refused_and_nothing_written(
         fake_job.main([*flags(tmp_path / "out"), *asked])
     (line,) = str(caught.value).splitlines()
     assert line.startswith(told)
+    if "fake-text makes images" in line:
+        assert "give --class-names or --prompts (digits, var-d16, " in line
+        assert line.endswith(" take --classes or --labels-file)")
     assert [path.name for path in tmp_path.iterdir()] == ["states.safetensors"]
 
 

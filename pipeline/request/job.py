@@ -218,10 +218,8 @@ def _asked(config: GenerateConfig, model: AnyModel, note: Callable[[str], object
 
 def _other_kind(model: AnyModel, got: str) -> str:
     """What to say where a request is of another kind than its model."""
+    flags = ["--classes or --labels-file", "--class-names or --prompts"]
+    kind = "makes images from text" if model.is_text else "knows its own classes alone"
     takers = [name for name, known in KNOWN_MODELS.items() if known.is_text != model.is_text]
-    others = f" ({', '.join(takers)} take the others)" if takers else ""
-    if model.is_text:
-        wanted = f"{model.name} makes images from text: give --class-names or --prompts"
-    else:
-        wanted = f"{model.name} knows its own classes alone: give --classes or --labels-file"
-    return f"got {got}, but {wanted}{others}"
+    others = f" ({', '.join(takers)} take {flags[not model.is_text]})"
+    return f"got {got}, but {model.name} {kind}: give {flags[model.is_text]}{others}"

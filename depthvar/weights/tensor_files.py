@@ -56,6 +56,8 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.)+"
 )
+# Chunks of a text model's blocks are wrapped in its published names, and so in ours.
+_CHUNK = re.compile(r"^(block_chunks\.\d+\.)(?=\d)")
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # The published code has phis of each scale, or one, without the list in their names.
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:(\d+)|qresi)\.")
@@ -164,7 +166,8 @@ class WeightsFile:
 
 def _our_name(published: str, part: Part, kind: Kind) -> str:
     if kind == "text":
-        return _INNER.sub("", published) if part == "tokenizer" else published
+        is_tokenizer = part == "tokenizer"
+        return _INNER.sub("", published) if is_tokenizer else _CHUNK.sub(r"\1module.", published)
     return _PHI.sub(lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.", published)
 
 

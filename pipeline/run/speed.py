@@ -26,8 +26,10 @@ def measure_speed(plan: JobPlan, place: Workplace) -> Speed:
     """
 
     def states_of(prompt: str) -> np.ndarray:
-        assert isinstance(resampler.config, InfinityConfig)
-        shape = (len(prompt) // _TOKEN_LETTERS + 1, resampler.config.text_width)
+        model = resampler.config
+        assert isinstance(model, InfinityConfig)
+        num_tokens = min(len(prompt) // _TOKEN_LETTERS + 1, model.max_text_tokens)
+        shape = (num_tokens, model.text_width)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
     started = time.perf_counter()

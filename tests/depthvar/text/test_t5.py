@@ -11,14 +11,17 @@ from safetensors.numpy import load_file, save_file
 
 import depthvar.text.t5
 from depthvar.errors import InputError
+from depthvar.sampling import Sampler
 from depthvar.text.encoder_files import find_encoder
-from depthvar.text.states import prompt_sha256
 from depthvar.text.t5 import T5
-from jobs import verify
+from depthvar.weights.checkpoint import save_model
+from jobs import generate, verify
 from pipeline.dataset.loader import iterate_samples, open_dataset
-from pipeline.shards.text_states import TEXT_FOLDER
-from tests import fake_job
-from tests.fakes import TEXT_MODEL, fake_image
+from pipeline.request.plan_file import stored_plan
+from pipeline.shards.text_states import TEXT_FOLDER, TextStates
+from pipeline.storage import Storage
+from tests.fake_shards import data_files
+from tests.tiny_models import tiny_text_model
 from tests.tiny_t5 import WIDTH, write_tiny_t5
 
 PROMPTS = ["a photo of a red fox in the snow, zebra", "fox", "the cat", "a red cat", "quick\u00e9"]
@@ -105,29 +108,45 @@ def test_weights_that_do_not_fit_and_states_that_are_no_numbers_are_told(
 
 
 def test_a_job_makes_every_image_from_the_states_of_its_prompt(tmp_path: Path, capsys):
-    folder = write_tiny_t5(tmp_path / "t5", width=TEXT_MODEL.text_width)
-    (tmp_path / "prompts.txt").write_text("a red fox\na cat in the snow\nthe photo\n")
-    out = tmp_path / "out"
+    """`depthvar generate` from words to pixels, with a real encoder and a real text model, tiny."""
+    model = tiny_text_model(0, torch.float32)
+    weights, out = tmp_path / "tiny-infinity", tmp_path / "out"
+    save_model(weights, model.config, model.transformer, model.tokenizer, dtype=torch.float32)
+    encoder = write_tiny_t5(tmp_path / "t5", width=model.config.text_width)
+    (tmp_path / "templates.txt").write_text("a {class} in the snow\nthe {class}\n")
     job = [
-        f"--out={out}", f"--model={TEXT_MODEL.name}", f"--prompts={tmp_path / 'prompts.txt'}",
-        "--per-class=2", f"--text-encoder={folder}", "--workers=0", "--device=cpu",
+        f"--model={weights}", f"--text-encoder={encoder}", "--class-names=red fox,cat", "--seed=3",
+        f"--templates={tmp_path / 'templates.txt'}", "--per-class=4", "--samples-per-shard=5",
+        "--batch-size=3", "--reference-scale=2", "--workers=0", "--device=cpu",
     ]  # fmt: skip
-    assert fake_job.main(job) == 0
-    assert "note: 3 prompts are encoded before the first image" in capsys.readouterr().err
-    (states,) = (out / TEXT_FOLDER).iterdir()
-    made = load_file(states)
-    for sample in iterate_samples(open_dataset(str(out))):
-        prompt = str(sample.prompt)
-        found, wanted = made[prompt_sha256(prompt)], reference(folder, prompt)
-        assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
-        pixels = fake_image(found, 0, int(sample.key), 32, 3)
-        assert np.array_equal(sample.image, pixels)
-    assert verify.main([str(out), "--deep"]) == 0
+    assert generate.main([*job, f"--out={out}"]) == 0
+    assert "note: 4 prompts are encoded before the first image" in capsys.readouterr().err
+    plan = stored_plan(Storage.open(str(out)))
+    sampler = Sampler(model, plan.runnable_policy, plan.sampling)
+    samples = list(iterate_samples(open_dataset(str(out))))
+    assert len({sample.prompt for sample in samples}) > 2
+    states = TextStates(Storage.open(str(out)), str(plan.text_encoder_sha256))
+    for first, last in ((0, 3), (3, 5), (5, 8)):
+        found = [states.of(str(sample.prompt)) for sample in samples[first:last]]
+        for sample, ours in zip(samples[first:last], found, strict=True):
+            wanted = reference(encoder, str(sample.prompt))
+            assert np.abs(ours - wanted).max() < 1e-6 * np.abs(wanted).max()
+        given = [torch.from_numpy(ours) for ours in found]
+        images = sampler(given, seed=3, indices=range(first, last)).images_BHWC
+        assert np.array_equal(images, [sample.image for sample in samples[first:last]])
 
-    (tmp_path / "prompts.txt").write_text("a cat\n" + "fox " * 600)
-    new = ["--out", str(tmp_path / "new")]
-    with pytest.raises(InputError, match=r"prompt of 601 tokens, 'fox fox fox"):
-        fake_job.main([*job, *new])
-    with pytest.raises(InputError, match="has states of width 32, wanted 4: give the model's own"):
-        fake_job.main([*job, *new, f"--text-encoder={write_tiny_t5(tmp_path / 'wide')}"])
+    whole = data_files(out)
+    for file in (out / "commits" / "00001.json", *(out / TEXT_FOLDER).iterdir()):
+        file.unlink()
+    assert generate.main([*job, f"--out={out}"]) == 0
+    assert data_files(out) == whole
+    argv = [str(out), "--deep", "--regenerate=8", f"--weights={weights}", "--device=cpu"]
+    assert verify.main(argv) == 0
+    assert "regenerated 8 images: 8 exact" in capsys.readouterr().out
+
+    new = f"--out={tmp_path / 'new'}"
+    with pytest.raises(InputError, match=r"prompt of 10 tokens, 'a red fox red fox .*at most 9"):
+        generate.main([*job, new, "--class-names=cat,red fox red fox red"])
+    with pytest.raises(InputError, match="has states of width 32, wanted 10: give the model's own"):
+        generate.main([*job, new, f"--text-encoder={write_tiny_t5(tmp_path / 'wide')}"])
     assert not (tmp_path / "new").exists()

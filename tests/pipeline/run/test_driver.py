@@ -8,7 +8,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from pipeline.run import cluster, driver, ray_crew
 from pipeline.run.cluster import starts_nodes
 from pipeline.run.driver import generate
 from pipeline.run.encoding import missing_prompts
+from pipeline.run.ledger import JobStopped
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker
 from pipeline.run.ray_metrics import PROMETHEUS_NAMES
 from pipeline.run.schedule import Machine, WorkerShape
-from pipeline.run.speed import measure_speed
-from pipeline.run.worker import Workplace
 from pipeline.run.worker_failures import cause_of, reason_of
 from pipeline.shards.manifest import CommitRecord
 from pipeline.shards.text_states import TEXT_FOLDER
@@ -319,14 +317,21 @@ def test_a_model_that_cannot_load_stops_the_job_with_its_real_error(
 def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
     ray_here, faults, tmp_path
 ):
-    plan, _ = plan_job(config(tmp_path / "out"))
-    place = Workplace("out", scratch=str(tmp_path), device="cpu", sampler_factory=FAKE_SAMPLER)
-    found = ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
-    assert (found.device, found.num_images) == ("cpu", 9)
-    assert list(tmp_path.iterdir()) == [tmp_path / "labels.csv"]
+    address = ray.get_runtime_context().gcs_address
+    asked = config(tmp_path / "out", address=address, threads_per_worker=2)
+    plan, _ = plan_job(asked)
+    found = driver.try_out(asked, plan, sampler_factory=FAKE_SAMPLER)
+    assert (found.shape, found.workers, found.encoders) == (WorkerShape(2, 0), 1, 2)
+    assert (found.speed.device, found.speed.threads, found.speed.num_images) == ("cpu", 2, 9)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "scratch").iterdir())
     faults(load_error="no such model")
-    with pytest.raises(RuntimeError, match=r"^no such model$"):
-        ray_crew.on_a_worker(partial(measure_speed, plan, place), WorkerShape(1, 0))
+    with pytest.raises(JobStopped, match="no batch can be made: RuntimeError: no such model"):
+        driver.try_out(asked, plan, sampler_factory=FAKE_SAMPLER)
+    with pytest.raises(InputError, match="a worker takes 3 CPUs"):
+        driver.try_out(
+            asked.model_copy(update={"threads_per_worker": 3}), plan, sampler_factory=FAKE_SAMPLER
+        )
 
 
 def test_two_workers_make_the_bytes_of_one_process_from_prompts(ray_here, faults, tmp_path, capsys):

@@ -78,11 +78,11 @@ class FoundEncoder:
                     f" most {max_tokens}, its end included: shorten it, nothing is cut off here"
                 )
 
-    def load(self, device: str, *, half: bool) -> Encode:
+    def load(self, device: str, *, half: bool, threads: int) -> Encode:
         """The encoder, ready on a device. Errors: `InputError` for weights that do not fit."""
         from depthvar.text.t5 import T5
 
-        return T5(self.folder, device, half=half)
+        return T5(self.folder, device, half=half, threads=threads)
 
 
 def require_transformers() -> None:

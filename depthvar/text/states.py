@@ -92,7 +92,7 @@ class GivenStates:
         """Nothing stays in memory."""
         return 0
 
-    def load(self, device: str, *, half: bool) -> Encode:
+    def load(self, device: str, *, half: bool, threads: int) -> Encode:
         """What reads the states of prompts, as they were stored."""
         return self._read
 

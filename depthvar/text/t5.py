@@ -23,10 +23,12 @@ class T5:
     """Gives the states of prompts: the last hidden state of each token, its end included.
 
     `half`: weights and states are float16, save for the `wo` matrices, whose products overflow
-    there. Errors: `InputError` where the files do not fit or cannot be read.
+    there. `threads` of the process from here on: on CPUs they decide the last bit. Errors:
+    `InputError` where the files do not fit or cannot be read.
     """
 
-    def __init__(self, folder: Path, device: str, *, half: bool) -> None:
+    def __init__(self, folder: Path, device: str, *, half: bool, threads: int) -> None:
+        torch.set_num_threads(threads)
         self._tokenizer = load_tokenizer(folder)
         model, found = _reading(
             folder,

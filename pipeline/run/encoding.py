@@ -40,7 +40,8 @@ def encode_missing(plan: JobPlan, place: Workplace) -> Iterator[int]:
     states = TextStates(Storage.open(place.out), plan.text_encoder_sha256)
     missing = states.missing(plan.distinct_prompts())
     # As published: in half precision wherever the images are made so.
-    encode = source.load(resolve_device(place.device), half=plan.precision != "float32")
+    is_half = plan.precision != "float32"
+    encode = source.load(resolve_device(place.device), half=is_half, threads=place.threads)
     for start in range(0, len(missing), _FILE_PROMPTS):
         prompts = missing[start : start + _FILE_PROMPTS]
         states.publish(prompts, encode(prompts))

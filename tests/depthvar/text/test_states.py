@@ -22,7 +22,7 @@ def test_states_come_back_by_prompt_as_they_were_written(tmp_path: Path):
     assert load_file(path).keys() == {prompt_sha256("a fox"), prompt_sha256("a cat")}
     given = GivenStates(path)
     given.check(["a cat", "a fox"], width=4, max_tokens=3)
-    cat, fox = given.load("cpu", half=True)(["a cat", "a fox"])
+    cat, fox = given.load("cpu", half=True, threads=1)(["a cat", "a fox"])
     assert (fox.dtype, cat.dtype) == (np.float16, np.float32)
     assert np.array_equal(fox, FOX)
     assert np.array_equal(cat, CAT.astype(np.float32))
@@ -32,7 +32,7 @@ def test_a_file_may_name_states_by_the_prompts_themselves(tmp_path: Path):
     save_file({"a fox": FOX}, tmp_path / "states.safetensors")
     given = GivenStates(tmp_path / "states.safetensors")
     given.check(["a fox"], width=4, max_tokens=512)
-    assert np.array_equal(given.load("cpu", half=False)(["a fox"])[0], FOX)
+    assert np.array_equal(given.load("cpu", half=False, threads=1)(["a fox"])[0], FOX)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_holds_no_states_is_refused(tmp_path: Path):
             GivenStates(path).check([name], width=4, max_tokens=9)
     save_file({"a": np.full((2, 4), np.nan, np.float32)}, path)
     with pytest.raises(InputError, match="holds states that are no numbers: 'a'"):
-        GivenStates(path).load("cpu", half=False)(["a"])
+        GivenStates(path).load("cpu", half=False, threads=1)(["a"])
     path.write_bytes(b"no safetensors")
     for no_file in (path, tmp_path / "none"):
         with pytest.raises(InputError, match="cannot be read as safetensors"):

@@ -45,7 +45,9 @@ def reference(folder: Path, prompt: str) -> np.ndarray:
 def test_states_are_those_of_every_token_and_of_the_end_whatever_else_is_in_the_batch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    encode = find_encoder(str(folder)).load("cpu", half=False)
+    encode = find_encoder(str(folder)).load("cpu", half=False, threads=2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     together = encode(PROMPTS)
     monkeypatch.setattr(depthvar.text.t5, "_BATCH_TOKENS", 8)
     in_small_batches = encode(PROMPTS)
@@ -60,7 +62,7 @@ def test_states_are_those_of_every_token_and_of_the_end_whatever_else_is_in_the_
 
 
 def test_half_precision_keeps_the_products_that_overflow_in_float32(folder: Path):
-    encoder = T5(folder, "cpu", half=True)
+    encoder = T5(folder, "cpu", half=True, threads=1)
     dtypes = {n.rpartition(".wo.")[1]: p.dtype for n, p in encoder._model.named_parameters()}
     assert dtypes == {".wo.": torch.float32, "": torch.float16}
     for states, prompt in zip(encoder(PROMPTS), PROMPTS, strict=True):
@@ -69,7 +71,7 @@ def test_half_precision_keeps_the_products_that_overflow_in_float32(folder: Path
 
 
 def test_an_encoder_saved_alone_gives_the_same(folder: Path, tmp_path: Path):
-    alone = T5(write_tiny_t5(tmp_path / "alone", whole=False), "cpu", half=False)
+    alone = T5(write_tiny_t5(tmp_path / "alone", whole=False), "cpu", half=False, threads=1)
     assert alone(["fox"])[0].shape == (2, WIDTH)
 
 
@@ -95,13 +97,13 @@ def test_weights_that_do_not_fit_and_states_that_are_no_numbers_are_told(
     query = "encoder.block.0.layer.0.SelfAttention.q.weight"
     save_file(tensors | {query: tensors[query] * np.nan}, broken / "model.safetensors")
     with pytest.raises(InputError, match="states of 'fox' are no numbers: its weights are damaged"):
-        T5(broken, "cpu", half=False)(["fox"])
+        T5(broken, "cpu", half=False, threads=1)(["fox"])
     save_file({n: t for n, t in tensors.items() if n != query}, broken / "model.safetensors")
     with pytest.raises(InputError, match=f"lacks 1 tensors of its encoder, the first {query}"):
-        T5(broken, "cpu", half=False)
+        T5(broken, "cpu", half=False, threads=1)
     save_file(tensors | {query: tensors[query][:8]}, broken / "model.safetensors")
     with pytest.raises(InputError, match="cannot be loaded"):
-        T5(broken, "cpu", half=False)
+        T5(broken, "cpu", half=False, threads=1)
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be loaded"):
         find_encoder(str(broken)).check(["fox"], width=WIDTH, max_tokens=8)

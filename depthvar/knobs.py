@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_type_hints
 Schedule = Literal["constant", "linear", "power", "cosine", "octaves", "step"]
 Ranking = Literal["change", "distance", "entropy", "log-probability", "spread", "random"]
 SkippedKeysValues = Literal["none", "proxy"]
-BlockOrder = Literal["bit-reversal", "first", "ends"]
+BlockOrder = Literal["bit-reversal", "first", "ends", "last-ends"]
 Allocation = Literal["reference", "equal", "coarse-first", "least"]
 
 
@@ -26,6 +26,8 @@ class PolicyKnobs:
         that the mean depth falls as scales grow (P), all at the same mean depth, each in turn as
         much as full depth (or `kept_depth`) takes until nothing is left, or nothing: every token
         runs `min_depth` blocks.
+    mean_depths: mean depth of each scale after R as a share of the blocks, in [0, 1], in place of
+        what `allocation` gives; scales behind the last one named run at full depth.
     schedule: family of the scheduling function G (P). `octaves` gives every token one of two
         neighbouring depths of L, L/2, L/4 ..., whose bit-reversed blocks are evenly spaced.
     steepness: how far G departs from constant, in [0, 1]; `linear` and `cosine` only.
@@ -39,13 +41,14 @@ class PolicyKnobs:
     skipped_keys_values: whether skipped tokens still make keys and values, from their proxies.
     compensation: scale what a block adds by min(4/3, sqrt(L / depth)).
     block_order: which blocks a token of depth d runs: bit-reversed (P), the first d, or
-        alternately from both ends.
+        alternately from both ends, the first (`ends`) or the last block (`last-ends`) before all.
     dither: spend the budget exactly: depth floor(S L + percentile) in place of floor(S L) (P), so
         that a fraction of a block becomes one whole block for that fraction of the tokens.
     min_depth: blocks that every token runs at least.
     """
 
     allocation: Allocation = "reference"
+    mean_depths: tuple[float, ...] = ()
     schedule: Schedule = "constant"
     steepness: float = 1.0
     rotation: float = 0.0
@@ -74,6 +77,10 @@ class PolicyKnobs:
             yield f"rotation is {self.rotation}, wanted 0 <= x < 1: correct it"
         if self.min_depth < 0:
             yield f"min_depth is {self.min_depth}, wanted >= 0: correct it"
+        if not all(0.0 <= depth <= 1.0 for depth in self.mean_depths):
+            yield f"mean_depths are {self.mean_depths}, wanted 0..1 each: correct them"
+        if self.mean_depths and self.allocation != "reference":
+            yield f"mean_depths with allocation {self.allocation!r}: leave one of them out"
         if self.allocation == "least" and not self.min_depth:
             yield (
                 "allocation 'least' with min_depth 0 leaves the later scales no block: "

@@ -36,8 +36,9 @@ def block_order(num_blocks: int, order: BlockOrder = "bit-reversal") -> tuple[in
     """
     if order == "first":
         return tuple(range(num_blocks))
-    if order == "ends":
-        return tuple(i // 2 if i % 2 == 0 else num_blocks - 1 - i // 2 for i in range(num_blocks))
+    if order in ("ends", "last-ends"):
+        inwards = (i // 2 if i % 2 == 0 else num_blocks - 1 - i // 2 for i in range(num_blocks))
+        return tuple(b if order == "ends" else num_blocks - 1 - b for b in inwards)
     bits = (num_blocks - 1).bit_length()
     reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
     return tuple(block for block in reversed_bits if block < num_blocks)
@@ -154,6 +155,13 @@ class DepthPlan:
                 "lower it"
             )
         sampled = grids[: len(grids) - skipped]
+        adaptive = 0 if reference is None else max(0, len(sampled) - reference - 1)
+        if len(policy.mean_depths) > adaptive:
+            raise InputError(
+                f"policy {policy.preset!r} gives the depth of {len(policy.mean_depths)} scales "
+                f"after the reference scale, the model samples {adaptive}: choose an earlier "
+                "--reference-scale"
+            )
         if round(policy.kept_depth * num_blocks, 9) < 1:
             raise InputError(
                 f"policy kept_depth is {policy.kept_depth}, which is no whole block of the model's "
@@ -206,6 +214,9 @@ def mean_depth(counts: Sequence[int], index: int, policy: DepthPolicy) -> float:
     """
     reference = policy.reference_scale
     assert reference is not None
+    if policy.mean_depths:
+        behind = index - reference - 1
+        return policy.mean_depths[behind] if behind < len(policy.mean_depths) else 1.0
     if policy.allocation == "least":
         return 0.0
     each = counts[reference]

@@ -1,13 +1,13 @@
 """Depth policies as values: the presets a user may choose, and the options that change one.
 
-A stored plan holds all fields of a policy, those of `PolicyKnobs` too, as one flat mapping:
-`dataclasses.asdict(policy)`, which `DepthPolicy(**stored)` takes back.
+A stored plan holds all fields of a policy, those of `PolicyKnobs` too, as one flat mapping,
+`DepthPolicy.as_stored`, which `DepthPolicy(**stored)` takes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from depthvar.errors import InputError
@@ -56,6 +56,12 @@ class DepthPolicy(PolicyKnobs):
             yield f"{what} with schedule {self.schedule!r}, which prunes nothing: leave it out"
 
     @property
+    def as_stored(self) -> dict[str, Any]:
+        """Every field by its name, but those that older plans lack and that are as in them."""
+        fields = sorted(asdict(self).items())
+        return {k: v for k, v in fields if k not in _FORMERLY or v != _FORMERLY[k]}
+
+    @property
     def proxies_changes(self) -> bool:
         """Whether skipped tokens take the previous scale's changes, block by block."""
         return self.proxy in ("raw", "calibrated")
@@ -66,6 +72,7 @@ class DepthPolicy(PolicyKnobs):
         return self.blending in ("mean", "pruned")
 
 
+_FORMERLY: Mapping[str, object] = {"mean_depths": ()}
 _PRUNING = DepthPolicy(
     "hard-pruning", reference_scale=4, schedule="step", ranking="distance", proxy="output"
 )
@@ -93,6 +100,22 @@ PRESETS: Mapping[str, DepthPolicy] = {
             blending="mean",
         ),
         replace(_PRUNING, preset="shallow-pruning", kept_depth=0.75, blending="pruned"),
+        DepthPolicy(
+            # Published for Infinity at a million pixels: 40% of the tokens are dropped at 32x32 and
+            # half at 40x40, in all blocks but the first 3 and the last 4. There every branch of a
+            # block ranks its own input anew, and fills in its own output at 24x24, averaged over
+            # areas; here the scale's input ranks, once, and a block takes its change at the nearest
+            # place of the scale before, which at 40x40 is 32x32. As many tokens run every block.
+            "fastvar",
+            reference_scale=8,
+            mean_depths=(0.6, 0.5),
+            schedule="step",
+            ranking="distance",
+            block_order="last-ends",
+            min_depth=7,
+            proxy="raw",
+            skip_last_scales=2,
+        ),
         _UNIFORM,
         DepthPolicy("skip-scales", skip_last_scales=1),
     )

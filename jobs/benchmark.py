@@ -122,7 +122,7 @@ class Row:
         """All of it for the JSON file."""
         kept = {k: v for k, v in vars(self).items() if k not in ("policy", "laps", "full_laps")}
         return kept | {
-            "policy": asdict(self.policy) if self.policy else None,
+            "policy": self.policy.as_stored if self.policy else None,
             "laps": [asdict(lap) for lap in self.laps],
             "images_per_s": 1 / self.image_s,
             "peak_share": self.peak_share(product_rate),

@@ -16,7 +16,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from depthvar.weights.find import find_model
 from jobs import benchmark
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from tests import reference_depthvar as reference
-from tests.tiny_models import GUIDED, SHAPES, TOLERANCE, states, tiny_model
+from tests.tiny_models import GUIDED, SHAPES, TOLERANCE, states, tiny_model, tiny_policy
 
 LABELS = [1, 4, 0]
 HALVES = (torch.bfloat16, torch.float16)
@@ -95,9 +95,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
 def _with_dense(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
     """Every preset, tokens drawn freely: one that differs puts the feature maps far apart."""
     for i, preset in enumerate(PRESETS):
-        plain, policy = tiny_model(i % len(SHAPES), dtype), make_policy(preset)
-        if policy.reference_scale is not None:
-            policy = replace(policy, reference_scale=1)
+        plain, policy = tiny_model(i % len(SHAPES), dtype), tiny_policy(preset)
         numbers = _uniforms(plain)
         want = reference.sample(states(plain), plain.config, policy, GUIDED, LABELS, *numbers)
         sampler = Sampler(_moved(plain, device, dtype), policy, GUIDED)
@@ -133,9 +131,7 @@ def _half_with_dense(device: torch.device, dtype: torch.dtype) -> Comparison:
 def _among_ourselves(device: torch.device) -> Iterator[Comparison]:
     """An image alone and in a batch; a batch as jobs make it and scale by scale."""
     for preset in ("full", "depthvar"):
-        policy = make_policy(preset)
-        if policy.reference_scale is not None:
-            policy = replace(policy, reference_scale=1)
+        policy = tiny_policy(preset)
         exact = Sampler(_model(device, torch.float64), policy, GUIDED)
         batch = exact.tokens(LABELS, seed=3, indices=[7, 8, 9])
         alone = exact.tokens(LABELS[1:2], seed=3, indices=[8])

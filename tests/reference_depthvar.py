@@ -92,6 +92,9 @@ def scores_and_depths_of_scale(
         return [1.0] * count, [num_blocks] * count
     spends = [min(counts[reference], later) for later in counts[reference + 1 :]]
     mean = spends[scale - reference - 1] / count
+    if policy.mean_depths:
+        later = policy.mean_depths + (1.0,) * len(counts)
+        mean = later[scale - reference - 1]
     if policy.allocation == "equal":
         mean = sum(spends) / sum(counts[reference + 1 :])
     if policy.allocation == "coarse-first":
@@ -138,10 +141,12 @@ def order_of_blocks(policy: DepthPolicy, num_blocks: int) -> list[int]:
     """The sequence whose first d blocks a token of depth d runs."""
     if policy.block_order == "first":
         return list(range(num_blocks))
-    if policy.block_order == "ends":
+    if policy.block_order in ("ends", "last-ends"):
         left, sequence = list(range(num_blocks)), []
+        takes_first = policy.block_order == "ends"
         while left:
-            sequence.append(left.pop(0 if len(sequence) % 2 == 0 else -1))
+            sequence.append(left.pop(0 if takes_first else -1))
+            takes_first = not takes_first
         return sequence
     bits = 0
     while 2**bits < num_blocks:

@@ -32,7 +32,7 @@ def test_the_small_form_compares_times_and_names_the_dearest(
     assert main(["--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     compared = [line for line in shown.splitlines() if line.startswith("ok    ")]
-    assert len(compared) == 2 * 8 + 2 + 4 + 3 + 2
+    assert len(compared) == 2 * 9 + 2 + 4 + 3 + 2
     assert "FAILED" not in shown
     assert [line.split(" | ")[1] for line in shown.splitlines() if line.startswith("| 1 |")] == [
         "full", "depthvar:3", "as published", "full", "depthvar:3"

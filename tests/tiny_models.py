@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +23,7 @@ from depthvar.errors import InputError
 from depthvar.infinity.tokenizer import BitTokenizer
 from depthvar.infinity.transformer import InfinityTransformer
 from depthvar.infinity_config import BitDecoderConfig, InfinityConfig
-from depthvar.policy import DepthPolicy
+from depthvar.policy import DepthPolicy, make_policy
 from depthvar.settings import SamplingSettings
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
@@ -192,6 +193,14 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
         missing -= covered
         chosen.append(_policy(values))
     return tuple(policy for policy in chosen if policy)
+
+
+def tiny_policy(preset: str) -> DepthPolicy:
+    """A preset as a tiny model can run it: from few scales and blocks not all may be left out."""
+    policy = make_policy(preset)
+    if policy.reference_scale is not None:
+        policy = replace(policy, reference_scale=1)
+    return replace(policy, skip_last_scales=0, min_depth=3) if policy.mean_depths else policy
 
 
 def label_of(policy: DepthPolicy) -> str:

@@ -151,17 +151,19 @@ def _policy(config: GenerateConfig) -> DepthPolicy:
     return policy_of(PRESETS, OPTIONS, config.policy, config.reference_scale, options)
 
 
-def checked_options(options: Mapping[str, Scalar]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Scalar | list[float]]) -> dict[str, Any]:
     """Policy options of the right type; unknown names are left for `make_policy` to refuse."""
     hints = typing.get_type_hints(DepthPolicy)
     checked: dict[str, Any] = dict(options)
     for name in options.keys() & hints.keys():
+        given = options[name]
+        value = tuple(given) if isinstance(given, list) else given
         try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(options[name], strict=True)
+            checked[name] = TypeAdapter(hints[name]).validate_python(value, strict=True)
         except ValidationError as error:
             wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise InputError(
-                f"policy option {name}: got {options[name]!r}, wanted {wanted}: correct it"
+                f"policy option {name}: got {given!r}, wanted {wanted}: correct it"
             ) from None
     return checked
 

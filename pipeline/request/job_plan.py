@@ -85,7 +85,7 @@ def policy_fields(policy: DepthPolicy | FormerPolicy) -> Mapping[str, JsonValue]
     """Every field of a policy as plan.json holds it, by name."""
     if isinstance(policy, FormerPolicy):
         return policy.stored
-    return dict(sorted(asdict(policy).items()))
+    return policy.as_stored
 
 
 def _policy(value: object) -> object:

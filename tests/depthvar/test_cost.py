@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 from depthvar.config import ModelConfig, model_config
 from depthvar.cost import Cost, decoder_flops, image_cost, transformer_flops
 from depthvar.counting import is_composite
+from depthvar.infinity_config import INFINITY_2B
 from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.sampling import Sampler
@@ -23,6 +22,7 @@ from tests.tiny_models import (
     covering_policies,
     label_of,
     tiny_model,
+    tiny_policy,
 )
 
 POLICIES = covering_policies()
@@ -118,13 +118,28 @@ def test_adaptive_depth_runs_exactly_the_operations_of_the_cost(number):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_exactly_the_operations_of_its_cost(preset):
-    policy = make_policy(preset)
-    if policy.reference_scale is not None:
-        policy = replace(policy, reference_scale=1)
-    counted, cost = counted_while_sampling(1, policy, guided=True)
+    counted, cost = counted_while_sampling(1, tiny_policy(preset), guided=True)
     assert counted == cost.transformer_flops
     if preset != "full":
         assert counted < counted_while_sampling(1, make_policy("full"), guided=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fewer"),
+    [
+        (make_policy("fastvar", skip_last_scales=0), 1.12),
+        (make_policy("skip-scales", skip_last_scales=2), 3.15),
+        (make_policy("fastvar"), 4.23),
+    ],
+    ids=["prune only", "skip only", "both"],
+)
+def test_the_published_baselines_of_infinity_leave_out_what_was_worked_out_by_hand(policy, fewer):
+    config = INFINITY_2B
+    full, cost = (
+        image_cost(config, DepthPlan.build(config.grids, config.num_blocks, p)).transformer_flops
+        for p in (make_policy("full"), policy)
+    )
+    assert full / cost == pytest.approx(fewer, rel=0.03)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -30,7 +30,15 @@ from depthvar.sampling import Sampler
 from depthvar.var.transformer import Condition
 from depthvar.weights.checkpoint import LoadedModel
 from tests import reference_depthvar as reference
-from tests.tiny_models import GUIDED, SHAPES, covering_policies, label_of, states, tiny_model
+from tests.tiny_models import (
+    GUIDED,
+    SHAPES,
+    covering_policies,
+    label_of,
+    states,
+    tiny_model,
+    tiny_policy,
+)
 
 CPU = torch.device("cpu")
 POLICIES = covering_policies()
@@ -324,13 +332,9 @@ SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "uni
 DATA_DEPENDENT = ("masked", "where", "scatter", "index_put", "index.", "sort", "bool")
 
 
-def adaptive_policy(preset: str) -> DepthPolicy:
-    return make_policy(preset, reference_scale=1)
-
-
 AT_RANDOM = DepthPolicy("random", reference_scale=1, schedule="linear", ranking="random")
-ALL_KEYS = replace(adaptive_policy("depthvar"), skipped_keys_values="proxy")
-RECORDED = [*map(adaptive_policy, ADAPTIVE), AT_RANDOM, ALL_KEYS, make_policy("full")]
+ALL_KEYS = replace(tiny_policy("depthvar"), skipped_keys_values="proxy")
+RECORDED = [*map(tiny_policy, ADAPTIVE), AT_RANDOM, ALL_KEYS, make_policy("full")]
 
 
 @pytest.mark.parametrize("policy", RECORDED, ids=label_of)
@@ -377,7 +381,7 @@ def test_constants_of_the_parameters_are_made_before_the_first_scale():
 
 def test_tokens_move_as_whole_rows():
     """Into the slots, out of them, and where a block skips some; no channel by itself."""
-    policy, config = adaptive_policy("depthvar-paper"), tiny_model(1).config
+    policy, config = tiny_policy("depthvar-paper"), tiny_model(1).config
     plan = DepthPlan.build(config.sides, config.num_blocks, policy)
     ranked = [scale for scale in plan.scales if scale.ranked]
     skipping = sum(active < scale.count for scale in ranked for active in scale.prefix)

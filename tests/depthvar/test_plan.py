@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from depthvar.errors import InputError
+from depthvar.knobs import BlockOrder
 from depthvar.plan import DepthPlan, block_order, schedule_scores
 from depthvar.policy import DepthPolicy, make_policy
 from tests import reference_depthvar as reference
@@ -67,9 +69,10 @@ def test_other_orders():
     assert block_order(5, "first") == (0, 1, 2, 3, 4)
     assert block_order(5, "ends") == (0, 4, 1, 3, 2)
     assert block_order(6, "ends") == (0, 5, 1, 4, 2, 3)
+    assert block_order(5, "last-ends") == (4, 0, 3, 1, 2)
 
 
-@given(num_blocks=st.integers(1, 70), order=st.sampled_from(["bit-reversal", "first", "ends"]))
+@given(num_blocks=st.integers(1, 70), order=st.sampled_from(get_args(BlockOrder)))
 @settings(deadline=None, derandomize=True)
 def test_every_order_holds_every_block_once(num_blocks, order):
     assert sorted(block_order(num_blocks, order)) == list(range(num_blocks))
@@ -351,6 +354,23 @@ def test_hard_pruning_runs_whole_tokens_or_none():
     for scale in plan.scales[7:]:
         assert scale.depths.tolist() == [20] * 64 + [0] * (scale.count - 64)
         assert scale.prefix == (64,) * 20
+
+
+def test_fastvar_drops_its_shares_of_two_scales_in_all_but_the_outer_blocks():
+    plan = DepthPlan.build(INFINITY_1M, 32, make_policy("fastvar"))
+    assert len(plan.scales) == 11
+    assert all(set(scale.prefix) == {scale.count} for scale in plan.scales[:9])
+    for scale, kept in zip(plan.scales[9:], (614, 800), strict=True):
+        assert scale.prefix == (scale.count,) * 3 + (kept,) * 25 + (scale.count,) * 4
+    every_scale = DepthPlan.build(INFINITY_1M, 32, make_policy("fastvar", skip_last_scales=0))
+    assert [set(scale.prefix) for scale in every_scale.scales[11:]] == [{48 * 48}, {64 * 64}]
+
+
+def test_depths_of_scales_that_are_not_sampled_are_refused():
+    with pytest.raises(InputError, match=r"'fastvar' gives the depth of 2 scales .* samples 0: "):
+        DepthPlan.build(VAR_256, 16, make_policy("fastvar"))
+    earlier = DepthPlan.build(VAR_256, 16, make_policy("fastvar", reference_scale=5))
+    assert [scale.prefix[8] for scale in earlier.scales] == [1, 4, 9, 16, 25, 36, 38, 50]
 
 
 # Any plan.

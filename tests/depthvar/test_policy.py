@@ -66,10 +66,12 @@ def test_a_policy_in_a_stored_plan_is_what_it_was():
         "rotation": 0.0, "schedule": "octaves", "separate_ranking": False,
         "skip_last_scales": 0, "skipped_keys_values": "none", "steepness": 1.0,
     }  # fmt: skip
-    assert asdict(make_policy("depthvar")) == stored
+    assert make_policy("depthvar").as_stored == stored
     assert DepthPolicy(**stored) == make_policy("depthvar")
     other = {"preset": "random-depth", "ranking": "random", "dither": True, "steepness": 0.25}
-    assert asdict(DepthPolicy(**stored | other)) == stored | other
+    assert DepthPolicy(**stored | other).as_stored == stored | other
+    later = {"preset": "fastvar", "allocation": "reference", "mean_depths": (0.6, 0.5)}
+    assert DepthPolicy(**stored | later).as_stored == stored | later
 
 
 def test_what_studies_vary_is_no_option_of_the_product():
@@ -106,6 +108,8 @@ def test_a_policy_cannot_be_changed():
         ({"schedule": "step", "kept_depth": 0.0}, "policy kept_depth is 0.0, wanted 0 < x <= 1"),
         ({"schedule": "step", "kept_depth": 1.5}, "policy kept_depth is 1.5"),
         ({"kept_depth": 0.5}, "kept_depth 0.5 with schedule 'octaves', which prunes nothing"),
+        ({"mean_depths": (0.5,)}, "policy mean_depths with allocation 'equal': leave one of them"),
+        ({"mean_depths": (0.5, 1.5)}, r"policy mean_depths are \(0.5, 1.5\), wanted 0..1 each"),
         ({"rotation": 1.0}, "policy rotation is 1.0, wanted 0 <= x < 1"),
         ({"rotation": -0.5}, "policy rotation is -0.5"),
         ({"min_depth": -1}, "policy min_depth is -1"),

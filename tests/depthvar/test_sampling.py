@@ -36,6 +36,7 @@ from tests.tiny_models import (
     label_of,
     states,
     tiny_model,
+    tiny_policy,
 )
 
 LABELS = [1, 4]
@@ -108,10 +109,8 @@ def test_every_pair_of_policy_fields_equals_the_dense_reference_in_float64(numbe
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_equals_the_dense_reference_in_float64(preset, guided):
     for shape in (list(PRESETS).index(preset) % 2, 2 + guided):
-        policy = make_policy(preset)
-        if policy.reference_scale is not None:
-            policy = replace(policy, reference_scale=1)
-        assert_matches_the_reference(tiny_model(shape), policy, GUIDED if guided else UNGUIDED)
+        how = GUIDED if guided else UNGUIDED
+        assert_matches_the_reference(tiny_model(shape), tiny_policy(preset), how)
 
 
 @pytest.mark.parametrize("number", range(len(POLICIES)), ids=IDS)
@@ -187,8 +186,7 @@ def test_guidance_grows_linearly_from_none_at_the_first_scale_to_cfg_at_the_last
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_sample_does_not_depend_on_its_batch_or_its_place_in_it(preset):
     model = tiny_model(3, torch.float32)
-    options = {} if preset in ("full", "skip-scales") else {"reference_scale": 1}
-    sampler = Sampler(model, make_policy(preset, **options), GUIDED)
+    sampler = Sampler(model, tiny_policy(preset), GUIDED)
     labels, indices = [2, 0, 2, 4, 1], [70, 3, 71, 2**40, 9]
     together = sampler.tokens(labels, seed=5, indices=indices)
     images = sampler(labels, seed=5, indices=indices).images_BHWC

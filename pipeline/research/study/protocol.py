@@ -23,7 +23,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -35,10 +35,11 @@ from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.weights.find import FoundModel
 from pipeline.request.flags import FileOnly, JobConfig
-from pipeline.request.generation import PolicyOptions
+from pipeline.request.generation import Scalar
 from pipeline.request.job import checked_options
 from pipeline.request.paths import LocalPath, ModelName, Weights
 from pipeline.request.weights import fetch_model
+from pipeline.request.yaml_file import FieldsOf
 from pipeline.research.study.policies import study_policy
 from pipeline.storage import Storage
 
@@ -58,7 +59,9 @@ class StudyMethod(JobConfig):
 
     policy: str
     budgets: dict[str, int | None]
-    options: PolicyOptions = Field(default_factory=dict)
+    options: Annotated[dict[str, Scalar | list[float]], FieldsOf(DepthPolicy)] = Field(
+        default_factory=dict
+    )
     signals: list[str] = Field(
         default_factory=list, description="budgets at which to ask what the recorded signals say"
     )
@@ -184,7 +187,7 @@ class Study:
         """Name of a piece of work; the digest covers all that it depends on."""
         inputs: dict[str, Any] = {"cas_runs": cell.cas_runs} if kind == "signals" else {}
         digest = self._digest(
-            policy=asdict(cell.policy),
+            policy=cell.policy.as_stored,
             samples=cell.num_samples,
             batch_size=self.config.batch_size,
             **inputs,
@@ -197,7 +200,7 @@ class Study:
 
     def losses_file(self, cell: Cell) -> str:
         """Name of the file of what real held-out images cost under a cell's policy."""
-        return f"losses/{cell.name}-{self._digest(policy=asdict(cell.policy))}.npy"
+        return f"losses/{cell.name}-{self._digest(policy=cell.policy.as_stored)}.npy"
 
     @property
     def headroom_file(self) -> str:
@@ -224,7 +227,7 @@ class Study:
     def times_file(self) -> str:
         """Name of the file of the timings."""
         digest = self._digest(
-            policies=[asdict(cell.policy) for cell in self.timed],
+            policies=[cell.policy.as_stored for cell in self.timed],
             batch_size=self.config.batch_size,
             rounds=self.config.timing_rounds,
         )

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def results_table(findings: Findings, times: dict[str, list[float]]) -> pa.Table
                         "section": section,
                         "method": cell.method,
                         "budget": cell.budget,
-                        "policy": json.dumps(asdict(cell.policy), sort_keys=True),
+                        "policy": json.dumps(cell.policy.as_stored, sort_keys=True),
                         "seed": seed,
                         "num_samples": cell.num_samples,
                         "token_layers": cell.depth.token_layers,

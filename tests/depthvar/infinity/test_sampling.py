@@ -25,6 +25,7 @@ from tests.tiny_models import (
     covering_policies,
     label_of,
     text_states,
+    tiny_policy,
     tiny_text_model,
 )
 
@@ -94,10 +95,13 @@ def test_every_policy_equals_the_dense_reference_in_float64(number):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_draws_the_same_bits_as_the_reference_in_float32(preset):
-    policy = make_policy(preset)
-    if policy.reference_scale is not None:
-        policy = make_policy(preset, reference_scale=1)
-    assert_matches_the_reference(tiny_text_model(0, torch.float32), policy, TEXT_GUIDED)
+    model = tiny_text_model(0, torch.float32)
+    assert_matches_the_reference(model, tiny_policy(preset), TEXT_GUIDED)
+
+
+@pytest.mark.parametrize("shape", range(len(TEXT_SHAPES)))
+def test_pruning_as_fastvar_equals_the_dense_reference_in_float64(shape):
+    assert_matches_the_reference(tiny_text_model(shape), tiny_policy("fastvar"), TEXT_GUIDED)
 
 
 @pytest.mark.parametrize("shape", range(len(TEXT_SHAPES)))

@@ -117,6 +117,14 @@ def test_a_policy_that_is_not_of_this_release_is_kept_and_not_run(changes):
         _ = again.runnable_policy
 
 
+def test_a_policy_with_a_field_that_older_plans_lack_comes_back():
+    plan = make_plan(policy=make_policy("fastvar"))
+    assert json.loads(plan.policy_json)["mean_depths"] == [0.6, 0.5]
+    again = JobPlan.from_json(plan.to_json())
+    assert again.runnable_policy == make_policy("fastvar")
+    assert again.fingerprint == plan.fingerprint
+
+
 def test_the_png_level_is_stored_where_it_is_not_the_one_of_older_plans():
     assert b"png_level" not in make_plan(png_level=6).to_json()
     assert make_plan(png_level=6).fingerprint == make_plan().fingerprint

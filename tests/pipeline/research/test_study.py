@@ -26,6 +26,7 @@ from depthvar.weights.files import CALIBRATION_FILE
 from depthvar.weights.find import find_model
 from jobs.study import main
 from pipeline.request.flags import load_config
+from pipeline.request.job import checked_options
 from pipeline.research.quality import features
 from pipeline.research.quality.features import digit_features, real_arrays, to_safetensors
 from pipeline.research.study.measure import (
@@ -271,12 +272,14 @@ def test_names_and_options_of_a_study_are_what_stands_in_its_file(tmp_path: Path
         "out: x\nseeds: [1, 2]\ncompare_with: [no]\nmethods:\n"
         "  full: {policy: full, budgets: {1x: null}}\n"
         "  no: {policy: depthvar, budgets: {1e3: 2}, options: {dither: on, rotation: 1e-1}}\n"
+        "  fast: {policy: fastvar, budgets: {2x: 4}, options: {mean_depths: [5e-1, 1]}}\n"
     )
     argv = ["--config", str(tmp_path / "study.yaml")]
     read = load_config(StudyConfig, argv, prog="study", description="")
     assert read.methods["full"].budgets == {"1x": None}
     assert read.methods["no"].budgets == {"1e3": 2}
     assert read.methods["no"].options == {"dither": True, "rotation": 0.1}
+    assert checked_options(read.methods["fast"].options) == {"mean_depths": (0.5, 1.0)}
     (tmp_path / "study.yaml").write_text("methods:\n  full: {}\n  full: {}\n")
     with pytest.raises(InputError, match="line 3: the key 'full' stands in line 2 too"):
         load_config(StudyConfig, argv, prog="study", description="")

@@ -159,8 +159,8 @@ class DepthPlan:
         if len(policy.mean_depths) > adaptive:
             raise InputError(
                 f"policy {policy.preset!r} gives the depth of {len(policy.mean_depths)} scales "
-                f"after the reference scale, the model samples {adaptive}: choose an earlier "
-                "--reference-scale"
+                f"after the reference scale, of which the model samples {adaptive}: choose an "
+                "earlier --reference-scale"
             )
         if round(policy.kept_depth * num_blocks, 9) < 1:
             raise InputError(

@@ -186,7 +186,10 @@ def _sampling_bytes(
     branch = rows * config.width * size
     stream = rows * config.width * max(size, _WIDE)
     if isinstance(config, InfinityConfig):
+        # Keys and values of the texts, the feature map, a scale's input of it, and all bits.
         held = 2 * TEXT_TOKENS * blocks * branch
+        held += 2 * batch_size * config.bits * math.prod(config.grids[-1]) * max(size, _WIDE)
+        held += batch_size * config.bits * config.num_tokens
         num_logits, hidden = 2 * config.bits, config.mlp_width
         # Of the queries and keys that are turned in float32: as they were, and turned.
         turned = 4 * stream

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,18 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from depthvar.config import ModelConfig, model_config
-from depthvar.cost import Cost, decoder_flops, image_cost, transformer_flops
+from depthvar.cost import TEXT_TOKENS, Cost, decoder_flops, image_cost, transformer_flops
 from depthvar.counting import is_composite
-from depthvar.infinity_config import INFINITY_2B
+from depthvar.infinity_config import INFINITY_2B, INFINITY_8B
 from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.sampling import Sampler
+from depthvar.weights.checkpoint import LoadedTextModel, random_text_model
+from depthvar.weights.find import FoundModel, blank_text_modules
 from tests.tiny_models import (
     GUIDED,
     SHAPES,
     UNGUIDED,
     covering_policies,
     label_of,
+    tiny_infinity,
     tiny_model,
     tiny_policy,
 )
@@ -160,6 +165,54 @@ def test_the_published_decoder_runs_exactly_the_operations_of_its_cost():
         with CountedFlops() as counter, sdpa_kernel(SDPBackend.MATH):
             model.decode(torch.zeros(1, 32, 16, 16))
     assert counter.total == decoder_flops(config)
+
+
+def counted_of_text(model: LoadedTextModel, policy: DepthPolicy) -> tuple[int, int, Cost]:
+    """FLOPs of sampling and of decoding one guided image of a text of 64 tokens, and the cost."""
+    config, device = model.config, model.device
+    sampler = Sampler(model, policy, config.sampling)
+    shapes = ((1, config.num_tokens * config.bits), (1, config.num_tokens))
+    bits, ranking = (torch.full(shape, 0.5, dtype=torch.float64, device=device) for shape in shapes)
+    states = torch.ones(TEXT_TOKENS, config.text_width, dtype=model.dtype, device=device)
+    with CountedFlops() as sampling, sdpa_kernel(SDPBackend.MATH):
+        sampled = sampler.tokens_from_uniforms([states], bits, ranking)
+    with CountedFlops() as decoding, torch.inference_mode():
+        model.tokenizer.decode(sampled.feature_map_BZHW)
+    return sampling.total, decoding.total, sampler.cost
+
+
+@pytest.mark.parametrize("preset", ["full", "depthvar", "depthvar-paper", "hard-pruning"])
+@pytest.mark.parametrize("shape", [0, 1])
+def test_a_text_model_runs_exactly_the_operations_of_its_cost(preset, shape):
+    options = {} if preset == "full" else {"reference_scale": 1}
+    config = tiny_infinity(shape, max_text_tokens=TEXT_TOKENS)
+    model = random_text_model(config, dtype=torch.float64)
+    sampling, decoding, cost = counted_of_text(model, make_policy(preset, **options))
+    assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "transformer", "decoder"),
+    [
+        (INFINITY_2B, (1024, 1024), 115.3, 9.85),
+        (INFINITY_2B, (512, 512), 21.1, 2.46),
+        (INFINITY_8B, (1024, 1024), 382, 9.89),
+    ],
+)
+def test_infinity_costs_what_was_worked_out_by_hand(config, size, transformer, decoder):
+    """TFLOP of a guided image of a text of 64 tokens."""
+    config = config.of_size(size)
+    cost = image_cost(config, DepthPlan.build(config.grids, config.num_blocks, DepthPolicy()))
+    assert cost.transformer_flops / 1e12 == pytest.approx(transformer, rel=0.005)
+    assert cost.decoder_flops / 1e12 == pytest.approx(decoder, rel=0.001)
+
+
+def test_infinity_2b_runs_exactly_the_operations_of_its_cost_at_a_million_pixels():
+    """Counted without storage as they would run."""
+    found = FoundModel(INFINITY_2B, Path("blank"), Path("blank"), None, ())
+    model = LoadedTextModel(found, *blank_text_modules(INFINITY_2B), None)
+    sampling, decoding, cost = counted_of_text(model, make_policy("full"))
+    assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
 
 
 def test_one_stream_costs_half_of_two_but_for_the_expected_codes():

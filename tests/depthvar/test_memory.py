@@ -13,6 +13,8 @@ from depthvar.config import (
     TransformerConfig,
     model_config,
 )
+from depthvar.cost import TEXT_TOKENS
+from depthvar.infinity_config import INFINITY_2B, INFINITY_8B, BitDecoderConfig
 from depthvar.memory import (
     LIBRARY_BYTES,
     decoder_parameters,
@@ -25,9 +27,10 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise
-from depthvar.weights.checkpoint import assemble
-from depthvar.weights.find import FoundModel
+from depthvar.weights.checkpoint import assemble, random_text_model
+from depthvar.weights.find import FoundModel, blank_text_modules
 from tests.live_memory import LiveBytes
+from tests.tiny_models import tiny_infinity
 
 SIDES = (1, 2, 4, 8, 12, 16)
 POLICIES = (
@@ -35,6 +38,12 @@ POLICIES = (
     make_policy("uniform", reference_scale=3),
     make_policy("depthvar", reference_scale=3, proxy="raw"),
 )
+
+
+def test_counted_parameters_of_a_text_model_are_those_of_its_transformer():
+    for config in (INFINITY_2B, INFINITY_8B, tiny_infinity(1)):
+        transformer, _ = blank_text_modules(config)
+        assert transformer_parameters(config) == sum(p.numel() for p in transformer.parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,6 +103,33 @@ def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, code
     need = memory_need(sampler.config, sampler.plan, batch_size=4, streams=2, precision=precision)
     assert need.cache + need.sampling == pytest.approx(sampling.peak, rel=0.1)
     assert need.decoding == pytest.approx(decoding.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
+@pytest.mark.parametrize(("width", "bits"), [(128, 8), (32, 512)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_need_of_a_text_model_is_what_it_holds_at_once(policy, width, bits, precision):
+    config = tiny_infinity(
+        grids=tuple((side, side) for side in SIDES),
+        rotary_grid=(16, 16),
+        width=width,
+        num_heads=4,
+        bits=bits,
+        max_text_tokens=TEXT_TOKENS,
+        decoder=BitDecoderConfig(base_width=64, multipliers=(1, 2), norm_groups=4),
+    )
+    model = random_text_model(config, dtype=getattr(torch, precision))
+    sampler = Sampler(model, policy, config.sampling)
+    texts = [torch.ones(TEXT_TOKENS, config.text_width) for _ in range(4)]
+    with LiveBytes() as sampling:
+        sampled = sampler.tokens(texts, seed=0, indices=range(4))
+    with LiveBytes() as decoding:
+        sampler.decode(sampled.feature_map_BZHW)
+    need = memory_need(config, sampler.plan, batch_size=4, streams=2, precision=precision)
+    assert need.cache + need.sampling == pytest.approx(sampling.peak, rel=0.1)
+    assert need.decoding == pytest.approx(decoding.peak, rel=0.1)
+    held = sum(p.nbytes for m in (model.transformer, model.tokenizer) for p in m.parameters())
+    assert need.weights == pytest.approx(held, rel=0.01)
 
 
 def test_half_precision_halves_weights_and_cache():

@@ -122,6 +122,8 @@ PRESETS: Mapping[str, DepthPolicy] = {
 }
 DEFAULT_PRESET = "depthvar"
 """What the jobs use unless they are told another; the README says why."""
+TEXT_PRESET = "depthvar-paper"
+"""The same for text models: what the paper measured on Infinity. Here nothing was."""
 OPTIONS = ("blending", "kept_depth", "proxy", "skip_last_scales")
 """The fields that `--policy-options` may change; a study may change any."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, DepthPolicy
+from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
 from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
@@ -80,10 +80,15 @@ class GenerateConfig(JobConfig):
         " prompt,class,count, in place of --class-names (default: none)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
-    policy: str = Field(DEFAULT_PRESET, description=f"depth policy: {', '.join(PRESETS)}")
+    policy: str | None = Field(
+        None,
+        description=f"depth policy: {', '.join(PRESETS)} (default: {DEFAULT_PRESET}, of a text"
+        f" model {TEXT_PRESET})",
+    )
     reference_scale: int | None = Field(
         None,
-        description="last scale at full depth, from 0: the budget (default: the policy's own)",
+        description="last scale at full depth, from 0: the budget (default: the policy's own, of a"
+        " text model the finest with a quarter of the last one's tokens)",
     )
     policy_options: PolicyOptions = Field(
         default_factory=dict,

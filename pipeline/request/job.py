@@ -16,7 +16,15 @@ from depthvar.errors import InputError
 from depthvar.infinity_config import InfinityConfig
 from depthvar.paths import check_output_folder, is_uri
 from depthvar.plan import DepthPlan
-from depthvar.policy import OPTIONS, PRESETS, DepthPolicy, make_policy, policy_of
+from depthvar.policy import (
+    DEFAULT_PRESET,
+    OPTIONS,
+    PRESETS,
+    TEXT_PRESET,
+    DepthPolicy,
+    make_policy,
+    policy_of,
+)
 from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.generation import GenerateConfig, Scalar
@@ -56,7 +64,7 @@ def plan_job(
     by_name = None if fetches else _known_model(config)
     found = by_name or fetch_model(config.model, config.weights)
     model = _of_size(found.config, config.image_size)
-    policy = _policy(config)
+    policy = _policy(config, model)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
     for text in found.notes:
@@ -134,7 +142,7 @@ def check_before_submission(config: GenerateConfig) -> None:
     known = KNOWN_MODELS.get(model_name(config.model))
     if known is not None:
         model = _of_size(known, config.image_size)
-        _compute(model, _policy(config), _sampling(config, model.sampling))
+        _compute(model, _policy(config, model), _sampling(config, model.sampling))
         _asked(config, model, lambda note: None)
 
 
@@ -146,9 +154,15 @@ def _of_size(model: AnyModel, image_size: str | None) -> AnyModel:
     return model.of_size((int(height or width), int(width)))
 
 
-def _policy(config: GenerateConfig) -> DepthPolicy:
+def _policy(config: GenerateConfig, model: AnyModel) -> DepthPolicy:
     options = checked_options(config.policy_options)
-    return policy_of(PRESETS, OPTIONS, config.policy, config.reference_scale, options)
+    preset, reference_scale = config.policy or DEFAULT_PRESET, config.reference_scale
+    if isinstance(model, InfinityConfig):
+        preset = config.policy or TEXT_PRESET
+        has_scale = preset in PRESETS and PRESETS[preset].reference_scale is not None
+        if reference_scale is None and has_scale:
+            reference_scale = model.usual_reference_scale
+    return policy_of(PRESETS, OPTIONS, preset, reference_scale, options)
 
 
 def checked_options(options: Mapping[str, Scalar | list[float]]) -> dict[str, Any]:

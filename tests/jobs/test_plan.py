@@ -74,6 +74,27 @@ def test_plan_reads_no_text_encoder_and_goes_on_with_the_one_that_was_planned(
     assert f"identity  {stored.fingerprint}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "policy", "size", "ratio"),
+    [
+        ([], "depthvar-paper", "1024x1024", "52.0%"),
+        (["--image-size=864x1152", "--cfg=3"], "depthvar-paper", "864x1152", "49.6%"),
+        (["--image-size=512", "--policy=depthvar"], "depthvar", "512x512", "51.1%"),
+        (["--policy=full", "--temperature=1"], "full", "1024x1024", "100.0%"),
+    ],
+)
+def test_a_published_text_model_has_a_policy_a_budget_and_sizes_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags, policy, size, ratio
+):
+    argv = ["--model=infinity-2b", "--class-names=fox", f"--out={tmp_path / 'out'}", *flags]
+    assert plan.main(argv) == 0
+    text = capsys.readouterr().out
+    cfg = "3" if "--cfg=3" in flags else "4"
+    assert f"policy    {policy}, cfg {cfg}, top-k 0, top-p 0.97" in text
+    assert f" of 1 classes, {size} png\n" in text
+    assert f"; {ratio} of the token-layers\n" in text
+
+
 def test_plan_times_a_worker_and_prices_it_where_it_has_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

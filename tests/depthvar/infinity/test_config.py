@@ -37,6 +37,11 @@ def test_positions_are_spread_over_the_schedule_of_a_million_pixels():
     assert (portrait.grids[-1], portrait.rotary_grid) == ((35, 28), (70, 56))
 
 
+@pytest.mark.parametrize(("size", "scale"), [((1024, 1024), 9), ((512, 512), 6), ((256, 256), 4)])
+def test_the_usual_reference_scale_has_a_quarter_of_the_last_tokens(size, scale):
+    assert INFINITY_2B.of_size(size).usual_reference_scale == scale
+
+
 def test_the_8b_has_two_cells_a_side_in_each_token():
     assert (INFINITY_8B.map_channels, INFINITY_8B.map_size) == (14, (128, 128))
     assert INFINITY_8B.image_size == INFINITY_2B.image_size == (1024, 1024)

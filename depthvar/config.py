@@ -193,6 +193,11 @@ class ModelConfig:
         )
 
     @property
+    def num_logits(self) -> int:
+        """Numbers that a token is drawn from: one for every code."""
+        return self.transformer.codebook_size
+
+    @property
     def num_classes(self) -> int:
         """Classes the model can be asked for."""
         return self.transformer.num_classes
@@ -383,6 +388,16 @@ TEXT_MODELS: Mapping[str, InfinityConfig] = MappingProxyType(
 )
 """The known models of text."""
 KNOWN_MODELS: Mapping[str, AnyModel] = MappingProxyType({**MODELS, **TEXT_MODELS})
+IMAGE_SIZE = r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$"
+"""How a size of images is written: `SIDE` or `WIDTHxHEIGHT`."""
+
+
+def of_written_size(model: AnyModel, image_size: str | None) -> AnyModel:
+    """The model for images of a size that is written so; `InputError` for one that it lacks."""
+    if image_size is None:
+        return model
+    width, _, height = image_size.partition("x")
+    return model.of_size((int(height or width), int(width)))
 
 
 def real_set_of(class_names: tuple[str, ...], image_side: int, image_channels: int) -> str | None:

@@ -17,16 +17,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from depthvar.config import ModelConfig
+from depthvar.config import AnyModel
+from depthvar.cost import TEXT_TOKENS
+from depthvar.infinity_config import InfinityConfig
 from depthvar.policy import DepthPolicy
-from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import LoadedModel, assemble
-from depthvar.weights.find import FoundModel, blank_modules
+from depthvar.sampling import Given, Sampler
+from depthvar.weights.checkpoint import AnyLoaded, assemble, assemble_text
+from depthvar.weights.find import FoundModel, blank_modules, blank_text_modules
 
 _aten = torch.ops.aten
 _ONE_KERNEL = {
     _aten.scaled_dot_product_attention.default,
     _aten.upsample_bicubic2d.vec,
+    _aten.upsample_bilinear2d.vec,
     _aten.upsample_nearest2d.vec,
 }
 """Composed of others by torch's word, but run as one where there is a kernel for it."""
@@ -50,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class BatchWork:
-    """The work of a batch: from the labels to the feature map, and from there to the pixels."""
+    """The work of a batch: from what is given to the feature map, and from there to the pixels."""
 
     sampling: Work
     decoding: Work
@@ -108,25 +111,34 @@ def _bytes(tensor: Tensor) -> int:
     return torch.Size(own).numel() * tensor.itemsize if tensor.numel() else 0
 
 
-def blank_model(config: ModelConfig, *, dtype: torch.dtype) -> LoadedModel:
+def blank_model(config: AnyModel, *, dtype: torch.dtype) -> AnyLoaded:
     """A model whose tensors have shapes and no storage: what it does can be counted anywhere."""
-    transformer, tokenizer = blank_modules(config, with_encoder=False)
     found = FoundModel(config, Path("blank"), Path("blank"), None, ())
-    return assemble(found, transformer, tokenizer, device="meta", dtype=dtype)
+    if isinstance(config, InfinityConfig):
+        return assemble_text(found, *blank_text_modules(config), device="meta", dtype=dtype)
+    parts = blank_modules(config, with_encoder=False)
+    return assemble(found, *parts, device="meta", dtype=dtype)
 
 
-def work_of_batch(model: LoadedModel, policy: DepthPolicy, batch_size: int) -> BatchWork:
+def any_given(config: AnyModel, count: int, device: torch.device) -> Given:
+    """What to ask a model for where any will do: its classes in turn, or a text of noise each."""
+    if not isinstance(config, InfinityConfig):
+        return [i % config.num_classes for i in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, min(TEXT_TOKENS, config.max_text_tokens), config.text_width)
+    return list(torch.randn(shape, generator=generator).to(device))
+
+
+def work_of_batch(model: AnyLoaded, policy: DepthPolicy, batch_size: int) -> BatchWork:
     """What the plain sampler does for a batch on the device of the model."""
-    config, side = model.config, model.config.tokenizer.latent_side
+    config, codec = model.config, model.tokenizer.quantize
     sampler = Sampler(model, policy, config.sampling)
+    given = any_given(config, batch_size, model.device)
     with torch.device(model.device):
-        labels_B = torch.zeros(batch_size, dtype=torch.int64)
-        uniforms_BN = torch.full(
-            (batch_size, config.transformer.num_tokens), 0.5, dtype=torch.float64
-        )
-        latent_shape = (batch_size, config.tokenizer.code_channels, side, side)
-        feature_map_BZHW = torch.zeros(latent_shape, dtype=model.dtype)
-    sampling = _counted(lambda: sampler.tokens_from_uniforms(labels_B, uniforms_BN, uniforms_BN))
+        ranking_BN = torch.full((batch_size, config.num_tokens), 0.5, dtype=torch.float64)
+        uniforms_BU = ranking_BN.repeat(1, codec.draws_per_token)
+        feature_map_BZHW = torch.zeros((batch_size, *codec.map_shape), dtype=model.dtype)
+    sampling = _counted(lambda: sampler.tokens_from_uniforms(given, uniforms_BU, ranking_BN))
     return BatchWork(sampling, _counted(lambda: model.tokenizer.decode(feature_map_BZHW)))
 
 

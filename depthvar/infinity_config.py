@@ -157,6 +157,11 @@ class InfinityConfig:
         return max(fitting, default=0)
 
     @property
+    def num_logits(self) -> int:
+        """Numbers that a token is drawn from: two for every bit."""
+        return 2 * self.bits
+
+    @property
     def map_channels(self) -> int:
         """Channels of the feature map."""
         return self.bits // self.patch**2

@@ -190,12 +190,12 @@ def _sampling_bytes(
         held = 2 * TEXT_TOKENS * blocks * branch
         held += 2 * batch_size * config.bits * math.prod(config.grids[-1]) * max(size, _WIDE)
         held += batch_size * config.bits * config.num_tokens
-        num_logits, hidden = 2 * config.bits, config.mlp_width
+        hidden = config.mlp_width
         # Of the queries and keys that are turned in float32: as they were, and turned.
         turned = 4 * stream
     else:
         held, turned = 0, 0
-        num_logits, hidden = config.transformer.codebook_size, 4 * config.width
+        hidden = 4 * config.width
     kept = [
         scale.count * sum(plan.keeps_change(i, block) for block in range(blocks))
         for i, scale in enumerate(plan.scales)
@@ -209,7 +209,7 @@ def _sampling_bytes(
         block = (tokens + earlier + kept[i]) * stream + active * round(branches * branch)
         attention = (_STREAMS_OF_ALL * scale.count + active + earlier + kept[i]) * stream
         attention += active * (3 * branch + turned)
-        draw = _DRAW_BYTES * batch_size * scale.count * num_logits
+        draw = _DRAW_BYTES * batch_size * scale.count * config.num_logits
         moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
         moments += [attention] if turned else []
     modulation = 6 * blocks * stream

@@ -1,6 +1,7 @@
 """How long samplers take, compared on one machine within one run, and how far off they come.
 
-Shape legend: B images of a batch, N of a set, T tokens of a scale, V codes, H W sides, C channels.
+Shape legend: B images of a batch, N of a set, T tokens of a scale, V logits of a token, U uniform
+numbers, H W sides, C channels.
 """
 
 from __future__ import annotations
@@ -10,28 +11,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.config import ModelConfig
-from depthvar.draw import draw_tokens
+from depthvar.config import AnyModel
+from depthvar.counting import any_given
 from depthvar.policy import DepthPolicy
 from depthvar.published import PublishedSampler, draw_published
 from depthvar.sampling import SampleBatch, Sampler
-from depthvar.weights.checkpoint import LoadedModel
+from depthvar.weights.checkpoint import AnyLoaded, LoadedModel
 
 
 class MakesImages(Protocol):
     """A sampler, as `Sampler` is called."""
 
-    def __call__(
-        self, labels: Sequence[int], /, *, seed: int, indices: Sequence[int]
-    ) -> SampleBatch:
-        """One image per label."""
+    def __call__(self, given: Any, /, *, seed: int, indices: Sequence[int]) -> SampleBatch:
+        """One image of each thing given."""
         ...
 
 
@@ -39,22 +38,27 @@ class MakesImages(Protocol):
 class Contender:
     """A sampler to be timed, made when its turn comes.
 
-    draw: its draw alone, of guided logits (B, T, V) with uniform numbers (B, T). counts: the tokens
-    of its scales.
+    draw: its draw alone, of guided logits (B, T, V). counts: the tokens of its scales.
     """
 
     make: Callable[[], MakesImages]
-    draw: Callable[[Tensor, Tensor], object]
+    draw: Callable[[Tensor], object]
     counts: tuple[int, ...]
 
     @classmethod
-    def of_policy(cls, model: LoadedModel, policy: DepthPolicy) -> Contender:
+    def of_policy(cls, model: AnyLoaded, policy: DepthPolicy) -> Contender:
         """Our sampler under a policy, at the model's own settings."""
-        settings = model.config.sampling
+        settings, codec = model.config.sampling, model.tokenizer.quantize
+
+        def draw(logits_BTV: Tensor) -> object:
+            batch, count = logits_BTV.shape[:2]
+            uniforms_BU = logits_BTV.new_full((batch, count * codec.draws_per_token), 0.5)
+            return codec.draw(logits_BTV, uniforms_BU, settings)
+
         grids = model.config.grids[: len(model.config.grids) - policy.skip_last_scales]
         return cls(
             partial(Sampler, model, policy, settings),
-            partial(draw_tokens, settings=settings),
+            draw,
             tuple(map(math.prod, grids)),
         )
 
@@ -64,7 +68,7 @@ class Contender:
         settings = model.config.sampling
         return cls(
             partial(PublishedSampler, model, dtype),
-            lambda logits_BTV, _: draw_published(logits_BTV, settings),
+            lambda logits_BTV: draw_published(logits_BTV, settings),
             tuple(map(math.prod, model.config.grids)),
         )
 
@@ -104,7 +108,7 @@ def pixel_distance(images_NHWC: np.ndarray, others_NHWC: np.ndarray) -> float:
 
 def time_contenders(
     contenders: Mapping[str, Contender],
-    config: ModelConfig,
+    config: AnyModel,
     device: torch.device,
     *,
     rounds: int,
@@ -117,8 +121,9 @@ def time_contenders(
     machine, and the same noise: compare them within a round. `after_batch` hears how many batches
     were sampled.
     """
-    logits = torch.randn(batch_size * config.sides[-1] ** 2, config.tokenizer.codebook_size)
+    logits = torch.randn(batch_size * math.prod(config.grids[-1]), config.num_logits)
     drawn_from = logits.to(device)
+    given = any_given(config, batch_size, device)
     samplers: dict[str, MakesImages] = {}
     added_bytes: dict[str, int] = {}
     laps: dict[str, list[Lap]] = {name: [] for name in contenders}
@@ -128,8 +133,7 @@ def time_contenders(
             if number < 0:
                 before = _begin_memory(device)
                 samplers[name] = contender.make()
-            labels = [i % config.num_classes for i in range(batch_size)]
-            batch = samplers[name](labels, seed=max(number, 0), indices=range(batch_size))
+            batch = samplers[name](given, seed=max(number, 0), indices=range(batch_size))
             if number < 0:
                 added_bytes[name] = _most_memory(device) - before
             drawing_s = _drawing_s(contender, drawn_from, batch_size)
@@ -149,7 +153,7 @@ def time_contenders(
 
 
 def time_policies(
-    model: LoadedModel,
+    model: AnyLoaded,
     policies: Mapping[str, DepthPolicy],
     *,
     rounds: int,
@@ -167,18 +171,16 @@ def time_policies(
     )
 
 
-def equal_tokens(
-    model: LoadedModel, wide: LoadedModel, policy: DepthPolicy, num_images: int
-) -> float:
+def equal_tokens(model: AnyLoaded, wide: AnyLoaded, policy: DepthPolicy, num_images: int) -> float:
     """Share of tokens that two precisions of a model draw alike, teacher-forced by the second.
 
     Every scale sees the second one's tokens of the scales before it, so that only the arithmetic
     within a scale differs.
     """
-    labels = [i % model.config.num_classes for i in range(num_images)]
+    given = any_given(model.config, num_images, model.device)
     ours, theirs = (Sampler(m, policy, m.config.sampling) for m in (model, wide))
-    wanted = theirs.tokens(labels, seed=0, indices=range(num_images)).tokens
-    drawn = ours.tokens(labels, seed=0, indices=range(num_images), forced=wanted).tokens
+    wanted = theirs.tokens(given, seed=0, indices=range(num_images)).tokens
+    drawn = ours.tokens(given, seed=0, indices=range(num_images), forced=wanted).tokens
     equal = [(a == b).float() for a, b in zip(drawn, wanted, strict=True)]
     return float(torch.cat(equal, dim=1).mean())
 
@@ -203,7 +205,7 @@ def _drawing_s(contender: Contender, logits_NV: Tensor, batch_size: int) -> floa
     begun = time.perf_counter()
     for count in contender.counts:
         logits_BTV = logits_NV[: batch_size * count].view(batch_size, count, -1)
-        contender.draw(logits_BTV, logits_BTV.new_full((batch_size, count), 0.5))
+        contender.draw(logits_BTV)
     _wait(logits_NV.device)
     return time.perf_counter() - begun
 

@@ -3,7 +3,8 @@
 Prints Markdown: a table of times, beside those of the loop as it was published, of how much of what
 a policy leaves out becomes time saved, of memory, and of what it changes; and one of operations and
 bytes, which are counted. docs/performance.md says what the columns mean. Without --weights a
-published model gets random ones, which take the same time and whose images mean nothing. Needs
+published model gets random ones, which take the same time and whose images mean nothing. A text
+model is given noise in place of an encoder's states, and has no published loop beside it. Needs
 torch, numpy and safetensors alone: neither Ray nor any other part of the pipeline.
 """
 
@@ -13,28 +14,42 @@ import argparse
 import importlib.util
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 
-from depthvar.config import MODELS, ModelConfig, model_config
+from depthvar.config import (
+    IMAGE_SIZE,
+    KNOWN_MODELS,
+    AnyModel,
+    model_config,
+    of_written_size,
+)
 from depthvar.cost import image_cost
 from depthvar.counting import BatchWork, blank_model, work_of_batch
 from depthvar.errors import InputError, naming
 from depthvar.host.rate import rate_text
+from depthvar.infinity_config import InfinityConfig
 from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
-from depthvar.policy import DEFAULT_PRESET, PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DEFAULT_PRESET, PRESETS, TEXT_PRESET, DepthPolicy, make_policy
 from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders
-from depthvar.weights.checkpoint import LoadedModel, load_model, random_model
+from depthvar.weights.checkpoint import (
+    AnyLoaded,
+    LoadedModel,
+    load_any,
+    random_model,
+    random_text_model,
+)
 from depthvar.weights.files import BUNDLED
-from depthvar.weights.find import find_model
+from depthvar.weights.find import FoundModel, find_model
 from jobs._entry import EXIT_DONE, run_job
 
 FULL = "full"
@@ -49,10 +64,10 @@ _MOST_COMPARED = 4
 class Row:
     """What was measured of a contender at a batch size; the published loop has no policy.
 
-    image_flops: floating-point operations of an image. bound: how many times fewer token-layers
-    than full depth. memory_bytes: weights and the most that was taken above them, 0 on a CPU.
-    predicted_bytes: the same by arithmetic. equal_tokens: share of tokens drawn as in float32,
-    teacher-forced.
+    image_flops: floating-point operations of an image. bound: how many times fewer of them than
+    full depth in the transformer. memory_bytes: weights and the most that was taken above them, 0
+    on a CPU. predicted_bytes: the same by arithmetic. equal_tokens: share of tokens drawn as in
+    float32, teacher-forced.
     """
 
     batch_size: int
@@ -89,7 +104,7 @@ class Row:
 
     @property
     def saving_efficiency(self) -> float | None:
-        """The speed-up over the bound, where token-layers are left out."""
+        """The speed-up over the bound, where something is left out."""
         return median(self.speed_ups) / self.bound if self.bound > 1 else None
 
     def cells(self, product_rate: float) -> dict[str, str]:
@@ -137,13 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(_device(flags.device))
     _check_paths(flags)
     torch.set_num_threads(flags.threads)
-    is_random = _is_random(flags)
-    config = (
-        model_config(flags.model) if is_random else find_model(flags.model, flags.weights).config
-    )
+    config = _found(flags).config
     policies = chosen_policies(config, flags.policies)
     for policy in policies.values():
-        DepthPlan.build(config.sides, config.num_blocks, policy)  # what does not fit stops here
+        DepthPlan.build(config.grids, config.num_blocks, policy)  # what does not fit stops here
     dtype = getattr(torch, flags.precision)
     if flags.count_only:
         blank = blank_model(config, dtype=dtype)
@@ -151,14 +163,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_work(blank, policies, flags.batch_sizes)
         return EXIT_DONE
     model = _model(flags, device, dtype)
-    wide = model if dtype == torch.float32 else _model(flags, device, torch.float32)
+    wide = None
+    if not config.is_text:
+        wide = model if dtype == torch.float32 else _model(flags, device, torch.float32)
     rate = product_rate(device, dtype, side=PRODUCT_SIDE[device.type])
     lines = [*heading(model, device), f"peak      {rate / 1e12:.3g} TFLOP/s in large products"]
     print("\n".join([*lines, ""]), flush=True)
     rows = _timed(model, wide, policies, flags)
     _print_table([row.cells(rate) for row in rows])
     print()
-    work = _print_work(model, policies, flags.batch_sizes)
+    # A text model is too large to run once more for what its shapes tell.
+    counted = blank_model(config, dtype=dtype) if config.is_text else model
+    work = _print_work(counted, policies, flags.batch_sizes)
     if flags.json is not None:
         content = {
             "machine": lines,
@@ -175,16 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _timed(
-    model: LoadedModel,
-    wide: LoadedModel,
+    model: AnyLoaded,
+    wide: AnyLoaded | None,
     policies: Mapping[str, DepthPolicy],
     flags: argparse.Namespace,
 ) -> list[Row]:
-    """A row per batch size and contender."""
+    """A row per batch size and contender; `wide` is the model in float32, None for one of texts."""
     contenders = {name: Contender.of_policy(model, policy) for name, policy in policies.items()}
-    contenders[PUBLISHED] = Contender.as_published(wide, model.dtype)
+    if isinstance(wide, LoadedModel):
+        contenders[PUBLISHED] = Contender.as_published(wide, model.dtype)
     agreements: dict[str, float] = {}
-    if model.dtype != wide.dtype:
+    if wide is not None and model.dtype != wide.dtype:
         for name, policy in policies.items():
             count = min(_MOST_COMPARED, max(flags.batch_sizes))
             agreements[name] = equal_tokens(model, wide, policy, count)
@@ -209,7 +226,7 @@ def _timed(
             after_batch=after_batch,
         )
         for name in contenders:
-            own = wide if name == PUBLISHED else model
+            own = wide if wide is not None and name == PUBLISHED else model
             rows.append(
                 _row_of(own, name, policies.get(name), batch_size, laps, agreements.get(name))
             )
@@ -217,7 +234,7 @@ def _timed(
 
 
 def _row_of(
-    model: LoadedModel,
+    model: AnyLoaded,
     name: str,
     policy: DepthPolicy | None,
     batch_size: int,
@@ -225,7 +242,11 @@ def _row_of(
     agreement: float | None,
 ) -> Row:
     config, streams = model.config, model.config.sampling.streams
-    plan = DepthPlan.build(config.sides, config.num_blocks, policy or make_policy(FULL))
+    full, plan = (
+        DepthPlan.build(config.grids, config.num_blocks, each or make_policy(FULL))
+        for each in (None, policy)
+    )
+    full_cost, cost = (image_cost(config, each, streams=streams) for each in (full, plan))
     predicted = None
     if policy is not None:
         precision = str(model.dtype).removeprefix("torch.")
@@ -242,8 +263,8 @@ def _row_of(
         policy=policy,
         laps=laps[name],
         full_laps=laps[FULL],
-        image_flops=image_cost(config, plan, streams=streams).total_flops,
-        bound=plan.full_token_layers / plan.token_layers,
+        image_flops=cost.total_flops,
+        bound=full_cost.transformer_flops / cost.transformer_flops,
         memory_bytes=weight_bytes + added_bytes if added_bytes else 0,
         predicted_bytes=predicted,
         equal_tokens=agreement,
@@ -251,7 +272,7 @@ def _row_of(
 
 
 def _print_work(
-    model: LoadedModel, policies: Mapping[str, DepthPolicy], batch_sizes: Sequence[int]
+    model: AnyLoaded, policies: Mapping[str, DepthPolicy], batch_sizes: Sequence[int]
 ) -> list[dict[str, object]]:
     """The table of what is counted; the same for the JSON file."""
     counted = [
@@ -278,15 +299,14 @@ def _work_cells(batch_size: int, name: str, work: BatchWork) -> dict[str, str]:
     }
 
 
-def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, DepthPolicy]:
+def chosen_policies(config: AnyModel, words: Sequence[str]) -> dict[str, DepthPolicy]:
     """Policies by the words that name them, `preset` or `preset:R`; full depth comes first.
 
     Without words, the default at the three reference scales that end two to four scales early.
     """
-    last = len(config.sides) - 1
-    words = words or [
-        f"{DEFAULT_PRESET}:{last - skipped}" for skipped in (2, 3, 4) if last > skipped
-    ]
+    last = len(config.grids) - 1
+    preset = TEXT_PRESET if config.is_text else DEFAULT_PRESET
+    words = words or [f"{preset}:{last - skipped}" for skipped in (2, 3, 4) if last > skipped]
     policies = {FULL: make_policy(FULL)}
     for word in words:
         preset, colon, reference = word.partition(":")
@@ -299,7 +319,7 @@ def chosen_policies(config: ModelConfig, words: Sequence[str]) -> dict[str, Dept
     return policies
 
 
-def heading(model: LoadedModel, device: torch.device) -> list[str]:
+def heading(model: AnyLoaded, device: torch.device) -> list[str]:
     """What the times are of: the model, the machine, the versions, the commit."""
     hardware = _cpu_name()
     if device.type == "cuda":
@@ -307,9 +327,10 @@ def heading(model: LoadedModel, device: torch.device) -> list[str]:
     precision = str(model.dtype).removeprefix("torch.")
     threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
     weights = model.found.sha256[:12] if model.found.transformer.is_file() else "random"
+    height, width = model.config.image_size
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return [
-        f"model     {model.config.name}, {precision}, weights {weights}",
+        f"model     {model.config.name}, {width}x{height}, {precision}, weights {weights}",
         f"machine   {hardware}{threads}",
         f"software  {versions}, commit {_commit()}",
     ]
@@ -327,12 +348,20 @@ def parser() -> argparse.ArgumentParser:
         help="its weights: a local file or folder, or a Hugging Face repository (default: random)",
     )
     parser.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="SIZE",
+        help="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes "
+        "(default: the model's own)",
+    )
+    parser.add_argument(
         "--policies",
         nargs="+",
         default=[],
         metavar="POLICY:R",
-        help=f"policies with their reference scale, of {', '.join(PRESETS)}; full depth and the "
-        "published loop are timed too (default: depthvar at three reference scales)",
+        help=f"policies with their reference scale, of {', '.join(PRESETS)}; full depth is timed "
+        "too, and so is the published loop of a model of classes (default: the usual one at "
+        "three reference scales)",
     )
     parser.add_argument(
         "--batch-sizes",
@@ -368,6 +397,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _image_size(text: str) -> str:
+    if not re.fullmatch(IMAGE_SIZE, text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted pixels such as 512 or 1248x832")
+    return text
+
+
 def _check_paths(flags: argparse.Namespace) -> None:
     """Put in place of the paths what is to be opened. Errors: `InputError`."""
     flags.model = checked_model(flags.model)
@@ -394,13 +429,25 @@ def _device(name: str) -> str:
 def _is_random(flags: argparse.Namespace) -> bool:
     """Whether a published model is timed without its weights."""
     is_bundled = (BUNDLED / flags.model).is_dir()
-    return flags.weights is None and flags.model in MODELS and not is_bundled
+    return flags.weights is None and flags.model in KNOWN_MODELS and not is_bundled
 
 
-def _model(flags: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _found(flags: argparse.Namespace) -> FoundModel:
+    """The model at the size of images that is asked for."""
     if _is_random(flags):
-        return random_model(flags.model, device=device, dtype=dtype)
-    return load_model(find_model(flags.model, flags.weights), device=device, dtype=dtype)
+        found = FoundModel(model_config(flags.model), Path("random"), Path("random"), None, ())
+    else:
+        found = find_model(flags.model, flags.weights)
+    return replace(found, config=of_written_size(found.config, flags.image_size))
+
+
+def _model(flags: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> AnyLoaded:
+    found = _found(flags)
+    if not _is_random(flags):
+        return load_any(found, device=device, dtype=dtype)
+    if isinstance(found.config, InfinityConfig):
+        return random_text_model(found.config, device=device, dtype=dtype)
+    return random_model(flags.model, device=device, dtype=dtype)
 
 
 def _cpu_name() -> str:

@@ -126,9 +126,7 @@ def load_any(
     transformer, tokenizer = blank_text_modules(found.config)
     transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
     tokenizer.load_state_dict(_tensors(found, "tokenizer"), assign=True)
-    return LoadedTextModel(
-        found, *_placed(transformer, tokenizer, device=device, dtype=dtype), proxy_fit=None
-    )
+    return assemble_text(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
 def load_model(
@@ -204,8 +202,7 @@ def random_text_model(
         for name, tensor in tensors.items():
             _fill(name, tensor, generator)
         module.load_state_dict(tensors, assign=True)
-    placed = _placed(transformer, tokenizer, device=device, dtype=dtype)
-    return LoadedTextModel(found, *placed, proxy_fit=None)
+    return assemble_text(found, transformer, tokenizer, device=device, dtype=dtype)
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -253,6 +250,19 @@ def assemble(
         slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
         fit = ProxyFit(slope, offset)
     return LoadedModel(found, transformer, tokenizer, fit)
+
+
+def assemble_text(
+    found: FoundModel,
+    transformer: InfinityTransformer,
+    tokenizer: BitTokenizer,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> LoadedTextModel:
+    """The same of a model of texts, which has no calibration."""
+    placed = _placed(transformer, tokenizer, device=device, dtype=dtype)
+    return LoadedTextModel(found, *placed, proxy_fit=None)
 
 
 def _placed(

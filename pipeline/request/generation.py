@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from depthvar.config import IMAGE_SIZE
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
 from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
@@ -88,7 +89,7 @@ class GenerateConfig(JobConfig):
     reference_scale: int | None = Field(
         None,
         description="last scale at full depth, from 0: the budget (default: the policy's own, of a"
-        " text model the finest with a quarter of the last one's tokens)",
+        " text model, but for fastvar, the finest with a quarter of the last one's tokens)",
     )
     policy_options: PolicyOptions = Field(
         default_factory=dict,
@@ -114,7 +115,7 @@ class GenerateConfig(JobConfig):
     )
     image_size: Annotated[str, Metavar("SIZE")] | None = Field(
         None,
-        pattern=r"^[1-9]\d{0,4}(x[1-9]\d{0,4})?$",
+        pattern=IMAGE_SIZE,
         description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
         " (default: the model's own)",
     )

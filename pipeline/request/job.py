@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from depthvar.config import KNOWN_MODELS, AnyModel, ModelConfig, model_name
+from depthvar.config import KNOWN_MODELS, AnyModel, ModelConfig, model_name, of_written_size
 from depthvar.cost import image_cost
 from depthvar.errors import InputError
 from depthvar.infinity_config import InfinityConfig
@@ -63,7 +63,7 @@ def plan_job(
     _check_scratch(config)
     by_name = None if fetches else _known_model(config)
     found = by_name or fetch_model(config.model, config.weights)
-    model = _of_size(found.config, config.image_size)
+    model = of_written_size(found.config, config.image_size)
     policy = _policy(config, model)
     sampling = _sampling(config, model.sampling)
     compute = _compute(model, policy, sampling)
@@ -141,17 +141,9 @@ def check_before_submission(config: GenerateConfig) -> None:
     """
     known = KNOWN_MODELS.get(model_name(config.model))
     if known is not None:
-        model = _of_size(known, config.image_size)
+        model = of_written_size(known, config.image_size)
         _compute(model, _policy(config, model), _sampling(config, model.sampling))
         _asked(config, model, lambda note: None)
-
-
-def _of_size(model: AnyModel, image_size: str | None) -> AnyModel:
-    """The model for images of the size that is asked for, `SIDE` or `WIDTHxHEIGHT`."""
-    if image_size is None:
-        return model
-    width, _, height = image_size.partition("x")
-    return model.of_size((int(height or width), int(width)))
 
 
 def _policy(config: GenerateConfig, model: AnyModel) -> DepthPolicy:
@@ -159,8 +151,10 @@ def _policy(config: GenerateConfig, model: AnyModel) -> DepthPolicy:
     preset, reference_scale = config.policy or DEFAULT_PRESET, config.reference_scale
     if isinstance(model, InfinityConfig):
         preset = config.policy or TEXT_PRESET
-        has_scale = preset in PRESETS and PRESETS[preset].reference_scale is not None
-        if reference_scale is None and has_scale:
+        usual = PRESETS.get(preset)
+        # One that says how deep the scales after its own reference scale are stays with that.
+        takes_any = usual and usual.reference_scale is not None and not usual.mean_depths
+        if reference_scale is None and takes_any:
             reference_scale = model.usual_reference_scale
     return policy_of(PRESETS, OPTIONS, preset, reference_scale, options)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from depthvar.config import model_config
 from depthvar.counting import OperationCounter, Work, blank_model, work_of_batch
 from depthvar.policy import make_policy
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_text_model
 
 
 def counted(run) -> tuple[int, int]:
@@ -47,7 +47,8 @@ def test_adding_to_a_slice_is_one_operation():
 def test_fused_attention_and_resizing_are_one_operation_each():
     q = torch.ones(1, 1, 3, 4)
     assert counted(lambda: F.scaled_dot_product_attention(q, q, q))[0] == 1
-    assert counted(lambda: F.interpolate(q, (5, 5), mode="bicubic"))[0] == 1
+    for mode in ("bicubic", "bilinear"):
+        assert counted(lambda mode=mode: F.interpolate(q, (5, 5), mode=mode))[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,15 @@ def test_a_model_without_storage_is_counted_like_one_with_it():
     policy = make_policy("uniform", reference_scale=0)
     blank = work_of_batch(blank_model(tiny_model(0).config, dtype=torch.float64), policy, 1)
     real = work_of_batch(tiny_model(0), policy, 1)
+    assert blank.decoding == real.decoding
+    assert blank.sampling.operations == pytest.approx(real.sampling.operations, rel=0.05)
+    assert blank.sampling.operand_bytes == pytest.approx(real.sampling.operand_bytes, rel=0.05)
+
+
+def test_a_text_model_without_storage_is_counted_like_one_with_it():
+    policy = make_policy("uniform", reference_scale=1)
+    real = work_of_batch(tiny_text_model(1), policy, 2)
+    blank = work_of_batch(blank_model(tiny_text_model(1).config, dtype=torch.float64), policy, 2)
     assert blank.decoding == real.decoding
     assert blank.sampling.operations == pytest.approx(real.sampling.operations, rel=0.05)
     assert blank.sampling.operand_bytes == pytest.approx(real.sampling.operand_bytes, rel=0.05)

@@ -6,20 +6,23 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from depthvar.config import model_config
+from depthvar.cost import image_cost
 from depthvar.errors import InputError
+from depthvar.infinity_config import INFINITY_2B, InfinityConfig
 from depthvar.memory import memory_need
 from depthvar.plan import DepthPlan
 from depthvar.policy import make_policy
 from depthvar.sampling import Sampler
-from depthvar.timing import Lap, equal_tokens, time_policies
+from depthvar.timing import Contender, Lap, _drawing_s, equal_tokens, time_policies
 from depthvar.weights.checkpoint import random_model
 from jobs.benchmark import Row, _row_of, chosen_policies, main
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_infinity, tiny_model, tiny_text_model
 
 DIGITS = model_config("digits")
 
@@ -81,6 +84,8 @@ def test_distances_are_to_the_first_policys_images_of_the_same_round():
 
 def test_policies_come_with_full_depth_and_by_default_at_three_budgets():
     assert list(chosen_policies(DIGITS, [])) == ["full", "depthvar:4", "depthvar:3", "depthvar:2"]
+    paper = [f"depthvar-paper:{reference}" for reference in (10, 9, 8)]
+    assert list(chosen_policies(INFINITY_2B, [])) == ["full", *paper]
     chosen = chosen_policies(DIGITS, ["hard-pruning:3", "skip-scales"])
     assert list(chosen) == ["full", "hard-pruning:3", "skip-scales"]
     assert chosen["hard-pruning:3"].reference_scale == 3
@@ -94,12 +99,18 @@ def test_policies_come_with_full_depth_and_by_default_at_three_budgets():
         (["--policies", "fast"], "unknown policy 'fast'"),
         (["--json", "no/such/file.json"], "whose folder does not exist"),
         (["--model", "var-d17"], "var-d17"),
+        (["--image-size", "64"], "digits makes images of 32x32 pixels, got 64x64"),
+        (["--model", "infinity-2b", "--image-size", "250"], "the nearest are 256x256, "),
+        (
+            ["--model", "infinity-2b", "--image-size", "512", "--policies", "fastvar"],
+            "'fastvar' gives the depth of 2 scales .* samples 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("jobs.benchmark.load_model", None)
+    monkeypatch.setattr("jobs.benchmark._model", None)
     with pytest.raises(InputError, match=message):
         main(flags)
 
@@ -125,11 +136,67 @@ def test_the_job_prints_a_row_per_batch_size_and_contender_and_writes_every_lap(
     numbers = json.loads(path.read_text())
     assert [len(entry["laps"]) for entry in numbers["rows"]] == [2] * 6
     assert numbers["rows"][1]["policy"]["preset"] == "uniform"
-    plan = DepthPlan.build((1, 2, 3, 5), 5, make_policy("uniform", reference_scale=2))
-    assert numbers["rows"][1]["bound"] == plan.full_token_layers / plan.token_layers
+    full, uniform = (
+        image_cost(tiny_model(0).config, DepthPlan.build((1, 2, 3, 5), 5, policy))
+        for policy in (make_policy("full"), make_policy("uniform", reference_scale=2))
+    )
+    assert numbers["rows"][1]["bound"] == full.transformer_flops / uniform.transformer_flops
     assert 0 < numbers["rows"][1]["equal_tokens"] <= 1
     assert numbers["rows"][2]["policy"] is None
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def known_tiny_model(monkeypatch: pytest.MonkeyPatch) -> InfinityConfig:
+    """A text model of images of 64x64 pixels, which makes smaller ones too."""
+    config = tiny_infinity(num_levels=13, num_blocks=2).of_size((64, 64))
+    for place in ("depthvar.config", "jobs.benchmark"):
+        monkeypatch.setattr(f"{place}.KNOWN_MODELS", {config.name: config})
+    return config
+
+
+def test_a_text_model_is_timed_on_texts_of_noise_without_a_published_loop(
+    known_tiny_model: InfinityConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, config = tmp_path / "times.json", known_tiny_model.of_size((32, 32))
+    flags = ["--model", config.name, "--image-size", "32", "--precision", "bfloat16"]
+    flags += ["--policies", "depthvar-paper:4", "--batch-sizes", "2", "--rounds", "2"]
+    assert main([*flags, "--device", "cpu", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "model     tiny-infinity, 32x32, bfloat16, weights random" in shown
+    numbers = json.loads(path.read_text())
+    for table in ("rows", "work"):
+        assert [row["name"] for row in numbers[table]] == ["full", "depthvar-paper:4"]
+    plans = [
+        DepthPlan.build(config.grids, config.num_blocks, policy)
+        for policy in (make_policy("full"), make_policy("depthvar-paper", reference_scale=4))
+    ]
+    full, shallow = (image_cost(config, plan) for plan in plans)
+    row = numbers["rows"][1]
+    assert row["bound"] == full.transformer_flops / shallow.transformer_flops
+    assert row["image_flops"] == shallow.total_flops
+    assert row["equal_tokens"] is None
+    need = memory_need(config, plans[1], batch_size=2, streams=2, precision="bfloat16")
+    assert row["predicted_bytes"] == need.peak
+    assert all(lap["distance"] > 0 and lap["drawing_s"] > 0 for lap in row["laps"])
+    operations = [work["sampling"]["operations"] for work in numbers["work"]]
+    assert operations[0] > operations[1] > 0
+
+
+def test_drawing_is_timed_on_one_number_for_every_bit():
+    model = tiny_text_model(0, torch.float32)
+    asked: list[tuple[int, ...]] = []
+
+    class Asked:
+        draws_per_token = model.config.bits
+
+        def draw(self, logits_BTV: torch.Tensor, uniforms_BU: torch.Tensor, _: object) -> None:
+            asked.append((*logits_BTV.shape, uniforms_BU.shape[1]))
+
+    tokenizer = SimpleNamespace(quantize=Asked())
+    contender = Contender.of_policy(replace(model, tokenizer=tokenizer), make_policy("skip-scales"))
+    _drawing_s(contender, torch.zeros(2 * 25, model.config.num_logits), 2)
+    assert asked == [(2, count, 24, count * 12) for count in (1, 4, 9)]
 
 
 def test_counting_alone_runs_and_loads_nothing(

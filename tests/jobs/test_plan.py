@@ -81,6 +81,7 @@ def test_plan_reads_no_text_encoder_and_goes_on_with_the_one_that_was_planned(
         (["--image-size=864x1152", "--cfg=3"], "depthvar-paper", "864x1152", "49.6%"),
         (["--image-size=512", "--policy=depthvar"], "depthvar", "512x512", "51.1%"),
         (["--policy=full", "--temperature=1"], "full", "1024x1024", "100.0%"),
+        (["--policy=fastvar"], "fastvar", "1024x1024", "30.2%"),
     ],
 )
 def test_a_published_text_model_has_a_policy_a_budget_and_sizes_of_its_own(

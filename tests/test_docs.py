@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 NOT_RUN = {
-    r"var-d\d+|infinity-\d+b|out/d16": "wants a published checkpoint",
+    r"var-d\d+|infinity-\d+b|out/d16|out/geneval": "wants a published checkpoint",
     r"ar-ckpt": "wants the checkpoint of another program",
     r"^train-model|runs/mine": "trains for an hour, or uses what that gives",
     r"^push": "wants a token of the Hugging Face Hub",

@@ -29,7 +29,7 @@ from pipeline.run.schedule import (
     shape_wanted,
     worker_room,
 )
-from pipeline.shards.manifest import committed_shards
+from pipeline.shards.committed import committed_shards
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(PushConfig, argv, prog="depthvar push", description=__doc__ or "")
     from pipeline.dataset.push import Pushed, push
     from pipeline.request.plan_file import stored_plan
-    from pipeline.shards.manifest import committed_shards
+    from pipeline.shards.committed import committed_shards
     from pipeline.shards.samples import ShardError
     from pipeline.storage import Storage
 

@@ -82,12 +82,17 @@ class Storage:
         return self.uri if self.is_local else str(StoreUri.parse(self.uri))
 
     def list(self, folder: str) -> dict[str, int]:
-        """File name -> size in bytes, from one listing; empty for a folder that does not exist.
+        """File name -> size in bytes, as of `list_with_times`."""
+        return {name: size for name, (size, _) in self.list_with_times(folder).items()}
 
-        Temporary names are left out: they belong to a publication that is not finished.
+    def list_with_times(self, folder: str) -> dict[str, tuple[int, int | None]]:
+        """File name -> size in bytes and time of writing, in ns since 1970 where it is known.
+
+        From one listing; empty for a folder that does not exist. Temporary names are left out: they
+        belong to a publication that is not finished.
         """
         return {
-            info.base_name: int(info.size)
+            info.base_name: (int(info.size), info.mtime_ns)
             for info in self._entries(folder)
             if info.type == fs.FileType.File and not info.base_name.startswith(TEMP_PREFIX)
         }

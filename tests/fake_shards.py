@@ -25,15 +25,15 @@ from pipeline.dataset.loader import Dataset, open_dataset
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment, ShardPlan
 from pipeline.request.labels import LabelCounts
 from pipeline.request.plan_file import open_plan
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.indexes import write_indexes
 from pipeline.shards.manifest import (
     BuiltShard,
     CommitRecord,
-    committed_shards,
     parquet_name,
     publish_shard,
     record_name,
     tar_name,
-    write_indexes,
 )
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage

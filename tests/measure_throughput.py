@@ -44,7 +44,7 @@ from pipeline.request.plan_file import read_plan
 from pipeline.run.driver import generate
 from pipeline.run.schedule import available_cores
 from pipeline.run.worker import Workplace
-from pipeline.shards.manifest import committed_shards
+from pipeline.shards.committed import committed_shards
 from pipeline.shards.samples import encode_image
 from pipeline.storage import Storage
 from tests.fake_job import fake_weights
@@ -159,7 +159,7 @@ def row(options: argparse.Namespace, image_format: str, rate: float) -> list[str
         assert plan is not None
         records = list(committed_shards(storage, plan).values())
     at_s = sorted(datetime.fromisoformat(r.committed_at).timestamp() for r in records)
-    own = num_images / sum(b.sampling_s for r in records for b in r.batches)
+    own = num_images / sum(r.sampling_s for r in records)
     made = (num_images - options.samples_per_shard) / (at_s[-1] - at_s[0])
     is_early = at_s[len(at_s) // 5]
     early = max(mb for time_s, mb in memory if time_s <= is_early)

@@ -34,7 +34,8 @@ from pipeline.request.labels import read_labels_file
 from pipeline.request.plan_file import read_plan
 from pipeline.run.driver import generate
 from pipeline.shards.claims import CLAIMS_FOLDER, doubtful_shards, make_claim
-from pipeline.shards.manifest import CommitRecord, committed_shards, tar_name
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import CommitRecord, tar_name
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights

@@ -19,7 +19,8 @@ from jobs import verify as verify_job
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.plan_file import read_plan
 from pipeline.run.driver import generate
-from pipeline.shards.manifest import committed_shards, parquet_name, tar_name
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fake_shards import data_files

@@ -30,7 +30,8 @@ from pipeline.request.generation import GenerateConfig
 from pipeline.request.plan_file import read_plan
 from pipeline.request.weights import local_weights
 from pipeline.run.driver import generate
-from pipeline.shards.manifest import FOLDERS, committed_shards
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import FOLDERS
 from pipeline.storage import Storage, is_transient
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch

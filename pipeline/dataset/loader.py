@@ -26,7 +26,8 @@ from depthvar.errors import InputError
 from pipeline.dataset.condition import Condition
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import stored_plan
-from pipeline.shards.manifest import CommitRecord, committed_shards, parquet_name, tar_name
+from pipeline.shards.committed import ShardSummary, committed_shards
+from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.shards.samples import (
     ShardError,
     TarSample,
@@ -61,7 +62,7 @@ class Dataset:
 
     storage: Storage
     plan: JobPlan
-    records: dict[int, CommitRecord]
+    records: dict[int, ShardSummary]
 
     @property
     def num_samples(self) -> int:

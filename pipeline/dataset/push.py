@@ -19,13 +19,14 @@ from depthvar.errors import InputError
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import PLAN_NAME
 from pipeline.shards.card import is_edited
+from pipeline.shards.committed import ShardSummary
+from pipeline.shards.indexes import index_files
 from pipeline.shards.manifest import (
     CARD_NAME,
     CONTACT_SHEET_NAME,
     FOLDERS,
-    CommitRecord,
     FileEntry,
-    index_files,
+    read_record,
     record_name,
 )
 from pipeline.shards.samples import ShardError
@@ -42,7 +43,7 @@ class Pushed:
 
     storage: Storage
     plan: JobPlan
-    records: Mapping[int, CommitRecord]
+    records: Mapping[int, ShardSummary]
 
 
 def push(
@@ -98,14 +99,19 @@ class _Repository:
             where = {"repo_type": "dataset", "local_dir": folder}
             return Path(self.api.hf_hub_download(self.name, path, **where)).read_bytes()
 
-    def commit_shards(self, dataset: Pushed, records: Sequence[CommitRecord]) -> None:
+    def commit_shards(self, dataset: Pushed, records: Sequence[ShardSummary]) -> None:
         """Upload shards with the plan that they belong to, their files as they were recorded."""
         files: dict[str, Content] = {PLAN_NAME: dataset.plan.to_json()}
         with tempfile.TemporaryDirectory(prefix="depthvar-push-") as folder:
             for record in records:
                 for entry in (record.files.tar, record.files.parquet):
                     files[entry.name] = _local(dataset.storage, entry, Path(folder))
-                files[record_name(record.shard_id)] = record.to_json()
+                stored = read_record(dataset.storage, record.shard_id)
+                if stored is None or stored.files != record.files:
+                    raise ShardError(
+                        f"{record_name(record.shard_id)} changed meanwhile: push again"
+                    )
+                files[record_name(record.shard_id)] = stored.to_json()
             self.commit(files, f"{len(records)} shards")
 
     def commit(self, files: Mapping[str, Content], message: str) -> None:
@@ -168,9 +174,9 @@ def _check_same(hub: _Repository, dataset: Pushed, there: Mapping[str, Any]) -> 
         raise InputError(f"{differences or f'{hub.name} holds more'}: choose another repository")
 
 
-def _steps(records: Iterable[CommitRecord]) -> Iterator[list[CommitRecord]]:
+def _steps(records: Iterable[ShardSummary]) -> Iterator[list[ShardSummary]]:
     """Shards that are committed together: some, of not too many bytes."""
-    step: list[CommitRecord] = []
+    step: list[ShardSummary] = []
     for record in records:
         num_bytes = sum(other.files.tar.size for other in (*step, record))
         if step and (len(step) == _STEP_SHARDS or num_bytes > _STEP_BYTES):
@@ -180,7 +186,7 @@ def _steps(records: Iterable[CommitRecord]) -> Iterator[list[CommitRecord]]:
     yield step
 
 
-def _is_there(record: CommitRecord, there: Mapping[str, Any]) -> bool:
+def _is_there(record: ShardSummary, there: Mapping[str, Any]) -> bool:
     """Whether the Hub has a shard: the very tar, and its other files."""
     tar, parquet = record.files.tar, record.files.parquet
     large = getattr(there.get(tar.name), "lfs", None)

@@ -11,8 +11,9 @@ from typing import Any
 
 from depthvar.errors import shown
 from pipeline.request.job_plan import JobPlan, ShardPlan, key_of
+from pipeline.shards.committed import ShardSummary
 from pipeline.shards.depth_maps import read_depth_map
-from pipeline.shards.manifest import CommitRecord, FileEntry, parquet_name
+from pipeline.shards.manifest import FileEntry, parquet_name
 from pipeline.shards.samples import (
     ByteReader,
     ShardError,
@@ -37,7 +38,7 @@ class Finding:
     subjects: Counter[int | None] = field(default_factory=Counter)
 
 
-def check_shard(storage: Storage, plan: JobPlan, record: CommitRecord) -> Finding:
+def check_shard(storage: Storage, plan: JobPlan, record: ShardSummary) -> Finding:
     """Read every byte of a shard that is done. Errors: `OSError` where the storage fails."""
     finding = Finding()
     shard = plan.shard(record.shard_id)

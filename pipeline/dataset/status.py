@@ -16,15 +16,9 @@ from pipeline.dataset.report.progress import Work
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import PLAN_NAME
 from pipeline.shards.claims import doubtful_shards
+from pipeline.shards.committed import ShardSummary, committed_among
 from pipeline.shards.failures import LedgerLine, given_up, ledger_lines
-from pipeline.shards.manifest import (
-    INDEX_NAME,
-    LEDGER_NAME,
-    CommitRecord,
-    committed_among,
-    listed_shards,
-    stored_sizes,
-)
+from pipeline.shards.manifest import INDEX_NAME, LEDGER_NAME, Listing, list_shards, listed_shards
 from pipeline.storage import Storage
 
 RECORDS_READ = 512
@@ -32,7 +26,6 @@ _WINDOW_S = 600.0
 _SHORTEST_PAUSE_S = 120.0
 _PATIENCE = 3.0  # times what a worker takes for a shard, before it is taken for gone
 _MAX_LINES = 10
-_LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 State = Literal["finished", "working", "quiet"]
 
@@ -50,7 +43,7 @@ class Pace:
     is_at_work: bool
 
     @classmethod
-    def of(cls, worker: str, records: Iterable[CommitRecord], now: datetime) -> Pace:
+    def of(cls, worker: str, records: Iterable[ShardSummary], now: datetime) -> Pace:
         """From some records of the worker, at least one."""
         works = sorted((Work.of(record) for record in records), key=lambda work: work.stop_s)
         stop_s = works[-1].stop_s
@@ -186,16 +179,16 @@ class Status:
 
 def status(storage: Storage, plan: JobPlan, now: datetime) -> Status:
     """Look at a dataset. Errors: `OSError` where the storage does not answer."""
-    sizes = stored_sizes(storage)
-    listed = listed_shards(sizes, plan)
-    wanted = _newest(storage, listed)
+    listing = list_shards(storage)
+    listed = listed_shards(listing.sizes, plan)
+    wanted = _newest(listing, listed)
     wanted |= {i: listed[i] for i in doubtful_shards(storage) & listed.keys()}
-    read = committed_among(wanted, storage, plan, sizes)
+    read = committed_among(wanted, storage, plan, listing)
     unsound = tuple(sorted(wanted.keys() - read.keys()))
     done = listed.keys() - unsound
     lines = list(ledger_lines(storage, plan))
     aside = {i: line for i, line in sorted(given_up(lines).items()) if i not in done}
-    by_worker: dict[str, list[CommitRecord]] = {}
+    by_worker: dict[str, list[ShardSummary]] = {}
     for record in read.values():
         by_worker.setdefault(record.worker, []).append(record)
     pace = [Pace.of(worker, records, now) for worker, records in by_worker.items()]
@@ -214,11 +207,9 @@ def status(storage: Storage, plan: JobPlan, now: datetime) -> Status:
     )
 
 
-def _newest(storage: Storage, listed: Mapping[int, str]) -> dict[int, str]:
+def _newest(listing: Listing, listed: Mapping[int, str]) -> dict[int, str]:
     """Those of the listed shards whose records were written last."""
-    folders = {name.partition("/")[0] for name in listed.values()}
-    times = {f"{f}/{name}": at for f in folders for name, at in storage.times(f).items()}
-    recent = sorted(listed, key=lambda i: times.get(listed[i], _LONG_AGO))[-RECORDS_READ:]
+    recent = sorted(listed, key=lambda i: listing.times.get(listed[i], 0))[-RECORDS_READ:]
     return {shard_id: listed[shard_id] for shard_id in recent}
 
 

@@ -17,6 +17,8 @@ from pipeline.dataset.shard_check import Finding, check_shard
 from pipeline.request.job_plan import JobPlan
 from pipeline.shards.card import is_edited
 from pipeline.shards.claims import doubtful_shards
+from pipeline.shards.committed import ShardSummary, committed_shards
+from pipeline.shards.indexes import index_files
 from pipeline.shards.manifest import (
     CARD_NAME,
     FOLDERS,
@@ -24,20 +26,19 @@ from pipeline.shards.manifest import (
     LEDGER_NAME,
     OLD_LEDGER_NAME,
     SIZES_COPY_NAME,
+    SUMMARIES_NAME,
     CommitRecord,
-    committed_shards,
-    index_files,
+    list_shards,
     parquet_name,
     planned_shard,
     record_in,
     record_name,
-    stored_sizes,
     tar_name,
 )
 from pipeline.storage import Storage
 
 _SHOWN = 3  # of many classes
-_NOT_STRAY = (LEDGER_NAME, OLD_LEDGER_NAME, SIZES_COPY_NAME)
+_NOT_STRAY = (LEDGER_NAME, OLD_LEDGER_NAME, SIZES_COPY_NAME, SUMMARIES_NAME)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Report:
     problems: tuple[Problem, ...]
     not_made: tuple[int, ...]
     notes: tuple[str, ...]
-    records: Mapping[int, CommitRecord]
+    records: Mapping[int, ShardSummary]
     num_shards: int
     num_sound: int
     num_samples: int
@@ -100,7 +101,7 @@ def verify(
     `progress` is called with 1 after every shard that is done with (all shards of the plan, in
     this thread); `threads` shards are read at once. Errors: `OSError` where the storage fails.
     """
-    records = committed_shards(storage, plan)
+    records = committed_shards(storage, plan, reread=deep)
     problems, not_made = _undone(storage, plan, records)
     if progress is not None and plan.num_shards > len(records):
         progress(plan.num_shards - len(records))
@@ -139,14 +140,14 @@ def verify(
 
 
 def _undone(
-    storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]
+    storage: Storage, plan: JobPlan, records: Mapping[int, ShardSummary]
 ) -> tuple[list[Problem], list[int]]:
     """Why each shard that has files but is not done is not, and the shards that have none."""
     problems: list[Problem] = []
     not_made: list[int] = []
     if len(records) == plan.num_shards:
         return problems, not_made
-    sizes = stored_sizes(storage)
+    sizes = list_shards(storage).sizes
     begun = {planned_shard(name, plan) for name in sizes}
     for shard_id in range(plan.num_shards):
         if shard_id in begun and shard_id not in records:
@@ -192,7 +193,7 @@ def _histogram_problems(plan: JobPlan, found: Counter[int | None]) -> list[Probl
 
 
 def _index_findings(
-    storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]
+    storage: Storage, plan: JobPlan, records: Mapping[int, ShardSummary]
 ) -> tuple[list[Problem], list[str]]:
     """Problems and notes. Indexes and card are made from the records: `generate` writes them again.
 

@@ -12,8 +12,9 @@ from depthvar.config import AnyModel
 from depthvar.host.rate import rate_text
 from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
+from pipeline.dataset.report.progress import stage_seconds
 from pipeline.request.job_plan import JobPlan
-from pipeline.shards.manifest import CommitRecord, mixed_environments, seconds_by_stage
+from pipeline.shards.committed import Environment, ShardSummary, mixed_environments
 
 _MAX_RANGES = 12
 _MAX_CLASSES = 10  # above it the first and the last ones stand for all
@@ -69,7 +70,7 @@ def _gflop(flops: float) -> str:
     return f"{flops / 1e9:.3g}"
 
 
-def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: str) -> str:
+def dataset_summary(plan: JobPlan, records: Mapping[int, ShardSummary], where: str) -> str:
     """What is committed, a line each: images, bytes, compute, time, where."""
     images = sum(record.num_samples for record in records.values())
     tar_bytes = sum(record.files.tar.size for record in records.values())
@@ -89,22 +90,22 @@ def dataset_summary(plan: JobPlan, records: Mapping[int, CommitRecord], where: s
     return "\n".join(lines)
 
 
-def mixture_lines(records: Iterable[CommitRecord]) -> list[str]:
+def mixture_lines(records: Iterable[ShardSummary]) -> list[str]:
     """What differs between the shards' environments, a line each: every value with its shards."""
     return [
         f"{name}: {_with_shards(values)}" for name, values in mixed_environments(records).items()
     ]
 
 
-def environment_changes(records: Iterable[CommitRecord], made_with: Mapping[str, str]) -> list[str]:
+def environment_changes(earlier: Iterable[Environment], made_with: Mapping[str, str]) -> list[str]:
     """Where this worker differs from what committed shards were made with, a line each."""
     others: dict[str, dict[str, list[int]]] = {}
-    for record in records:
-        then = record.made_with
+    for environment in earlier:
+        then = environment.made_with
         for name in sorted({*then, *made_with}):
             value = then.get(name, "none")
             if value != made_with.get(name, "none"):
-                others.setdefault(name, {}).setdefault(value, []).append(record.shard_id)
+                others.setdefault(name, {}).setdefault(value, []).extend(environment.shard_ids)
     return [
         f"{name}: {_with_shards(values)}, this run has {made_with.get(name, 'none')}"
         for name, values in others.items()
@@ -113,21 +114,19 @@ def environment_changes(records: Iterable[CommitRecord], made_with: Mapping[str,
 
 def _with_shards(values: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(
-        f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(shards)})"
+        f"{value} in {len(shards):,} {_shards(len(shards))} ({ranges(sorted(shards))})"
         for value, shards in values.items()
     )
 
 
-def time_line(records: Mapping[int, CommitRecord]) -> str:
+def time_line(records: Mapping[int, ShardSummary]) -> str:
     """Milliseconds of one worker per image, by phase; encoding runs beside the others."""
-    batches = [batch for record in records.values() for batch in record.batches]
-    images = sum(batch.stop - batch.start for batch in batches)
-    seconds = seconds_by_stage(batches)
-    if not images:
+    if not records:
         return "nothing made yet"
+    seconds = stage_seconds(records.values())
 
     def per_image(stage: str) -> str:
-        milliseconds = 1000 * seconds[stage] / images
+        milliseconds = 1000 * seconds[stage]
         return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
     return (

@@ -42,6 +42,7 @@ from pipeline.run.console import (
 from pipeline.run.encoding import missing_prompts
 from pipeline.run.forecast import Speed
 from pipeline.run.in_process import encode_in_process, run_in_process
+from pipeline.run.keeping import SummaryKeeper
 from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set_aside_earlier
 from pipeline.run.progress import ProgressDisplay, PromptTally
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker, on_a_worker
@@ -57,14 +58,9 @@ from pipeline.run.schedule import (
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
 from pipeline.shards.claims import sweep_claims
-from pipeline.shards.manifest import (
-    CARD_NAME,
-    CONTACT_SHEET_NAME,
-    LEDGER_NAME,
-    CommitRecord,
-    committed_shards,
-    write_indexes,
-)
+from pipeline.shards.committed import ShardSummary, committed_shards, keep_summaries
+from pipeline.shards.indexes import write_indexes
+from pipeline.shards.manifest import CARD_NAME, CONTACT_SHEET_NAME, LEDGER_NAME
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 
@@ -108,8 +104,10 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
             with crew.session():
                 problem = _encode(crew.encode, plan, place.out, stop)
                 if problem is None and not stop.is_set():
-                    with ProgressDisplay() as display:
-                        run = ShardRun(storage, plan, queue, done.values(), [display.show])
+                    with ProgressDisplay() as display, SummaryKeeper(storage, plan) as keeper:
+                        views = [display.show, keeper.show]
+                        run = ShardRun(storage, plan, queue, done.values(), views)
+                        del done  # of many shards it is large
                         problem = _work(crew.make, run)
         stopped = stop.is_set()
         return _conclude(
@@ -196,7 +194,7 @@ def _conclude(
 ) -> int:
     """Read what is committed, write the indexes and the contact sheet, and say how it went."""
     set_aside = given_up | set(() if run is None else run.queue.set_aside)
-    done = committed_shards(storage, plan)
+    done = keep_summaries(storage, plan)
     if problem is None and not interrupted:
         done = _await_other_jobs(storage, plan, done, set_aside)
     is_complete = len(done) == plan.num_shards
@@ -238,8 +236,8 @@ def _conclude(
 
 
 def _await_other_jobs(
-    storage: Storage, plan: JobPlan, done: dict[int, CommitRecord], set_aside: Collection[int]
-) -> dict[int, CommitRecord]:
+    storage: Storage, plan: JobPlan, done: dict[int, ShardSummary], set_aside: Collection[int]
+) -> dict[int, ShardSummary]:
     """What is committed once another job has published the shards that it writes over.
 
     All shards but those set aside were committed when this run ended. One that is not any more is

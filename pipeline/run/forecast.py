@@ -17,7 +17,7 @@ from pipeline.request.job import UNREAD_WEIGHTS
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import class_line, compute_line, human_bytes
 from pipeline.run.schedule import WorkerShape
-from pipeline.shards.manifest import CommitRecord
+from pipeline.shards.committed import ShardSummary
 
 LOADER_WORKERS = 8
 """Readers that a training run has at least: PyTorch's `num_workers` times its ranks."""
@@ -61,7 +61,7 @@ def plan_report(
     plan: JobPlan,
     model: AnyModel,
     depth: DepthPlan,
-    records: Mapping[int, CommitRecord],
+    records: Mapping[int, ShardSummary],
     *,
     where: str,
 ) -> str:
@@ -122,7 +122,7 @@ def _memory(plan: JobPlan, model: AnyModel, depth: DepthPlan) -> str:
     )
 
 
-def _sample_bytes(plan: JobPlan, records: Mapping[int, CommitRecord]) -> tuple[float, str]:
+def _sample_bytes(plan: JobPlan, records: Mapping[int, ShardSummary]) -> tuple[float, str]:
     """Bytes of a sample in its tar, and what that is known from."""
     done = sum(record.num_samples for record in records.values())
     if done:
@@ -223,7 +223,7 @@ def speed_report(
     plan: JobPlan,
     speed: Speed,
     shape: WorkerShape,
-    records: Mapping[int, CommitRecord],
+    records: Mapping[int, ShardSummary],
     *,
     encoders: int,
     workers: int,

@@ -19,8 +19,9 @@ from pipeline.run.console import environment_changes, say
 from pipeline.run.progress import Tally, View
 from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.run.worker import Progress, ShardDone, WorkerInfo
+from pipeline.shards.committed import ShardSummary, environments
 from pipeline.shards.failures import NODE, SHARD, STORAGE, given_up, ledger_lines
-from pipeline.shards.manifest import LEDGER_NAME, CommitRecord, read_commit, shard_name
+from pipeline.shards.manifest import LEDGER_NAME, read_commit, shard_name
 from pipeline.storage import Storage
 
 _SET_ASIDE = f"set aside, see {LEDGER_NAME}"
@@ -87,7 +88,7 @@ class ShardRun:
         storage: Storage,
         plan: JobPlan,
         queue: ShardQueue,
-        earlier: Iterable[CommitRecord] = (),
+        earlier: Iterable[ShardSummary] = (),
         views: Iterable[View] = (),
     ) -> None:
         """`earlier` are the records of the shards that this run finds committed."""
@@ -101,14 +102,15 @@ class ShardRun:
         self.finished_s: float | None = None
         self.workers: list[str] = []
         self._storage_failures = 0
-        self._earlier = tuple(earlier)
+        committed = tuple(earlier)
+        self._earlier = environments(committed)
         self._said: set[str] = set()
         self._storage = storage
         self.tally = Tally(
             plan,
             queue,
-            images_before=sum(record.num_samples for record in self._earlier),
-            shards_before=len(self._earlier),
+            images_before=sum(record.num_samples for record in committed),
+            shards_before=len(committed),
         )
 
     @property

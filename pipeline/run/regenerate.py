@@ -12,7 +12,8 @@ from pipeline.dataset.loader import naming_damage
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace
-from pipeline.shards.manifest import CommitRecord, parquet_name, tar_name
+from pipeline.shards.committed import ShardSummary
+from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.shards.samples import decode_image, pixel_hash, read_parquet, read_tar
 from pipeline.shards.schema import schema_of
 from pipeline.storage import Storage
@@ -35,7 +36,7 @@ class Comparison:
 def regenerate(
     storage: Storage,
     plan: JobPlan,
-    records: Mapping[int, CommitRecord],
+    records: Mapping[int, ShardSummary],
     num_images: int,
     *,
     weights: str | None,
@@ -74,7 +75,7 @@ def regenerate(
 
 
 def _chosen_batches(
-    plan: JobPlan, records: Mapping[int, CommitRecord], num_images: int
+    plan: JobPlan, records: Mapping[int, ShardSummary], num_images: int
 ) -> list[tuple[int, int, int]]:
     """(shard, start, stop) of as many micro-batches as hold the images, spread over the shards."""
     rest = sorted(records)
@@ -112,7 +113,7 @@ def _stored(
                 yield sample.key, hashes[sample.key], pixels
 
 
-def _differs(record: CommitRecord, now: Mapping[str, str]) -> tuple[str, ...]:
+def _differs(record: ShardSummary, now: Mapping[str, str]) -> tuple[str, ...]:
     then = record.made_with
     names = sorted({*then, *now})
     return tuple(

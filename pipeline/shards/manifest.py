@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,7 +25,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.faults import reach
 from pipeline.request.job_plan import STRICT, JobPlan, PositiveInt, Sha256
-from pipeline.shards.card import dataset_card, is_edited, sealed
 from pipeline.shards.claims import doubtful_shards, make_claim, others_claim
 from pipeline.storage import Storage
 
@@ -43,9 +41,17 @@ SIZES_COPY_NAME = f"{TRAIN_FOLDER}/{SIZES_NAME}"
 """Where a user puts the sizes for open_clip."""
 LEDGER_NAME = f"{COMMITS_FOLDER}/failures.jsonl"
 OLD_LEDGER_NAME = f"{META_FOLDER}/failures.jsonl"
+SUMMARIES_NAME = f"{COMMITS_FOLDER}/summaries.parquet"
+"""What is needed of many commit records, see `committed`."""
 _SHARD_DIGITS = 5
+_FILE_NAME = re.compile(rf"([a-z]+)/([0-9]{{{_SHARD_DIGITS},18}})\.([a-z]+)")
+_KINDS = {
+    (TRAIN_FOLDER, "tar"),
+    (META_FOLDER, "parquet"),
+    (COMMITS_FOLDER, "json"),
+    (META_FOLDER, "json"),
+}
 _MAX_ROUNDS = 5  # of publishing a shard that another worker publishes at the same moment
-_READERS = 16  # records are small: an object store answers many at once
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -84,20 +90,15 @@ def record_in(names: Collection[str], shard_id: int) -> str | None:
 
 def planned_shard(name: str, plan: JobPlan) -> int | None:
     """The shard of the plan that a file belongs to by its name; None for a foreign name."""
-    match = re.fullmatch(r"(?:train|meta|commits)/([0-9]{5,18})\.[a-z]+", name)
-    shard_id = int(match[1]) if match else plan.num_shards
-    if shard_id >= plan.num_shards:
+    match = _FILE_NAME.fullmatch(name)
+    if match is None or (match[1], match[3]) not in _KINDS:
         return None
-    names = (
-        tar_name(shard_id),
-        parquet_name(shard_id),
-        record_name(shard_id),
-        old_record_name(shard_id),
-    )
-    return shard_id if name in names else None
+    shard_id = int(match[2])
+    is_ours = shard_id < plan.num_shards and shard_name(shard_id) == match[2]
+    return shard_id if is_ours else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """A published file: its name in the dataset, its bytes and its SHA-256."""
 
@@ -108,7 +109,7 @@ class FileEntry:
     sha256: Sha256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardFiles:
     """The two files of a shard."""
 
@@ -158,12 +159,11 @@ class BuiltShard:
     batches: tuple[BatchTiming, ...]
 
 
-@dataclass(frozen=True)
-class CommitRecord:
-    """The content of `commits/{shard}.json`: what was made, and by whom, when and with what.
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What was made of a shard, and how.
 
     `fingerprint` is `JobPlan.shard_fingerprint`, which extending the plan does not change.
-    `environment` holds versions and hardware, never variables of the process environment.
     """
 
     __pydantic_config__ = STRICT
@@ -178,6 +178,17 @@ class CommitRecord:
     worker: str
     device: str
     threads: PositiveInt
+
+
+@dataclass(frozen=True)
+class CommitRecord(ShardFacts):
+    """The content of `commits/{shard}.json`: what was made, and by whom, when and with what.
+
+    `environment` holds versions and hardware, never variables of the process environment.
+    """
+
+    __pydantic_config__ = STRICT
+
     environment: dict[str, str]
     batches: tuple[BatchTiming, ...]
     committed_at: str
@@ -213,7 +224,7 @@ class CommitRecord:
     @property
     def made_with(self) -> dict[str, str]:
         """All that is recorded of what may decide a last bit: versions, device, threads."""
-        return {**self.environment, "device": self.device, "threads": str(self.threads)}
+        return made_with(self.environment, self.device, self.threads)
 
     def to_json(self) -> bytes:
         """The bytes of the record file."""
@@ -228,6 +239,11 @@ class CommitRecord:
             return None
 
 
+def made_with(environment: Mapping[str, str], device: str, threads: int) -> dict[str, str]:
+    """All that may decide a last bit, in one."""
+    return {**environment, "device": device, "threads": str(threads)}
+
+
 @dataclass(frozen=True)
 class _OldCommitRecord(CommitRecord):
     """As earlier releases wrote it: with the fingerprint of the whole plan too."""
@@ -237,7 +253,9 @@ class _OldCommitRecord(CommitRecord):
     plan_fingerprint: Sha256
 
 
-_RECORD: TypeAdapter[CommitRecord] = TypeAdapter(CommitRecord | _OldCommitRecord)
+_RECORD: TypeAdapter[CommitRecord] = TypeAdapter(
+    Annotated[CommitRecord | _OldCommitRecord, Field(union_mode="left_to_right")]
+)
 
 
 def publish_shard(storage: Storage, plan: JobPlan, built: BuiltShard, record: CommitRecord) -> None:
@@ -279,21 +297,35 @@ def publish_record(storage: Storage, record: CommitRecord) -> None:
     reach("record-published")
 
 
-def stored_sizes(storage: Storage) -> dict[str, int]:
-    """Bytes of every file of the shards, by name, from one listing of each folder."""
-    return {
-        f"{folder}/{name}": size
-        for folder in FOLDERS
-        for name, size in storage.list(folder).items()
-    }
+@dataclass(frozen=True)
+class Listing:
+    """Every file of the shards by name: its bytes, and of a record when it was written.
+
+    `times` in ns since 1970, without the records of which the storage does not know it.
+    """
+
+    sizes: dict[str, int]
+    times: dict[str, int]
+
+
+def list_shards(storage: Storage) -> Listing:
+    """The files of the shards, from one listing of each folder."""
+    sizes: dict[str, int] = {}
+    times: dict[str, int] = {}
+    for folder in FOLDERS:
+        for base_name, (size, time_ns) in storage.list_with_times(folder).items():
+            sizes[name := f"{folder}/{base_name}"] = size
+            if time_ns is not None and base_name.endswith(".json"):
+                times[name] = time_ns
+    return Listing(sizes, times)
 
 
 def listed_shards(sizes: Mapping[str, int], plan: JobPlan) -> dict[int, str]:
     """The shards of which all files are there, each with the name of its record, in order.
 
-    They are done unless their record says something else; `sizes` as of `stored_sizes`.
+    They are done unless their record says something else; `sizes` as of `Listing`.
     """
-    named = {planned_shard(name, plan) for name in sizes}
+    named = {planned_shard(name, plan) for name in sizes if name.endswith(".json")}
     return {
         shard_id: record
         for shard_id in sorted(shard_id for shard_id in named if shard_id is not None)
@@ -303,79 +335,39 @@ def listed_shards(sizes: Mapping[str, int], plan: JobPlan) -> dict[int, str]:
     }
 
 
-def committed_shards(storage: Storage, plan: JobPlan) -> dict[int, CommitRecord]:
-    """The shards of the plan that are done, by id, from one listing of each folder.
+def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:
+    """The record of one shard if it is done, else None.
 
     Errors: `OSError` where the storage does not answer; never for what a file holds.
     """
-    sizes = stored_sizes(storage)
-    return committed_among(listed_shards(sizes, plan), storage, plan, sizes)
-
-
-def committed_among(
-    listed: Mapping[int, str], storage: Storage, plan: JobPlan, sizes: Mapping[str, int]
-) -> dict[int, CommitRecord]:
-    """Those of some listed shards whose records are read and say that they are done."""
-
-    def read(name: str) -> CommitRecord | None:
-        try:
-            return CommitRecord.from_json(storage.read(name))
-        except FileNotFoundError:  # taken away since the listing
-            return None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        records = zip(listed, pool.map(read, listed.values()), strict=True)
-        done = {i: r for i, r in records if r is not None and _is_done(r, i, plan, sizes)}
-    doubtful = doubtful_shards(storage)
-    return {i: r for i, r in sorted(done.items()) if _is_whole(storage, r, doubtful)}
-
-
-def mixed_environments(
-    records: Iterable[CommitRecord],
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """What the shards were made with that is not one value in all: name -> value -> shard ids.
-
-    Empty where one environment made them all. A name that a record lacks has the value `none`.
-    """
-    made_with = {record.shard_id: record.made_with for record in records}
-    mixed: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name in sorted({name for environment in made_with.values() for name in environment}):
-        shards: dict[str, tuple[int, ...]] = {}
-        for shard_id in sorted(made_with):
-            value = made_with[shard_id].get(name, "none")
-            shards[value] = (*shards.get(value, ()), shard_id)
-        if len(shards) > 1:
-            mixed[name] = shards
-    return mixed
-
-
-def read_commit(storage: Storage, plan: JobPlan, shard_id: int) -> CommitRecord | None:
-    """The record of one shard if it is done, else None. Errors: as `committed_shards`."""
     sizes = {}
     for name in (tar_name(shard_id), parquet_name(shard_id)):
         size = storage.size(name)
         if size is None:
             return None
         sizes[name] = size
-    record = _read_record(storage, shard_id)
-    if record is None or not _is_done(record, shard_id, plan, sizes):
+    record = read_record(storage, shard_id)
+    if record is None or not describes_shard(record, shard_id, plan, sizes):
         return None
-    return record if _is_whole(storage, record, doubtful_shards(storage)) else None
+    is_doubtful = shard_id in doubtful_shards(storage)
+    return None if is_doubtful and not is_whole(storage, record.files) else record
 
 
-def _read_record(storage: Storage, shard_id: int) -> CommitRecord | None:
+def read_record(storage: Storage, shard_id: int) -> CommitRecord | None:
+    """What the record of a shard says, whatever its files are; None without one, or for no record.
+
+    Errors: `OSError` where the storage does not answer.
+    """
     for name in (record_name(shard_id), old_record_name(shard_id)):
         with suppress(FileNotFoundError):
             return CommitRecord.from_json(storage.read(name))
     return None
 
 
-def _is_whole(storage: Storage, record: CommitRecord, doubtful: Collection[int]) -> bool:
-    """Whether the files are those of the record: taken for granted unless there is a claim."""
-    if record.shard_id not in doubtful:
-        return True
+def is_whole(storage: Storage, files: ShardFiles) -> bool:
+    """Whether the files have their hashes: taken for granted unless there is a claim."""
     try:
-        for entry in (record.files.tar, record.files.parquet):
+        for entry in (files.tar, files.parquet):
             with storage.open_input(entry.name) as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:  # type: ignore[arg-type]
                     return False
@@ -384,7 +376,10 @@ def _is_whole(storage: Storage, record: CommitRecord, doubtful: Collection[int])
     return True
 
 
-def _is_done(record: CommitRecord, shard_id: int, plan: JobPlan, sizes: Mapping[str, int]) -> bool:
+def describes_shard(
+    record: ShardFacts, shard_id: int, plan: JobPlan, sizes: Mapping[str, int]
+) -> bool:
+    """Whether a record is that of a shard of the plan, and the sizes are those of its files."""
     start, stop = plan.shard_range(shard_id)
     tar, parquet = record.files.tar, record.files.parquet
     return (
@@ -396,63 +391,3 @@ def _is_done(record: CommitRecord, shard_id: int, plan: JobPlan, sizes: Mapping[
         and sizes.get(tar.name) == tar.size
         and sizes.get(parquet.name) == parquet.size
     )
-
-
-def index_files(plan: JobPlan, records: Mapping[int, CommitRecord]) -> dict[str, bytes]:
-    """The content of the indexes and the dataset card, by name.
-
-    index.json is read by wids (0.1.11), `_info.json` by timm (1.0.31) and sizes.json by open_clip
-    (3.3.0), which looks beside the tars: there it would stop `datasets` (5.2.0), whose
-    `load_dataset("webdataset", data_dir=...)` opens every file below `train/` as a tar, so it is
-    left to be copied there.
-    """
-    done = [records[shard_id] for shard_id in sorted(records)]
-    index = {
-        "wids_version": 1,
-        "name": f"{plan.model}-{plan.fingerprint[:12]}",
-        "shardlist": [
-            {
-                "url": record.files.tar.name,
-                "nsamples": record.num_samples,
-                "filesize": record.files.tar.size,
-            }
-            for record in done
-        ],
-    }
-    sizes = {Path(record.files.tar.name).name: record.num_samples for record in done}
-    split = {
-        "name": TRAIN_FOLDER,
-        "num_samples": sum(sizes.values()),
-        "filenames": [record.files.tar.name for record in done],
-        "shard_lengths": list(sizes.values()),
-    }
-    num_samples = sum(record.num_samples for record in done)
-    tar_bytes = sum(record.files.tar.size for record in done)
-    return {
-        INDEX_NAME: (json.dumps(index, indent=1) + "\n").encode(),
-        SIZES_NAME: (json.dumps(sizes, indent=1) + "\n").encode(),
-        INFO_NAME: (json.dumps({"splits": {TRAIN_FOLDER: split}}, indent=1) + "\n").encode(),
-        CARD_NAME: sealed(dataset_card(plan, len(done), num_samples, tar_bytes)),
-    }
-
-
-def write_indexes(storage: Storage, plan: JobPlan, records: Mapping[int, CommitRecord]) -> bool:
-    """Write the indexes and the dataset card of the shards that are done.
-
-    A file that is right already keeps its bytes and its time, and so does a card that was edited:
-    returns whether one was kept for that. A copy of the sizes beside the tars is kept up to date
-    where there is one. Errors: `OSError`.
-    """
-    is_card_kept = False
-    files = index_files(plan, records)
-    if storage.size(SIZES_COPY_NAME) is not None:
-        files[SIZES_COPY_NAME] = files[SIZES_NAME]
-    for name, data in files.items():
-        stored = None
-        with suppress(FileNotFoundError):
-            stored = storage.read(name)
-        if name == CARD_NAME and stored is not None and stored != data and is_edited(stored):
-            is_card_kept = True
-        elif stored != data:
-            storage.publish_bytes(data, name)
-    return is_card_kept

@@ -18,7 +18,7 @@ from depthvar.errors import InputError
 from jobs import push as push_job
 from pipeline.dataset import push
 from pipeline.request.plan_file import open_plan
-from pipeline.shards.manifest import committed_shards
+from pipeline.shards.committed import committed_shards
 from pipeline.storage import Storage
 from tests.fake_hub import TOKEN, FakeHub, running_hub
 from tests.fake_shards import make_plan, object_store, publish_one, write_dataset
@@ -116,7 +116,7 @@ def test_a_grown_dataset_is_pushed_over_the_smaller_one_and_no_other(
     hub: FakeHub, out: Path, tmp_path: Path
 ):
     assert push_job.main([str(out), REPO]) == 0
-    grown = make_plan().extended_to(make_plan({0: 30, 1: 6, 2: 8}).total_counts)
+    grown = make_plan().extended_to(make_plan({0: 30, 1: 6, 2: 8}))
     storage = Storage.open(out)
     push.push(push.Pushed(storage, grown, committed_shards(storage, grown)), REPO)
     assert hub.repos[REPO]["plan.json"] == grown.to_json()

@@ -22,7 +22,7 @@ from depthvar.host.rate import duration
 from pipeline.dataset.report import figures
 from pipeline.dataset.report.progress import Timeline, stage_seconds, worker_lines
 from pipeline.dataset.report.survey import Picture, Rows, Survey, spread
-from pipeline.shards.manifest import mixed_environments
+from pipeline.shards.committed import mixed_environments
 
 _TEMPLATE = "page.html.jinja"
 _SMALL_SIDE, _SHOWN_SIDE = 64, 192  # pixels: small images are kept, large ones shrink to this

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.shards.manifest import CommitRecord, seconds_by_stage
+from pipeline.shards.committed import ShardSummary
 
 _NUM_BINS = 60
 _LONGEST_PAUSE_S, _LONGEST_PAUSE_SHARE = 60.0, 0.05  # longer ones are cut out
@@ -24,7 +25,7 @@ class Work:
     num_images: int
 
     @classmethod
-    def of(cls, record: CommitRecord) -> Work:
+    def of(cls, record: ShardSummary) -> Work:
         """The commit's time, and before it what its batches took to sample and decode."""
         stop_s = datetime.fromisoformat(record.committed_at).timestamp()
         return cls(stop_s - making_s(record), stop_s, record.num_samples)
@@ -45,7 +46,7 @@ class Timeline:
     _busy: list[tuple[float, float]]
 
     @classmethod
-    def of(cls, records: Iterable[CommitRecord]) -> Timeline:
+    def of(cls, records: Iterable[ShardSummary]) -> Timeline:
         """The timeline of at least one shard: its images are spread over the time it took."""
         works = sorted((Work.of(r) for r in records), key=lambda work: work.start_s)
         busy = _busy_times(works)
@@ -91,9 +92,9 @@ class WorkerLine:
     last_commit: str
 
 
-def worker_lines(records: Iterable[CommitRecord]) -> list[WorkerLine]:
+def worker_lines(records: Iterable[ShardSummary]) -> list[WorkerLine]:
     """The workers in the order of their first commits; rates are of sampling and decoding."""
-    by_worker: dict[str, list[CommitRecord]] = {}
+    by_worker: dict[str, list[ShardSummary]] = {}
     for record in sorted(records, key=lambda r: (r.committed_at, r.shard_id)):
         by_worker.setdefault(record.worker, []).append(record)
     return [
@@ -109,16 +110,19 @@ def worker_lines(records: Iterable[CommitRecord]) -> list[WorkerLine]:
     ]
 
 
-def stage_seconds(records: Iterable[CommitRecord]) -> dict[str, float]:
-    """What an image took in every stage, in the mean."""
-    batches = [batch for record in records for batch in record.batches]
-    num_images = sum(batch.stop - batch.start for batch in batches)
-    return {stage: seconds / num_images for stage, seconds in seconds_by_stage(batches).items()}
+def stage_seconds(records: Iterable[ShardSummary]) -> dict[str, float]:
+    """What an image took in every stage, in the mean over at least one shard."""
+    totals: Counter[str] = Counter()
+    num_images = 0
+    for record in records:
+        totals.update(record.seconds)
+        num_images += record.num_samples
+    return {stage: seconds / num_images for stage, seconds in totals.items()}
 
 
-def making_s(record: CommitRecord) -> float:
+def making_s(record: ShardSummary) -> float:
     """Seconds that the batches of a shard took to sample and to decode, never 0."""
-    return max(1e-3, sum(batch.sampling_s + batch.decoding_s for batch in record.batches))
+    return max(1e-3, record.sampling_s + record.decoding_s)
 
 
 def _busy_times(works: Sequence[Work]) -> list[tuple[float, float]]:

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.request.job_plan import JobPlan, key_of
+from pipeline.shards.committed import ShardSummary, committed_shards
 from pipeline.shards.depth_maps import read_depth_map
 from pipeline.shards.failures import LedgerLine, given_up, ledger_lines
-from pipeline.shards.manifest import CommitRecord, committed_shards, parquet_name, tar_name
+from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.shards.samples import ShardError, TarSample, decode_image, read_parquet, read_tar
 from pipeline.shards.schema import schema_of
 from pipeline.storage import Storage
@@ -75,7 +76,7 @@ class Survey:
 
     where: str
     plan: JobPlan
-    records: dict[int, CommitRecord]
+    records: dict[int, ShardSummary]
     ledger: list[LedgerLine]
     rows: Rows | None
     by_subject: list[tuple[str, list[Picture]]]

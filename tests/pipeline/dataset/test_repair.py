@@ -11,14 +11,8 @@ from pipeline.dataset.repair import Repair, repair
 from pipeline.dataset.verify import verify
 from pipeline.request.job_plan import JobPlan
 from pipeline.shards.claims import CLAIMS_FOLDER, make_claim
-from pipeline.shards.manifest import (
-    FOLDERS,
-    committed_shards,
-    old_record_name,
-    parquet_name,
-    record_name,
-    tar_name,
-)
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import FOLDERS, old_record_name, parquet_name, record_name, tar_name
 from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import TEMP_PREFIX, Storage
 from tests.fake_shards import make_plan, write_dataset

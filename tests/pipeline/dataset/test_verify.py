@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,15 +11,12 @@ import pytest
 from pipeline.dataset.verify import Problem, Report, verify
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import open_plan
+from pipeline.shards import committed
 from pipeline.shards.card import sealed
 from pipeline.shards.claims import make_claim
-from pipeline.shards.manifest import (
-    committed_shards,
-    parquet_name,
-    record_name,
-    tar_name,
-    write_indexes,
-)
+from pipeline.shards.committed import committed_shards, keep_summaries
+from pipeline.shards.indexes import write_indexes
+from pipeline.shards.manifest import parquet_name, record_name, tar_name
 from pipeline.storage import Storage
 from tests.fake_shards import (
     WITH_DEPTH_MAPS,
@@ -441,3 +439,16 @@ def test_many_findings_in_one_shard_are_told_in_short(out):
     problems = [p for p in verify(storage, plan, deep=True).problems if p.shard == 0]
     assert len(problems) == 4
     assert problems[-1].message.endswith("and 6 more findings")
+
+
+def test_a_deep_check_reads_every_record_whatever_the_summaries_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(committed, "FEWEST_KEPT", 1)
+    storage = Storage.open(tmp_path / "out")
+    plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
+    keep_summaries(storage, plan)
+    record = tmp_path / "out" / record_name(1)
+    before = record.stat()
+    record.write_bytes(b" " * before.st_size)
+    os.utime(record, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verify(storage, plan).is_sound
+    assert [(p.shard, p.kind) for p in verify(storage, plan, deep=True).problems] == [(1, "record")]

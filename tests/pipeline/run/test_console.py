@@ -13,7 +13,8 @@ from pipeline.run.console import (
     run_summary,
     time_line,
 )
-from pipeline.shards.manifest import BatchTiming, committed_shards
+from pipeline.shards.committed import committed_shards, environments
+from pipeline.shards.manifest import read_commit
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset
 
@@ -23,7 +24,8 @@ def test_the_time_per_image_is_that_of_the_recorded_batches(tmp_path):
     (tmp_path / "scratch").mkdir()
     plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
     records = committed_shards(storage, plan)
-    batches = [batch for record in records.values() for batch in record.batches]
+    read = [read_commit(storage, plan, shard_id) for shard_id in records]
+    batches = [batch for record in read for batch in record.batches]
     images = sum(batch.stop - batch.start for batch in batches)
     per_image_ms = 1000 * sum(batch.sampling_s for batch in batches) / images
     shown = float(time_line(records).split("transformer ")[1].split(" ms")[0].replace(",", ""))
@@ -41,7 +43,7 @@ def test_shards_of_other_library_versions_are_counted_and_named(tmp_path):
     plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
     records = committed_shards(storage, plan)
     assert mixture_lines(records.values()) == []
-    records[1] = replace(records[1], environment={"torch": "3"})
+    records[1] = replace(records[1], environment='{"torch": "3"}')
     assert mixture_lines(records.values()) == ["torch: 2 in 2 shards (0, 2), 3 in 1 shard (1)"]
 
 
@@ -70,10 +72,10 @@ def test_what_a_run_changes_of_the_environment_is_named_with_the_shards_made_bef
     storage = Storage.open(str(tmp_path / "out"))
     (tmp_path / "scratch").mkdir()
     plan = write_dataset(storage, make_plan(), tmp_path / "scratch")
-    records = committed_shards(storage, plan).values()
+    earlier = environments(committed_shards(storage, plan).values())
     same = {"torch": "2", "device": "cpu", "threads": "1"}
-    assert environment_changes(records, same) == []
-    assert environment_changes(records, {**same, "torch": "3", "pillow": "11"}) == [
+    assert environment_changes(earlier, same) == []
+    assert environment_changes(earlier, {**same, "torch": "3", "pillow": "11"}) == [
         "pillow: none in 3 shards (0-2), this run has 11",
         "torch: 2 in 3 shards (0-2), this run has 3",
     ]
@@ -153,8 +155,8 @@ def test_the_summary_of_a_dataset_tells_images_bytes_compute_and_place(tmp_path)
 def test_the_phases_of_an_image_are_told_each_with_its_own_time(tmp_path):
     plan = write_dataset(Storage.open(tmp_path / "out"), make_plan(), tmp_path / "scratch")
     record = committed_shards(Storage.open(tmp_path / "out"), plan)[0]
-    batch = BatchTiming(0, 10, sampling_s=1.5, decoding_s=0.25, encoding_s=0.0125)
-    assert time_line({0: replace(record, batches=(batch,))}) == (
+    took = {"sampling_s": 1.5, "decoding_s": 0.25, "encoding_s": 0.0125}
+    assert time_line({0: replace(record, num_samples=10, **took)}) == (
         "per image and worker: transformer 150 ms, decoder 25 ms, encoding 1.25 ms beside them"
     )
 

@@ -29,6 +29,7 @@ from pipeline.run.ray_crew import RayCrew, encode_on_a_worker
 from pipeline.run.ray_metrics import PROMETHEUS_NAMES
 from pipeline.run.schedule import Machine, WorkerShape
 from pipeline.run.worker_failures import cause_of, reason_of
+from pipeline.shards.committed import ShardSummary
 from pipeline.shards.manifest import CommitRecord
 from pipeline.shards.text_states import TEXT_FOLDER
 from pipeline.storage import Storage
@@ -413,15 +414,14 @@ def test_a_shard_that_another_job_writes_over_is_waited_for_within_bounds(
         if comes_back and clock.now_s > 30 and hidden.exists():
             hidden.rename(record)
 
-    committed, clock = driver.committed_shards, Clock(come_back)
+    committed, clock = driver.keep_summaries, Clock(come_back)
 
-    def begin_to_write_over(*asked: Any) -> dict[int, CommitRecord]:
-        if record.exists() and clock.now_s == 0:
-            record.rename(hidden)
+    def begin_to_write_over(*asked: Any) -> dict[int, ShardSummary]:
+        record.rename(hidden)
         return committed(*asked)
 
     monkeypatch.setattr(driver, "time", clock)
-    monkeypatch.setattr(driver, "committed_shards", begin_to_write_over)
+    monkeypatch.setattr(driver, "keep_summaries", begin_to_write_over)
     assert run(out, workers=0) == code
     assert (30 if comes_back else 60) <= clock.now_s < 61
     said = capsys.readouterr()

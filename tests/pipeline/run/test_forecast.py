@@ -24,7 +24,8 @@ from pipeline.run.forecast import (
     speed_report,
 )
 from pipeline.run.schedule import WorkerShape
-from pipeline.shards.manifest import CommitRecord, committed_shards
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import CommitRecord
 from pipeline.shards.samples import encode_image
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset

@@ -19,6 +19,7 @@ from pipeline.run.ledger import (
 )
 from pipeline.run.schedule import Assignment, ShardQueue
 from pipeline.run.worker import Progress, ShardDone, WorkerInfo
+from pipeline.shards.committed import ShardSummary
 from pipeline.shards.manifest import LEDGER_NAME
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, publish_one
@@ -287,7 +288,7 @@ def test_each_difference_to_what_earlier_shards_were_made_with_is_warned_of_once
 ):
     earlier = Job(tmp_path)
     record = publish_one(earlier.storage, earlier.plan, 1, tmp_path / "scratch")
-    job = Job(tmp_path, earlier=[record])
+    job = Job(tmp_path, earlier=[ShardSummary.of(record)])
     said = []
     for torch in ("2", "3", "3"):
         job.run.worker_ready(WorkerInfo("host", 7, "cpu", 1, {"torch": torch}))

@@ -11,6 +11,7 @@ from pipeline.run.ledger import ShardRun
 from pipeline.run.progress import ProgressDisplay, PromptTally, RecentRate
 from pipeline.run.schedule import ShardQueue
 from pipeline.run.worker import Progress, ShardDone
+from pipeline.shards.committed import ShardSummary
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, publish_one
 
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> ShardRun:
     """22 images in shards of 9, 9 and 4; shard 0 is committed, the others wait."""
     storage, plan = Storage.open(tmp_path / "out"), make_plan()
     first = publish_one(storage, plan, 0, tmp_path / "scratch")
-    return ShardRun(storage, plan, ShardQueue([1, 2], max_attempts=2), [first])
+    return ShardRun(storage, plan, ShardQueue([1, 2], max_attempts=2), [ShardSummary.of(first)])
 
 
 def line(run: ShardRun, images_per_s: float = 0.0) -> str:

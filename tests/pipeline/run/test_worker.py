@@ -22,12 +22,8 @@ from pipeline.run.worker import (
     Workplace,
     load_sampler,
 )
-from pipeline.shards.manifest import (
-    BuiltShard,
-    CommitRecord,
-    committed_shards,
-    publish_shard,
-)
+from pipeline.shards.committed import committed_shards
+from pipeline.shards.manifest import BuiltShard, CommitRecord, publish_shard
 from pipeline.shards.writer import SampledBatch, ShardWriter
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights

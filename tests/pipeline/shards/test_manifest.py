@@ -15,16 +15,14 @@ from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import open_plan
 from pipeline.shards import manifest
 from pipeline.shards.claims import make_claim
+from pipeline.shards.committed import ShardSummary, committed_shards, mixed_environments
+from pipeline.shards.indexes import index_files, write_indexes
 from pipeline.shards.manifest import (
     CommitRecord,
-    committed_shards,
-    index_files,
-    mixed_environments,
     planned_shard,
     publish_shard,
     read_commit,
     record_name,
-    write_indexes,
 )
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
@@ -56,7 +54,7 @@ def test_a_published_shard_is_done_and_the_others_are_not(storage, tmp_path):
     plan = open_plan(storage, make_plan())
     assert committed_shards(storage, plan) == {}
     record = publish_one(storage, plan, 1, tmp_path / "scratch")
-    assert committed_shards(storage, plan) == {1: record}
+    assert committed_shards(storage, plan) == {1: ShardSummary.of(record)}
     assert read_commit(storage, plan, 1) == record
     assert read_commit(storage, plan, 0) is None
 
@@ -181,7 +179,8 @@ def test_the_records_of_earlier_releases_count_where_there_is_no_newer_one(old, 
     assert old.list("commits") == {}
     found, newer = committed_shards(old, plan), committed_shards(finished, plan)
     assert [record.files for record in found.values()] == [r.files for r in newer.values()]
-    assert [read_commit(old, plan, i) for i in range(3)] == list(found.values())
+    read = [read_commit(old, plan, i) for i in range(3)]
+    assert [ShardSummary.of(record) for record in read] == list(found.values())
     stored = json.loads(old.read("meta/00001.json"))
     assert list(stored)[:4] == ["shard_id", "fingerprint", "plan_fingerprint", "num_samples"]
 
@@ -205,13 +204,13 @@ def test_an_old_record_is_read_as_strictly_as_a_new_one(old, edit):
 
 def test_one_listing_of_each_folder_finds_what_is_done(finished, monkeypatch):
     asked: list[str] = []
-    for name in ("list", "size", "read"):
+    for name in ("list_with_times", "size", "read"):
         answer = getattr(Storage, name)
         monkeypatch.setattr(
             Storage, name, lambda s, n, a=answer, k=name: (asked.append(f"{k} {n}"), a(s, n))[1]
         )
     committed_shards(finished, make_plan())
-    lists = [f"list {folder}" for folder in (".claims", "commits", "meta", "train")]
+    lists = [f"list_with_times {folder}" for folder in (".claims", "commits", "meta", "train")]
     assert sorted(asked) == [*lists, *(f"read commits/0000{i}.json" for i in range(3))]
     asked.clear()
     larger = make_plan({0: 80, 1: 60, 2: 80})
@@ -460,9 +459,12 @@ def test_shards_made_in_different_environments_are_told_apart_by_what_differs(fi
     assert record is not None
     same = {"python": "3.12.1", "torch": "2.13.0"}
     records = [
-        replace(record, shard_id=2, environment=same, device="NVIDIA H100"),
-        replace(record, shard_id=0, environment=same, threads=2),
-        replace(record, shard_id=1, environment={**same, "torch": "2.9.0", "pillow": "11"}),
+        ShardSummary.of(replace(record, **changes))
+        for changes in (
+            {"shard_id": 2, "environment": same, "device": "NVIDIA H100"},
+            {"shard_id": 0, "environment": same, "threads": 2},
+            {"shard_id": 1, "environment": {**same, "torch": "2.9.0", "pillow": "11"}},
+        )
     ]
     assert mixed_environments(records) == {
         "device": {"cpu": (0, 1), "NVIDIA H100": (2,)},

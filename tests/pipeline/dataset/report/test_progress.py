@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.report.progress import Timeline, stage_seconds, worker_lines
-from pipeline.shards.manifest import BatchTiming, CommitRecord, FileEntry, ShardFiles
+from pipeline.shards.committed import ShardSummary
+from pipeline.shards.manifest import FileEntry, ShardFiles
 
 START = datetime(2026, 1, 2, tzinfo=UTC)
 
 
 def record(
     shard_id: int, committed_s: float, making_s: float, *, worker: str = "a:1", images: int = 60
-) -> CommitRecord:
+) -> ShardSummary:
     """A shard that took `making_s` and was committed so long after the start."""
     entry = FileEntry("x", 1, "ab" * 32)
-    timing = BatchTiming(0, images, 0.75 * making_s, 0.25 * making_s, 0.1 * making_s)
-    return CommitRecord(
+    return ShardSummary(
         shard_id=shard_id,
         fingerprint="ab" * 32,
         num_samples=images,
@@ -28,9 +28,11 @@ def record(
         worker=worker,
         device="cpu",
         threads=1,
-        environment={},
-        batches=(timing,),
+        environment="{}",
         committed_at=(START + timedelta(seconds=committed_s)).isoformat(),
+        sampling_s=0.75 * making_s,
+        decoding_s=0.25 * making_s,
+        encoding_s=0.1 * making_s,
     )
 
 

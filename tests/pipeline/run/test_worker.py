@@ -23,7 +23,7 @@ from pipeline.run.worker import (
     load_sampler,
 )
 from pipeline.shards.committed import committed_shards
-from pipeline.shards.manifest import BuiltShard, CommitRecord, publish_shard
+from pipeline.shards.manifest import BuiltShard, CommitRecord, publish_shard, read_commit
 from pipeline.shards.writer import SampledBatch, ShardWriter
 from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
@@ -56,7 +56,8 @@ def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, place: W
     *batches, done = list(worker.run_shard(2, attempt=4))
     assert batches == [Progress(2, 3), Progress(2, 1, is_last=True)]
     assert isinstance(done, ShardDone)
-    record = committed_shards(Storage.open(place.out), plan)[2]
+    record = read_commit(Storage.open(place.out), plan, 2)
+    assert record is not None
     assert done.num_bytes == record.files.tar.size + record.files.parquet.size
     assert done.seconds.keys() == {"sampling", "decoding", "encoding", "publishing"}
     assert done.seconds["sampling"] == pytest.approx(2 * 0.01)

@@ -183,7 +183,7 @@ def status(storage: Storage, plan: JobPlan, now: datetime) -> Status:
     listed = listed_shards(listing.sizes, plan)
     wanted = _newest(listing, listed)
     wanted |= {i: listed[i] for i in doubtful_shards(storage) & listed.keys()}
-    read = committed_among(wanted, storage, plan, listing)
+    read = committed_among(wanted, storage, plan, listing, reread=True)
     unsound = tuple(sorted(wanted.keys() - read.keys()))
     done = listed.keys() - unsound
     lines = list(ledger_lines(storage, plan))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +42,6 @@ from pipeline.storage import Storage
 
 _READERS = 16  # records are small: an object store answers many at once
 _AT_ONCE = 32  # records that a reader reads before it asks for more
-
 _ROWS_AT_ONCE = 4_096  # as Python objects rows take much memory
 FEWEST_KEPT = 1_000
 """Committed shards from which on there is a file of summaries."""
@@ -184,7 +183,7 @@ def committed_among(
 ) -> dict[int, ShardSummary]:
     """Those of some listed shards whose records say that they are done."""
     stored = {} if reread else _stored_summaries(storage, listing)
-    return _committed(listed, storage, plan, listing, stored, doubtful_shards(storage))
+    return _committed(listed, storage, plan, listing, stored)[0]
 
 
 def keep_summaries(storage: Storage, plan: JobPlan) -> dict[int, ShardSummary]:
@@ -195,8 +194,8 @@ def keep_summaries(storage: Storage, plan: JobPlan) -> dict[int, ShardSummary]:
     """
     listing = list_shards(storage)
     listed = listed_shards(listing.sizes, plan)
-    stored, doubtful = _stored_summaries(storage, listing), doubtful_shards(storage)
-    done = _committed(listed, storage, plan, listing, stored, doubtful)
+    stored = _stored_summaries(storage, listing)
+    done, doubtful = _committed(listed, storage, plan, listing, stored)
     kept = [
         (listed[i], summary)
         for i, summary in done.items()
@@ -214,11 +213,12 @@ def _committed(
     plan: JobPlan,
     listing: Listing,
     stored: Mapping[str, ShardSummary],
-    doubtful: Collection[int],
-) -> dict[int, ShardSummary]:
-    """Those of some listed shards that are done; read is what is not in `stored` or not right.
+) -> tuple[dict[int, ShardSummary], frozenset[int]]:
+    """Those of some listed shards that are done, and the shards in doubt; read is what is not in
+    `stored` or not right.
 
-    A summary can show that a shard is done, only its record that it is not.
+    A summary can show that a shard is done, only its record that it is not. Claims are looked for
+    when the records have been read, for a claim is made before a record is written over.
     """
 
     def read(shards: Sequence[tuple[int, str]]) -> list[tuple[int, ShardSummary]]:
@@ -234,7 +234,6 @@ def _committed(
         shard_id: summary
         for shard_id, name in listed.items()
         if (summary := stored.get(name)) is not None
-        and shard_id not in doubtful
         and describes_shard(summary, shard_id, plan, listing.sizes)
     }
     unread = [item for item in listed.items() if item[0] not in done]
@@ -242,8 +241,13 @@ def _committed(
     with ThreadPoolExecutor(_READERS) as pool:
         for part in pool.map(read, parts):
             done |= part
-    is_sound = {i for i in doubtful & done.keys() if is_whole(storage, done[i].files)}
-    return {i: done[i] for i in sorted(done) if i not in doubtful or i in is_sound}
+    doubtful = doubtful_shards(storage)
+    for shard_id in doubtful & done.keys():
+        name, found = listed[shard_id], [(shard_id, done.pop(shard_id))]
+        if name in stored:
+            found = read([(shard_id, name)])
+        done |= [(i, summary) for i, summary in found if is_whole(storage, summary.files)]
+    return {i: done[i] for i in sorted(done)}, doubtful
 
 
 def _stored_summaries(storage: Storage, listing: Listing) -> dict[str, ShardSummary]:
@@ -260,7 +264,7 @@ def _stored_summaries(storage: Storage, listing: Listing) -> dict[str, ShardSumm
             for name, size, time_ns, *values in _rows(part)
             if listing.sizes.get(name) == size and listing.times.get(name) == time_ns
         }
-    except (FileNotFoundError, pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError):
         return {}
 
 

@@ -555,7 +555,7 @@ def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
         generate(fitting, sampler_factory=FAKE_SAMPLER)
     found = re.search(
         r"warning: at --batch-size 2000 a worker needs about \S+ GB of memory"
-        r" and has 480\.0 MB: --batch-size (\d+) fits",
+        r" and has 384\.0 MB: --batch-size (\d+) fits",
         told[0],
     )
     assert found is not None, told

@@ -130,7 +130,7 @@ def _connected() -> Any:
     except ImportError:
         raise InputError(
             "the Hugging Face Hub needs huggingface_hub, which is not installed: pip install"
-            " 'depthvar[hub]'"
+            " huggingface_hub"
         ) from None
     if get_token() is None:
         raise InputError(

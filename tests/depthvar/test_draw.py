@@ -226,7 +226,7 @@ def test_rounding_draws_no_dropped_code_among_equals():
     halves = [0, 2, 0, 1, 0, 1, 1, 1, 0, 2, 2, 0, 0, 1, 2, 0, 0, 2, 0, 2, 2, 2, 2, 2]
     drawn = draw_one([h / 2 for h in halves], keep(0, 0.6578925), 0.0, dtype=torch.float32)
     first = next(code for code, p in enumerate(probs_by_code(drawn)) if halves[code] == 1 and p > 0)
-    assert drawn.tokens_BT.tolist() == [[first]]
+    assert drawn.tokens.tolist() == [[first]]
 
 
 def test_frequencies_are_the_exact_distribution():

@@ -169,6 +169,6 @@ def test_what_keeps_a_push_from_beginning_is_told_with_what_to_do(
     with pytest.raises(InputError, match=r"no token .*: set HF_TOKEN"):
         push_job.main([str(out), REPO])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'depthvar\[hub\]'"):
+    with pytest.raises(InputError, match=r"pip install huggingface_hub"):
         push_job.main([str(out), REPO])
     assert hub.repos == {}

@@ -310,7 +310,8 @@ def test_a_model_that_cannot_load_stops_the_job_with_its_real_error(
     faults(load_error="no such layer: blocks.9", loads=str(loads))
     assert run(tmp_path / "out", workers=workers) == 1
     assert "RuntimeError: no such layer: blocks.9" in capsys.readouterr().err
-    assert len(loads.read_text().split()) <= max(1, workers, 2)
+    # One may be hired in place of the first before the last is heard.
+    assert len(loads.read_text().split()) <= max(1, workers, 2) + (workers > 1)
     assert attempts(tmp_path / "out") == {}
     assert ledger(tmp_path / "out") == []
 

@@ -6,10 +6,13 @@ keeps no exact sum of a histogram, only the counts of its buckets.
 
 from __future__ import annotations
 
+import time
+
 from ray.util.metrics import Counter, Gauge
 
 from pipeline.run.progress import Tally
 
+_PAUSE_S = 0.5  # whoever reads them comes every few seconds, and telling takes Ray a while
 _DATASET, _STAGE, _STATE = "dataset", "stage", "state"
 _COUNTERS = {
     "depthvar_images": "Images committed",
@@ -47,9 +50,14 @@ class RayMetrics:
         self._counters = {n: Counter(n, what, tags(n)) for n, what in _COUNTERS.items()}
         self._gauges = {n: Gauge(n, what, tags(n)) for n, what in _GAUGES.items()}
         self._told: dict[tuple[str, str], float] = {}
+        self._next_s = 0.0
 
     def show(self, tally: Tally) -> None:
-        """Tell what has changed since the last time."""
+        """Tell what has changed since the last time, twice a second and where nobody works."""
+        now_s = time.monotonic()
+        if now_s < self._next_s and tally.workers_ready:
+            return
+        self._next_s = now_s + _PAUSE_S
         compute, queue = tally.plan.compute, tally.queue
         flops = compute.transformer_flops + compute.decoder_flops
         self._count("depthvar_images", tally.images)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-from pipeline.run.ray_metrics import PROMETHEUS_NAMES
+import pytest
+
+from pipeline.run import ray_metrics
+from pipeline.run.progress import Tally
+from pipeline.run.ray_metrics import PROMETHEUS_NAMES, RayMetrics
+from pipeline.run.schedule import ShardQueue
+from tests.fake_shards import make_plan
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -25,3 +32,30 @@ def test_the_dashboard_shows_every_metric_and_no_other():
 
 def test_every_metric_is_documented():
     assert names_in((DOCS / "cluster.md").read_text()) == PROMETHEUS_NAMES
+
+
+def test_numbers_are_told_twice_a_second_and_when_the_last_worker_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now_s, told = [0.0], []
+
+    class Metric:
+        def __init__(self, name: str, *_: object) -> None:
+            self.name = name
+
+        def inc(self, value: float, tags: object) -> None:
+            told.append((self.name, value))
+
+        set = inc
+
+    monkeypatch.setattr(ray_metrics, "Counter", Metric)
+    monkeypatch.setattr(ray_metrics, "Gauge", Metric)
+    monkeypatch.setattr(ray_metrics, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    metrics = RayMetrics("here")
+    tally = Tally(make_plan(), ShardQueue([], 1), workers_ready=1)
+    for now_s[0], tally.shards in ((10.0, 1), (10.3, 2), (10.6, 4), (10.7, 7)):
+        metrics.show(tally)
+    assert [value for name, value in told if name == "depthvar_shards"] == [1, 3]
+    tally.workers_ready = 0
+    metrics.show(tally)
+    assert [value for name, value in told if name == "depthvar_shards"] == [1, 3, 3]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -473,3 +474,14 @@ def test_shards_made_in_different_environments_are_told_apart_by_what_differs(fi
         "torch": {"2.13.0": (0, 2), "2.9.0": (1,)},
     }
     assert mixed_environments(records[:1]) == mixed_environments([]) == {}
+
+
+def test_publishing_a_shard_is_eleven_requests_to_a_store(tmp_path, monkeypatch):
+    plan, store, asked = make_plan(), object_store(), []
+    answer = Storage._asking
+    monkeypatch.setattr(
+        Storage, "_asking", lambda s, r: (asked.append(r.__qualname__), answer(s, r))[1]
+    )
+    publish_one(store, plan, 1, tmp_path / "scratch")
+    kinds = Counter(name.split(".")[1] for name in asked)
+    assert kinds == {"_upload": 4, "size": 5, "_entries": 1, "remove": 1}

@@ -275,7 +275,8 @@ def test_prometheus_is_told_what_a_run_counts(ray_here, faults, tmp_path):
     out = tmp_path / "out"
     faults(poison=25)
     assert run(out, workers=1, max_attempts=2) == 1
-    wait_for(lambda: metrics_of(out).get("ray_depthvar_workers ready") == 0)
+    last = {"ray_depthvar_queue_shards set aside": 1, "ray_depthvar_workers ready": 0}
+    wait_for(lambda: last.items() <= metrics_of(out).items())
     told = metrics_of(out)
     records = [CommitRecord.from_json(f.read_bytes()) for f in out.glob("commits/0*.json")]
     batches = [batch for record in records for batch in record.batches]

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test suite gpu-check lint clean
+.PHONY: setup demo test gpu-check lint clean
 
 setup: $(VENV)/.installed
 
@@ -21,11 +21,7 @@ demo: setup
 	    --out out/digits
 	$(VENV)/bin/depthvar report out/digits
 
-# Both at once: many tests wait for processes.
-test: setup
-	$(MAKE) --no-print-directory --jobs 2 lint suite
-
-suite: setup
+test: setup lint
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Needs no more than a Python with torch, numpy and safetensors: make gpu-check PYTHON=python3

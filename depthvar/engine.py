@@ -12,7 +12,6 @@ Source: arXiv 2604.17286, steps 3 to 8; the prefix form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
@@ -21,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.layers import turned
+from depthvar.layers import Attend, turned
 from depthvar.plan import DepthPlan, Grid, ScalePlan
 
 ConditionT = TypeVar("ConditionT", contravariant=True)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 
 
 class Backbone(Protocol[ConditionT]):
@@ -42,7 +39,8 @@ class Backbone(Protocol[ConditionT]):
     def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Tensor:
         """What a block adds to the residual stream of some tokens: a tensor of the caller's own.
 
-        `attend` turns queries and keys by the places of these tokens, where the backbone has such.
+        `attend` turns queries and keys by the places of these tokens, where the backbone has such,
+        and rounds them to the precision of the values.
         """
         ...
 

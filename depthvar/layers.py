@@ -1,17 +1,21 @@
 """Layers that the transformers have in common, and what they keep in float32.
 
 Shape legend: G stream rows, T tokens of a scale, K active tokens, C width, H heads, D head
-channels, V outputs.
+channels, V outputs, M = 3C rows of the fused queries, keys and values.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 _MAX_LOG_SCALE = math.log(100.0)
 
 
@@ -23,11 +27,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def unit(x_GHKD: Tensor) -> Tensor:
     """The vectors at length 1, in at least float32: half precision would round the length first."""
     return F.normalize(at_least_float32(x_GHKD), dim=-1)
-
-
-def query_scale(log_scale_1H11: Tensor) -> Tensor:
-    """What the unit queries of every head are multiplied by."""
-    return log_scale_1H11.clamp(max=_MAX_LOG_SCALE).exp()
 
 
 def heads(x_GKC: Tensor, num_heads: int) -> Tensor:
@@ -66,6 +65,51 @@ def modulated(
     """Layer norm with conditional scale and shift (AdaLN), rounded once, to `dtype`."""
     normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
     return torch.addcmul(shift_G1C, normed, scale_G1C).to(dtype)
+
+
+@dataclass(frozen=True)
+class AttentionConstants:
+    """What an attention makes of its parameters: bias of queries, keys and values, query scale."""
+
+    bias_M: Tensor
+    scale_1H11: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def constants(self) -> AttentionConstants:
+        """What every call needs of the parameters beside the weights."""
+        bias_M = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        scale_1H11 = self.scale_mul_1H11.clamp(max=_MAX_LOG_SCALE).exp()
+        return AttentionConstants(bias_M, scale_1H11)
+
+    def keys_values(self, x_GKC: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor]:
+        """Unit keys, in at least float32, and values, each (G, H, K, D)."""
+        width = x_GKC.shape[2]
+        weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
+        k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
+        return unit(heads(k_GKC, self.num_heads)), heads(v_GKC, self.num_heads)
+
+    def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
+        """Attend through `attend`, which owns the cache or the mask.
+
+        Queries and keys reach it in at least float32: it may turn them before it rounds them.
+        """
+        qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
+        q, k, v = (heads(part_GKC, self.num_heads) for part_GKC in qkv_GKM.chunk(3, dim=2))
+        out_GHKD = attend(unit(q) * constants.scale_1H11, unit(k), v)
+        projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
+        return projected
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,6 @@ Source: Han et al., arXiv 2412.04431, and the public `infinity_2b_reg.pth`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from depthvar.engine import Attend
 from depthvar.errors import InputError
 from depthvar.infinity_config import InfinityConfig
 from depthvar.layers import (
+    Attend,
+    Attention,
+    AttentionConstants,
     FeedForward,
     HeadNorm,
     at_least_float32,
     heads,
     modulated,
-    query_scale,
-    unit,
     unrounded,
 )
 
@@ -66,8 +65,7 @@ class BlockCondition:
     shift1: Tensor
     shift2: Tensor
     text: TextKeys
-    bias_M: Tensor
-    query_scale_1H11: Tensor
+    attention: AttentionConstants
 
 
 @dataclass(frozen=True)
@@ -85,41 +83,6 @@ def _attend_to_text(q_GHKD: Tensor, text: TextKeys) -> Tensor:
         q_GHKD, text.keys_GHND, text.values_GHND, attn_mask=text.is_text_G11N
     )
     return out_GHKD.transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Attention with L2-normalised queries and keys, scaled per head and turned by position."""
-
-    def __init__(self, config: InfinityConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.num_heads = config.num_heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4.0)))
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def bias(self) -> Tensor:
-        """Of queries, keys and values."""
-        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-
-    def keys_values(self, x_GKC: Tensor, bias_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit keys, not yet turned, and values, each (G, H, K, D)."""
-        width = x_GKC.shape[2]
-        k_GKC, v_GKC = F.linear(x_GKC, self.mat_qkv.weight[width:], bias_M[width:]).chunk(2, dim=2)
-        return unit(heads(k_GKC, self.num_heads)), heads(v_GKC, self.num_heads)
-
-    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Tensor:
-        """Attend through `attend`, which turns queries and keys and owns the cache.
-
-        They reach it in at least float32: half precision would round what is turned.
-        """
-        qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, given.bias_M)
-        q, k, v = (heads(part_GKC, self.num_heads) for part_GKC in qkv_GKM.chunk(3, dim=2))
-        out_GHKD = attend(unit(q) * given.query_scale_1H11, unit(k), v)
-        projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
-        return projected
 
 
 class CrossAttention(nn.Module):
@@ -159,7 +122,7 @@ class Block(nn.Module):
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.norm_eps = config.norm_eps
-        self.sa = SelfAttention(config)
+        self.sa = Attention(config.width, config.num_heads)
         self.ca = CrossAttention(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config.width, config.mlp_width)
@@ -178,8 +141,7 @@ class Block(nn.Module):
             shift1,
             shift2,
             TextKeys(*self.ca.keys_values(text_GNC), is_text_G11N),
-            self.sa.bias(),
-            query_scale(self.sa.scale_mul_1H11),
+            self.sa.constants(),
         )
 
     def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
@@ -189,12 +151,12 @@ class Block(nn.Module):
     def keys_values(self, x_GKC: Tensor, given: BlockCondition) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
-        return self.sa.keys_values(normed_GKC, given.bias_M)
+        return self.sa.keys_values(normed_GKC, given.attention)
 
     def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Tensor:
         """What the block adds to the residual stream, at least float32."""
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
-        change_GKC = self.sa(normed_GKC, given, attend) * given.gamma1
+        change_GKC = self.sa(normed_GKC, given.attention, attend) * given.gamma1
         dtype = self.ca_norm.weight.dtype
         normed_GKC = F.layer_norm(x_GKC + change_GKC, x_GKC.shape[-1:], eps=self.norm_eps)
         normed_GKC = torch.addcmul(self.ca_norm.bias, normed_GKC, self.ca_norm.weight).to(dtype)
@@ -348,9 +310,7 @@ class InfinityTransformer(nn.Module):
                 given.text.values_GHND.index_select(0, rows_G),
                 None if is_text is None else is_text.index_select(0, rows_G),
             )
-            return BlockCondition(
-                **chosen, text=text, bias_M=given.bias_M, query_scale_1H11=given.query_scale_1H11
-            )
+            return BlockCondition(**chosen, text=text, attention=given.attention)
 
         shared_G16C = vectors(self.shared_ada_lin, 6)
         blocks = tuple(

@@ -14,29 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthvar.config import TransformerConfig
-from depthvar.engine import Attend
 from depthvar.layers import (
+    Attend,
+    Attention,
+    AttentionConstants,
     FeedForward,
     HeadNorm,
     at_least_float32,
-    heads,
     modulated,
-    query_scale,
-    unit,
     unrounded,
 )
-
-
-@dataclass(frozen=True)
-class AttentionConstants:
-    """What an attention makes of its parameters: bias of queries, keys and values, query scale."""
-
-    bias_M: Tensor
-    scale_1H11: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,49 +58,13 @@ class Condition:
     head: tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
-    """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.num_heads = config.num_heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4.0)))
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def constants(self) -> AttentionConstants:
-        """What every call needs of the parameters beside the weights."""
-        bias_M = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        return AttentionConstants(bias_M, query_scale(self.scale_mul_1H11))
-
-    def keys_values(self, x_GKC: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor]:
-        """Unit keys and values, each (G, H, K, D)."""
-        width = x_GKC.shape[2]
-        weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
-        k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
-        k_GHKD = heads(k_GKC, self.num_heads)
-        return unit(k_GHKD).to(k_GHKD.dtype), heads(v_GKC, self.num_heads)
-
-    def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
-        """Attend through `attend`, which owns the cache or the mask."""
-        qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
-        q, k, v = (heads(x_GKC, self.num_heads) for x_GKC in qkv_GKM.chunk(3, dim=2))
-        queries_GHKD = (unit(q) * constants.scale_1H11).to(q.dtype)
-        out_GHKD = attend(queries_GHKD, unit(k).to(k.dtype), v)
-        projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
-        return projected
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each modulated by six class-dependent vectors (AdaLN)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm_eps = config.norm_eps
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, config.num_heads)
         self.ffn = FeedForward(config.width, config.mlp_ratio * config.width)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))

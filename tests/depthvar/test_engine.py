@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthvar.engine import (
-    Attend,
     DepthEngine,
     KeyValueCache,
     ProxyFit,
     ScaleTrace,
     parent_positions,
 )
+from depthvar.layers import Attend
 from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.sampling import Sampler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from types import TracebackType
 
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.progress import Tally
@@ -28,12 +27,7 @@ class SummaryKeeper:
     def __enter__(self) -> SummaryKeeper:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._thread.join()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -124,6 +125,20 @@ class Job:
             self.process.wait()
 
 
+def wait_for_free_locks(scratch: Path) -> None:
+    """Wait until the kernel has let go of the locks of killed workers."""
+    deadline_s = time.monotonic() + 60
+    for file in scratch.glob("*/lock"):
+        with file.open("rb+") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    assert time.monotonic() < deadline_s, file
+                    time.sleep(0.05)
+
+
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that holds the faults of the test's jobs, none at first."""
@@ -183,6 +198,7 @@ def test_killing_the_job_then_running_it_again_gives_the_same_bytes(
     os.kill(job.process.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     job.wait_for_no_process()
+    wait_for_free_locks(tmp_path / "scratch")
     done = committed(out)
     before = shard_files(out, done)
     assert 2 <= len(done) < NUM_SHARDS

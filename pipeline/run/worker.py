@@ -312,6 +312,7 @@ class Scratch:
     """A folder of this process alone, held by a lock that dies with the process."""
 
     folder: Path
+    prefix: str
     lock: int
 
     @classmethod
@@ -323,34 +324,34 @@ class Scratch:
         base = Path(root or tempfile.gettempdir())
         base.mkdir(parents=True, exist_ok=True)
         prefix = f"{_SCRATCH_PREFIX}{fingerprint[:12]}-"
-        for leftover in base.glob(f"{prefix}*"):
-            _sweep(leftover)
+        _sweep(base, prefix)
         # Locked before it gets the name that others sweep.
         unnamed = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=base))
         lock = os.open(unnamed / _LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return cls(unnamed.rename(base / unnamed.name.removeprefix(".")), lock)
+        return cls(unnamed.rename(base / unnamed.name.removeprefix(".")), prefix, lock)
 
     def remove(self) -> None:
-        """Delete the folder and let go of the lock."""
+        """Delete the folder, let go of the lock, and sweep once more.
+
+        A worker that was killed just before this one started may have held its lock until now.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             os.close(self.lock)
+        _sweep(self.folder.parent, self.prefix)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete a scratch folder whose owner is gone: nobody holds its lock any more."""
-    try:
-        lock = os.open(folder / _LOCK_NAME, os.O_RDWR)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        return
-    finally:
-        os.close(lock)
+def _sweep(base: Path, prefix: str) -> None:
+    """Delete the scratch folders whose owners are gone: nobody holds their locks any more."""
+    for folder in base.glob(f"{prefix}*"):
+        with suppress(OSError):
+            lock = os.open(folder / _LOCK_NAME, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _imported(path: str) -> Callable[[JobPlan, Workplace, str], SamplerLike]:

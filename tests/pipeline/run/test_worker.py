@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -216,6 +217,17 @@ def test_scratch_of_a_killed_process_is_swept_and_that_of_a_live_one_is_not(tmp_
     stranger.mkdir()
     Scratch.claim(str(tmp_path), "a" * 64).remove()
     assert stranger.exists(), "a folder without a lock is not ours to delete"
+
+
+def test_scratch_of_a_process_that_dies_while_another_works_is_swept_when_that_one_ends(
+    tmp_path: Path,
+):
+    dying = Scratch.claim(str(tmp_path), "a" * 64)
+    worker = Scratch.claim(str(tmp_path), "a" * 64)
+    assert dying.folder.exists()
+    os.close(dying.lock)  # as the kernel does for a process that is gone
+    worker.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_plan_than_the_sampler_has_is_not_run(plan: JobPlan, place: Workplace):

@@ -93,8 +93,19 @@ def choose_files(
     chosen = tuple(name for name in parts if name is not None)
     if len(chosen) < 2:
         chosen = () if model in KNOWN_MODELS else _of_an_own_model(names, transformer)
-    others = [name for name in (CALIBRATION_FILE, CONFIG_FILE, CLASSES_FILE) if name in names]
-    return (*chosen, *others) if chosen else ()
+    if not chosen:
+        return ()
+    beside = os.path.dirname(chosen[0])
+    others = [os.path.join(beside, CALIBRATION_FILE), CONFIG_FILE, CLASSES_FILE]
+    if chosen[0].endswith(INDEX_SUFFIX):
+        others += (n for n in weights_among(names) if os.path.dirname(n) == beside)
+    return tuple(dict.fromkeys([*chosen, *(name for name in others if name in names)]))
+
+
+def folders_within(model: str) -> tuple[str, ...]:
+    """The folders in a model's folder that files of it may be in."""
+    folders = {os.path.dirname(name) for names in file_names(model) for name in names}
+    return tuple(sorted(folders - {"", ".."}))
 
 
 def _of_an_own_model(names: Collection[str], transformer: str | None) -> tuple[str, ...]:

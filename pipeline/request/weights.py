@@ -22,7 +22,13 @@ from tqdm import tqdm
 from depthvar.errors import InputError, advice
 from depthvar.paths import checked_path, checked_weights, is_uri
 from depthvar.text.encoder_files import WANTED_ENCODER, encoder_files
-from depthvar.weights.files import WEIGHTS_SUFFIXES, choose_files, sha256_of
+from depthvar.weights.files import (
+    INDEX_SUFFIX,
+    WEIGHTS_SUFFIXES,
+    choose_files,
+    folders_within,
+    sha256_of,
+)
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -62,7 +68,9 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
         return checked
     storage = Storage.open(checked)
     file = None
-    if storage.root.endswith(WEIGHTS_SUFFIXES):  # what else the model needs lies beside it
+    if storage.root.endswith(
+        (*WEIGHTS_SUFFIXES, INDEX_SUFFIX)
+    ):  # what else the model needs lies beside it
         folder, _, file = storage.root.rpartition("/")
         storage = replace(storage, root=folder)
     entry = _local_copy(
@@ -71,6 +79,7 @@ def local_weights(model: str, weights: str | None, *, cache: Path | None = None)
         f"the transformer and the tokenizer of {model}: check --weights, which may name the"
         " transformer's file",
         cache,
+        folders_within(model),
     )
     return str(entry if file is None else entry / file)
 
@@ -87,11 +96,15 @@ def _local_copy(
     choose: Callable[[Collection[str]], tuple[str, ...]],
     wanted: str,
     cache: Path | None,
+    inner: Collection[str] = (),
 ) -> Path:
-    """The cache entry of the files that `choose` takes of a folder in a store."""
+    """The cache entry of the files that `choose` takes of a folder in a store, and of `inner` ones.
+
+    A file of an inner folder is named by its path.
+    """
     cache = cache or default_cache()
     try:
-        return _fetched(storage, choose, wanted, cache)
+        return _fetched(storage, choose, wanted, cache, inner)
     except OSError as error:
         place = str(storage) if isinstance(error, FileNotFoundError) else cache
         reason = " ".join(str(error).split())
@@ -106,8 +119,11 @@ def _fetched(
     choose: Callable[[Collection[str]], tuple[str, ...]],
     wanted: str,
     cache: Path,
+    inner: Collection[str],
 ) -> Path:
     listing = storage.list("")
+    for folder in inner:
+        listing |= {f"{folder}/{name}": size for name, size in storage.list(folder).items()}
     names = choose(listing)
     if not names:
         held = ", ".join(sorted(listing)[:8]) or "no files"
@@ -147,6 +163,7 @@ def _download(storage: Storage, sizes: dict[str, int], entry: Path) -> None:
     with tqdm(total=total, desc="fetch weights", unit="B", unit_scale=True, leave=False) as bar:
         for name, size in sizes.items():
             digest = hashlib.sha256()
+            (unfinished / name).parent.mkdir(exist_ok=True)
             with storage.open_input(name) as source, open(unfinished / name, "xb") as target:
                 while block := source.read(_COPY_BYTES):
                     digest.update(block)

@@ -11,7 +11,9 @@ import pytest
 from pyarrow import fs
 
 import pipeline.request.weights
+from depthvar.config import TEXT_MODELS
 from depthvar.errors import InputError
+from depthvar.weights.files import files_in, shards_of
 from pipeline.request.weights import default_cache, fetch_model, local_encoder, local_weights
 from pipeline.storage import Storage
 
@@ -86,6 +88,28 @@ def test_a_text_encoder_is_fetched_once_by_its_files(store: Store):
         local_encoder(URI)
     for local in ("google/flan-t5-xl", "hf://me/t5", str(folder)):
         assert local_encoder(local) == local
+
+
+def test_an_index_is_fetched_with_the_files_beside_it(store: Store):
+    folder = store.root / "bucket" / "weights"
+    inner = folder / "infinity_8b_weights"
+    inner.mkdir()
+    shards = [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (inner / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in (*shards, "calibration.safetensors", "README.md"):
+        (inner / name).write_bytes(name.encode())
+    (folder / "infinity_vae_d56_f8_14_patchify.pth").write_bytes(b"vae")
+    entry = str(local_weights("infinity-8b", URI))
+    transformer, tokenizer = files_in(TEXT_MODELS["infinity-8b"], entry)
+    assert tokenizer.read_bytes() == b"vae"
+    assert [path.read_bytes().decode() for path in shards_of(transformer)] == shards
+    held = {path.name for path in transformer.parent.iterdir()}
+    assert held == {*shards, transformer.name, "calibration.safetensors"}
+    assert local_weights("infinity-8b", URI) == entry
+    (inner / tokenizer.name).write_bytes(b"vae")
+    file = Path(str(local_weights("infinity-8b", f"{URI}/{inner.name}/{transformer.name}")))
+    assert [path.name for path in shards_of(file)] == shards
 
 
 def test_one_file_is_fetched_with_what_lies_beside_it(store: Store):

@@ -22,7 +22,6 @@ from torch import Tensor
 from depthvar import engine
 from depthvar.cost import image_cost
 from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
-from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
@@ -164,10 +163,7 @@ class Sampler:
     def __init__(self, model: AnyLoaded, policy: DepthPolicy, settings: SamplingSettings) -> None:
         """`InputError` when the policy does not fit the model or lacks its calibration."""
         if policy.proxy == "calibrated" and model.proxy_fit is None:
-            raise InputError(
-                f"policy {policy.preset!r} uses calibrated proxies and {model.config.name} has no "
-                "calibration: run depthvar calibrate, or use a policy with another proxy"
-            )
+            model.found.require_calibration(model.config, policy.preset)
         self.config = model.config
         self.plan = DepthPlan.build(model.config.grids, model.config.num_blocks, policy)
         self.settings = settings

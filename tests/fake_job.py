@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,7 +21,7 @@ def fake_weights(model: str, weights: str | None) -> SimpleNamespace:
     return SimpleNamespace(
         config=TEXT_MODEL if model == TEXT_MODEL.name else model_config(model, weights),
         sha256="ab" * 32,
-        calibration=Path("none"),
+        require_calibration=lambda config, policy: None,
         notes=(),
     )
 

@@ -261,14 +261,18 @@ def sample(
     states_NE: Tensor,
     uniforms_U: list[float],
     random_N: list[float],
+    fit: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[list[SampledScale], Tensor]:
-    """One sample: its scales and the final feature map (Z, H, W)."""
+    """One sample: its scales and the final feature map (Z, H, W).
+
+    `fit` is (slope, offset), each (S, L, C).
+    """
     texts = [states_NE]
     if settings.cfg != 1:
         texts.append(state["cfg_uncond"][: len(states_NE)])
     blocks = InfinityBlocks(state, config, texts)
     grids = config.grids[: len(config.grids) - policy.skip_last_scales]
-    dense = DenseDepth(blocks, grids, config.num_blocks, policy)
+    dense = DenseDepth(blocks, grids, config.num_blocks, policy, *(fit or (None, None)))
     patch = config.patch
     full = config.grids[-1][0] * patch, config.grids[-1][1] * patch
     magnitude = 1 / math.sqrt(config.bits // patch**2)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthvar.config import ModelConfig, TokenizerConfig, TransformerConfig
+from depthvar.config import AnyModel, ModelConfig, TokenizerConfig, TransformerConfig
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
 from depthvar.infinity.tokenizer import BitTokenizer
@@ -107,9 +107,9 @@ def fill_with_noise(module: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(noise)
 
 
-def random_fit(config: ModelConfig, dtype: torch.dtype) -> ProxyFit:
+def random_fit(config: AnyModel, dtype: torch.dtype) -> ProxyFit:
     """A calibration that scales and shifts every channel its own way."""
-    shape = (len(config.sides), config.num_blocks, config.transformer.width)
+    shape = (len(config.grids), config.num_blocks, config.width)
     generator = torch.Generator().manual_seed(11)
     slope = 0.3 + 0.6 * torch.rand(shape, generator=generator, dtype=torch.float64)
     offset = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -251,7 +251,7 @@ def tiny_text_model(shape: int = 0, dtype: torch.dtype = torch.float64) -> Loade
     for module in (transformer, tokenizer):
         _fill_in(module, dtype, generator)
     found = FoundModel(config, Path("tiny"), Path("tiny"), None, ())
-    return LoadedTextModel(found, transformer, tokenizer, None)
+    return LoadedTextModel(found, transformer, tokenizer, random_fit(config, dtype))
 
 
 def text_states(lengths: Sequence[int], width: int = 10, seed: int = 3) -> list[Tensor]:

@@ -9,8 +9,9 @@ Shape legend: G stream rows, T tokens of a scale, C width, S scales, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,82 +19,89 @@ from tqdm import tqdm
 
 from depthvar.engine import ProxyFit, ScaleTrace, parent_positions
 from depthvar.policy import make_policy
-from depthvar.sampling import Sampler
+from depthvar.sampling import Given, Sampler
 from depthvar.settings import SamplingSettings
-from depthvar.weights.checkpoint import LoadedModel
+from depthvar.weights.checkpoint import AnyLoaded
 
 CALIBRATION_SEED = 0xCA1
 """Calibration samples have a seed of their own, so that they are nobody's data."""
+_CHUNK_VALUES = 2**22  # of a change that are float64 at once
 
 
 class ProxyRegression:
     """Running sums of a straight-line fit per scale, block and channel, in float64."""
 
-    def __init__(self, num_scales: int, num_blocks: int, width: int) -> None:
-        self._sums_5SLC = torch.zeros(5, num_scales, num_blocks, width, dtype=torch.float64)
-        self._counts_S = torch.zeros(num_scales, dtype=torch.float64)
+    def __init__(
+        self, num_scales: int, num_blocks: int, width: int, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (5, num_scales, num_blocks, width)
+        self._sums_5SLC = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._counts_SL = torch.zeros(num_scales, num_blocks, dtype=torch.float64)
 
-    def add(self, scale: int, earlier: Sequence[Tensor], later: Sequence[Tensor]) -> None:
-        """Add up-sampled changes of the scale before and the true changes, (G, T, C) per block."""
-        self._counts_S[scale] += later[0].shape[0] * later[0].shape[1]
-        for block, (earlier_GTC, later_GTC) in enumerate(zip(earlier, later, strict=True)):
-            x, y = earlier_GTC.double().flatten(0, 1), later_GTC.double().flatten(0, 1)
-            products = (x, y, x * x, x * y, y * y)
-            self._sums_5SLC[:, scale, block] += torch.stack([p.sum(0) for p in products]).cpu()
+    def add(self, scale: int, block: int, earlier_GTC: Tensor, later_GTC: Tensor) -> None:
+        """Add a block's up-sampled change of the scale before, and its true change."""
+        self._counts_SL[scale, block] += later_GTC.shape[:2].numel()
+        rows = max(1, _CHUNK_VALUES // later_GTC.shape[2])
+        chunks = (change_GTC.flatten(0, 1).split(rows) for change_GTC in (earlier_GTC, later_GTC))
+        for earlier_NC, later_NC in zip(*chunks, strict=True):
+            x, y = earlier_NC.double(), later_NC.double()
+            sums = [x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0), (y * y).sum(0)]
+            self._sums_5SLC[:, scale, block] += torch.stack(sums)
 
     def fit(self) -> ProxyFit:
         """The fitted lines; scales never seen get slope 0 and offset 0."""
-        means = self._sums_5SLC / self._counts_S.clamp(min=1)[:, None, None]
-        x, y, xx, xy, _ = means
+        x, y, xx, xy, _ = self._means()
         variance, covariance = xx - x * x, xy - x * y
         slope = torch.where(variance > 1e-12, covariance / variance.clamp(min=1e-12), 0.0)
         return ProxyFit(slope.float(), (y - slope * x).float())
 
     def explained_energy(self) -> Tensor:
         """Share of the true changes' energy that the fit explains, per scale and block (S, L)."""
-        means = self._sums_5SLC / self._counts_S.clamp(min=1)[:, None, None]
-        x, y, xx, xy, yy = means
+        x, y, xx, xy, yy = self._means()
         covariance = xy - x * y
         residual = yy - y * y - covariance**2 / (xx - x * x).clamp(min=1e-12)
         unexplained_SL: Tensor = residual.sum(2) / yy.sum(2).clamp(min=1e-12)
         return 1 - unexplained_SL
 
+    def _means(self) -> Tensor:
+        return self._sums_5SLC.cpu() / self._counts_SL.clamp(min=1)[:, :, None]
+
 
 def calibrate(
-    model: LoadedModel, settings: SamplingSettings, *, num_samples: int, batch_size: int
+    model: AnyLoaded,
+    settings: SamplingSettings,
+    given: Given,
+    *,
+    batch_size: int,
 ) -> tuple[ProxyFit, Tensor]:
-    """Fit proxies on full-depth samples, the classes in turn.
+    """Fit proxies on a full-depth sample of each label, or of each text's states, that is given.
 
-    Returns the fit and the share of energy it explains, per scale and block (S, L).
+    Of every block one change is held, that of the scale before. Returns the fit and the share of
+    energy it explains, per scale and block (S, L).
     """
-    config = model.config
+    grids, blocks = model.config.grids, model.transformer.ordered_blocks
     sampler = Sampler(model, make_policy("full"), settings)
-    regression = ProxyRegression(len(config.sides), config.num_blocks, config.transformer.width)
-    earlier: list[Tensor] = []
-    later: list[Tensor] = []
+    regression = ProxyRegression(len(grids), len(blocks), model.config.width, model.device)
+    parents = [parent_positions(*pair[::-1], model.device) for pair in pairwise(grids)]
+    held: list[Tensor | None] = [None] * len(blocks)
+    scale = 0
 
-    def note(block: nn.Module, given: object, change_GTC: Tensor) -> None:
-        later.append(change_GTC)
+    def note(block: int, module: nn.Module, of_block: object, change_GTC: Tensor) -> None:
+        earlier_GTC = held[block]
+        if earlier_GTC is not None:
+            regression.add(scale, block, earlier_GTC[:, parents[scale - 1]], change_GTC)
+        held[block] = change_GTC if scale < len(grids) - 1 else None
 
-    def on_scale(scale: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
-        if scale:
-            parents_T = parent_positions(
-                config.grids[scale], config.grids[scale - 1], logits_BTV.device
-            )
-            regression.add(scale, [change_GTC[:, parents_T] for change_GTC in earlier], later)
-        earlier[:] = later
-        later.clear()
+    def on_scale(done: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
+        nonlocal scale
+        scale = (done + 1) % len(grids)
 
-    with ExitStack() as noting, tqdm(total=num_samples, desc="calibrate", unit="image") as bar:
-        for block in model.transformer.typed_blocks():
-            noting.callback(block.register_forward_hook(note).remove)
-        for start in range(0, num_samples, batch_size):
-            indices = range(start, min(start + batch_size, num_samples))
-            sampler.tokens(
-                [i % config.num_classes for i in indices],
-                seed=CALIBRATION_SEED,
-                indices=indices,
-                on_scale=on_scale,
-            )
-            bar.update(len(indices))
+    with ExitStack() as noting, tqdm(total=len(given), desc="calibrate", unit="image") as bar:
+        for number, block in enumerate(blocks):
+            noting.callback(block.register_forward_hook(partial(note, number)).remove)
+        for start in range(0, len(given), batch_size):
+            batch = given[start : start + batch_size]
+            indices = range(start, start + len(batch))
+            sampler.tokens(batch, seed=CALIBRATION_SEED, indices=indices, on_scale=on_scale)
+            bar.update(len(batch))
     return regression.fit(), regression.explained_energy()

@@ -68,9 +68,8 @@ def train_model(
     save_model(model_folder, config, transformer, tokenizer)
     (model_folder / CALIBRATION_FILE).unlink(missing_ok=True)
     model = load_model(find_model(str(model_folder)))
-    fit, explained_SL = calibrate(
-        model, config.sampling, num_samples=recipe.calibration_samples, batch_size=50
-    )
+    labels = [i % config.num_classes for i in range(recipe.calibration_samples)]
+    fit, explained_SL = calibrate(model, config.sampling, labels, batch_size=50)
     save_proxy_fit(model_folder / CALIBRATION_FILE, fit, model.found)
     facts = {
         "training_images": len(train_set),

@@ -106,9 +106,10 @@ class Transformer(nn.Module):
         self.head_nm = HeadNorm(config.width, config.norm_eps)
         self.head = nn.Linear(width, config.codebook_size)
 
-    def typed_blocks(self) -> list[Block]:
+    @property
+    def ordered_blocks(self) -> tuple[Block, ...]:
         """The blocks, as what they are."""
-        return [block for block in self.blocks if isinstance(block, Block)]
+        return tuple(block for block in self.blocks if isinstance(block, Block))
 
     def condition(self, labels: Sequence[int] | Tensor, streams: int = 1) -> Condition:
         """Class-dependent vectors of one label or more; with two streams, unconditional ones too.
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
             return BlockCondition(gamma1, gamma2, scale1 + 1, scale2 + 1, shift1, shift2, constants)
 
         shared = vectors(self.shared_ada_lin, 6) if self.config.shared_adaln else None
-        blocks = tuple(map(of_block, self.typed_blocks()))
+        blocks = tuple(map(of_block, self.ordered_blocks))
         scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
         return Condition(embedded_GC.unsqueeze(1), blocks, (scale + 1, shift))
 
@@ -161,7 +162,7 @@ class Transformer(nn.Module):
 
     def keys_values(self, block: int, x_GKC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that the block does not compute, each (G, H, K, D)."""
-        return self.typed_blocks()[block].keys_values(x_GKC, condition.blocks[block])
+        return self.ordered_blocks[block].keys_values(x_GKC, condition.blocks[block])
 
     def logits(self, x_GTC: Tensor, condition: Condition) -> Tensor:
         """Logits over the codebook (G, T, V), at least float32."""
@@ -221,7 +222,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
             small = 0.02 if name == "head.weight" or "ada_lin" in name else 1.0
             parameter.normal_(0, std * small, generator=generator)
     width = model.config.width
-    for block in model.typed_blocks():
+    for block in model.ordered_blocks:
         if model.config.shared_adaln:
             block.ada_gss.zero_()
             block.ada_gss[:, :, :2] = 1

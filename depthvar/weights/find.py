@@ -23,6 +23,7 @@ from depthvar.config import (
     folder_of,
     model_config,
     model_name,
+    of_written_size,
     stored_config,
 )
 from depthvar.errors import InputError
@@ -33,7 +34,18 @@ from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import CALIBRATION_FILE, files_in, find_place, sha256_of
 from depthvar.weights.own_model import read_own_model
-from depthvar.weights.tensor_files import PARTS, Part, WeightsFile, holds_encoder, read_file
+from depthvar.weights.tensor_files import (
+    PARTS,
+    Kind,
+    Part,
+    WeightsFile,
+    holds_encoder,
+    parameters,
+    read_file,
+)
+
+WEIGHTS_KEY, IMAGE_SIZE_KEY = "weights_sha256", "image_size"
+"""Metadata of a calibration: the weights, and of a text model the size, that it was made on."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +88,35 @@ class FoundModel:
         self.read_calibration()
         return _combined(self.transformer, self.tokenizer, self.calibration)
 
+    @cached_property
+    def calibrated_config(self) -> AnyModel | None:
+        """The model at the size of image that its calibration was made on; None without one."""
+        if self.calibration is None:
+            return None
+        return of_written_size(self.config, _metadata(self.calibration).get(IMAGE_SIZE_KEY))
+
+    def require_calibration(self, config: AnyModel, policy: str) -> None:
+        """`InputError` unless there is a calibration, made on images of a size as `config` has."""
+        made_on = self.calibrated_config
+        if made_on is not None and made_on.image_size == config.image_size:
+            return
+        height, width = config.image_size
+        words = f" --image-size {width}x{height} --prompts FILE" if config.is_text else ""
+        raise InputError(
+            f"policy {policy!r} uses calibrated proxies and {config.name} has no calibration for"
+            f" images of {width}x{height}: run `depthvar calibrate --model {config.name} --weights"
+            f" {self.transformer}{words}`, or choose a policy with another proxy"
+        )
+
     def read_calibration(self) -> dict[str, Tensor]:
         """`slope` and `offset` of the calibration; `InputError` for one of other weights."""
         assert self.calibration is not None
         tensors = read_file(self.calibration).tensors
-        shape = (len(self.config.grids), self.config.num_blocks, self.config.width)
+        is_of_these = _metadata(self.calibration).get(WEIGHTS_KEY) == self.model_sha256
+        config = (is_of_these and self.calibrated_config) or self.config
+        shape = (len(config.grids), config.num_blocks, config.width)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        with safe_open(self.calibration, framework="pt") as file:
-            made_from = (file.metadata() or {}).get("weights_sha256")
-        if made_from != self.model_sha256 or shapes != {"slope": shape, "offset": shape}:
+        if not is_of_these or shapes != {"slope": shape, "offset": shape}:
             raise InputError(
                 f"{self.calibration} was made from other weights than those beside it: run "
                 "depthvar calibrate --overwrite"
@@ -104,16 +136,19 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     assumed: tuple[str, ...] = ()
     if place is None or is_described or model_name(name) in KNOWN_MODELS:
         config = model_config(name, place)
-        files = _known_files(config, place)
+        transformer, tokenizer = _known_files(config, place)
     else:
-        config, files, assumed = read_own_model(name, Path(place))
-    transformer, tokenizer = files
+        config, transformer, tokenizer, assumed = read_own_model(name, Path(place))
     check_fit(transformer, config, "transformer")
     check_fit(tokenizer, config, "tokenizer")
+    kind = kind_of_model(config)
     if transformer is tokenizer:
-        taken = [transformer.what_was_taken(PARTS)]
+        taken = [transformer.what_was_taken(PARTS, kind)]
     else:
-        taken = [file.what_was_taken([part]) for file, part in zip(files, PARTS, strict=True)]
+        taken = [
+            transformer.what_was_taken(["transformer"], kind),
+            tokenizer.what_was_taken(["tokenizer"], kind),
+        ]
     calibration = transformer.path.with_name(CALIBRATION_FILE)
     return FoundModel(
         config,
@@ -124,11 +159,16 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     )
 
 
+def kind_of_model(config: AnyModel) -> Kind:
+    """Under whose names the tensors of a model are."""
+    return "text" if config.is_text else "class"
+
+
 def _known_files(config: AnyModel, place: str | None) -> tuple[WeightsFile, WeightsFile]:
     """The transformer's and the tokenizer's file, which a trainer writes as one."""
     if place is not None and Path(place).is_file() and Path(place).name != CONFIG_FILE:
         given = read_file(Path(place))
-        if given.find("tokenizer"):
+        if given.find("tokenizer", kind_of_model(config)):
             return given, given
     transformer, tokenizer = files_in(config, place)
     return read_file(transformer), read_file(tokenizer)
@@ -140,7 +180,7 @@ def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
     The published buffers may be there; a tokenizer may lack its whole encoder. The error names the
     model that the file fits, or what is off first.
     """
-    if not file.find(part):
+    if not file.find(part, kind_of_model(config)):
         raise file.wrong_part(part, config.name)
     problem = _misfit(file, config, part)
     if not problem:
@@ -160,11 +200,12 @@ def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
 
 def _misfit(file: WeightsFile, config: AnyModel, part: Part) -> str:
     """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
-    tensors = file.parameters(part, with_encoder=not config.is_text)
+    if file.find(part, kind_of_model(config)) is None:
+        return f"it holds no {part} of {config.name}"
+    tensors = parameters(file.part(part, kind_of_model(config)), with_encoder=not config.is_text)
+    blank = _blank_part(config, part, with_encoder=holds_encoder(tensors))
     try:
-        blank_part(config, part, with_encoder=holds_encoder(tensors)).load_state_dict(
-            tensors, assign=True
-        )
+        blank.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         lines = [line.strip(" \t.") for line in str(error).splitlines()[1:]]
         few = [re.sub(r'((?:"[^"]*", ){3})"(.*)', r"\1...", line) for line in lines[:4]]
@@ -185,17 +226,41 @@ class _NoNoise(TorchFunctionMode):
 _RANDOM_STARTS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
-def blank_part(config: AnyModel, part: Part, *, with_encoder: bool = False) -> nn.Module:
-    """A part of a model without storage; `with_encoder` is of the tokenizer of a VAR."""
+def blank_modules(config: ModelConfig, *, with_encoder: bool) -> tuple[Transformer, Tokenizer]:
+    """A model without storage; without `with_encoder` its tokenizer has none."""
+    return _blank_transformer(config), _blank_tokenizer(config, with_encoder=with_encoder)
+
+
+def _blank_part(config: AnyModel, part: Part, *, with_encoder: bool) -> nn.Module:
+    if not isinstance(config, ModelConfig):
+        return blank_text_modules(config)[PARTS.index(part)]
+    if part == "transformer":
+        return _blank_transformer(config)
+    return _blank_tokenizer(config, with_encoder=with_encoder)
+
+
+def _blank_transformer(config: ModelConfig) -> Transformer:
     with torch.device("meta"), _NoNoise():
-        if isinstance(config, InfinityConfig):
-            return InfinityTransformer(config) if part == "transformer" else BitTokenizer(config)
-        if part == "transformer":
-            return Transformer(config.transformer)
+        return Transformer(config.transformer)
+
+
+def _blank_tokenizer(config: ModelConfig, *, with_encoder: bool) -> Tokenizer:
+    with torch.device("meta"), _NoNoise():
         tokenizer = Tokenizer(config.tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
     return tokenizer
+
+
+def blank_text_modules(config: InfinityConfig) -> tuple[InfinityTransformer, BitTokenizer]:
+    """A text-to-image model without storage."""
+    with torch.device("meta"), _NoNoise():
+        return InfinityTransformer(config), BitTokenizer(config)
+
+
+def _metadata(calibration: Path) -> dict[str, str]:
+    with safe_open(calibration, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _combined(*paths: Path) -> str:

@@ -103,7 +103,9 @@ def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.Arg
     """Build a parser with one kebab-case flag per field; values stay text for pydantic to check."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as below")
-    for name, field in model.model_fields.items():
+    for name, field in sorted(
+        model.model_fields.items(), key=lambda item: not item[1].is_required()
+    ):
         if not any(isinstance(mark, FileOnly) for mark in field.metadata):
             _add_field(parser, name, field)
     return parser

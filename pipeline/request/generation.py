@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from depthvar.config import IMAGE_SIZE
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
-from pipeline.request.classes import quoted
 from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
@@ -33,10 +32,9 @@ _ALONE = {
 PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 
 
-class GenerateConfig(JobConfig):
-    """What `depthvar generate` can be told, and `plan` and `submit` besides."""
+class ModelRequest(JobConfig):
+    """A model, and what it is asked in words if it is one of text."""
 
-    out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
     model: ModelName = Field("digits", description="model to sample from, by name, folder or file")
     weights: Weights | None = Field(
         None,
@@ -53,19 +51,6 @@ class GenerateConfig(JobConfig):
         description="safetensors file with the states of all prompts in place of a text encoder"
         " (default: none)",
     )
-    classes: str = Field(
-        "all",
-        description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
-        " id:3 and name:3 where 3 is the id of one and the name of another",
-    )
-    per_class: int = Field(
-        100, gt=0, description="samples of each class, and of each prompt without a count"
-    )
-    labels_file: JobFile | None = Field(
-        None,
-        description="file of lines `class[,count]` in place of --classes and --per-class"
-        " (default: none)",
-    )
     class_names: Annotated[str, Metavar("CLASSES")] | None = Field(
         None,
         description='of a text model: classes as "red fox,tabby cat", or a file of lines'
@@ -80,6 +65,87 @@ class GenerateConfig(JobConfig):
         None,
         description="of a text model: file of prompts, one a line, or a table with the columns"
         " prompt,class,count, in place of --class-names (default: none)",
+    )
+    image_size: Annotated[str, Metavar("SIZE")] | None = Field(
+        None,
+        pattern=IMAGE_SIZE,
+        description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
+        " (default: the model's own)",
+    )
+    precision: Precision = Field("float32", description="number type of the model")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _side_from_yaml(cls, value: object) -> object:
+        """Accept `image_size: 512` from YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("classes", "class_names", check_fields=False, mode="before")
+    @classmethod
+    def _classes_from_yaml(cls, value: object) -> object:
+        """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
+            from pipeline.request.labels import quoted  # brings NumPy: flags need not wait for it
+
+            return ",".join(quoted(str(item)) for item in value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_source_of_text_states(self) -> ModelRequest:
+        if self.text_states is not None and self.text_encoder is not None:
+            raise ValueError(
+                "text_states was given together with text_encoder, wanted one source of the"
+                " prompts' states: drop one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> ModelRequest:
+        """A file says classes and counts, or prompts; classes are those of a model or named."""
+        given = self._given
+        for name, others in _ALONE.items():
+            if name in given and (doubled := sorted(given & others)):
+                raise ValueError(
+                    f"{name} was given together with {' and '.join(doubled)}, wanted one source"
+                    " of labels: drop one of them"
+                )
+        if "templates" in given and "class_names" not in given:
+            raise ValueError("templates was given without class_names: add the classes")
+        return self
+
+    @property
+    def _given(self) -> set[str]:
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
+    def unfit_for(self, *, is_text: bool) -> str:
+        """What is asked for in the words of the other kind of model, or missing; "" for nothing."""
+        wrong = [
+            name for name in (_LABELS if is_text else (*_WORDS, *_READING)) if name in self._given
+        ]
+        if wrong:
+            return f"--{wrong[0].replace('_', '-')}"
+        is_missing = is_text and not self._given & {*_WORDS}
+        return "no classes and no prompts" if is_missing else ""
+
+
+class GenerateConfig(ModelRequest):
+    """What `depthvar generate` can be told, and `plan` and `submit` besides."""
+
+    out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
+    classes: str = Field(
+        "all",
+        description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
+        " id:3 and name:3 where 3 is the id of one and the name of another",
+    )
+    per_class: int = Field(
+        100, gt=0, description="samples of each class, and of each prompt without a count"
+    )
+    labels_file: JobFile | None = Field(
+        None,
+        description="file of lines `class[,count]` in place of --classes and --per-class"
+        " (default: none)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
     policy: str | None = Field(
@@ -114,13 +180,6 @@ class GenerateConfig(JobConfig):
         allow_inf_nan=False,
         description="what guided logits are divided by (default: the model's own)",
     )
-    image_size: Annotated[str, Metavar("SIZE")] | None = Field(
-        None,
-        pattern=IMAGE_SIZE,
-        description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
-        " (default: the model's own)",
-    )
-    precision: Precision = Field("float32", description="number type of the model")
     save_depth_maps: bool = Field(
         False, description="also store how many blocks every token ran, as {key}.depth.npy"
     )
@@ -166,22 +225,6 @@ class GenerateConfig(JobConfig):
         10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
 
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _side_from_yaml(cls, value: object) -> object:
-        """Accept `image_size: 512` from YAML."""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("classes", "class_names", mode="before")
-    @classmethod
-    def _classes_from_yaml(cls, value: object) -> object:
-        """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
-            return ",".join(quoted(str(item)) for item in value)
-        return value
-
     @model_validator(mode="after")
     def _png_level_of_pngs(self) -> GenerateConfig:
         """Other formats have no such level, and a plan holds nothing that decides no byte."""
@@ -191,43 +234,6 @@ class GenerateConfig(JobConfig):
                 " with png: drop one of them"
             )
         return self
-
-    @model_validator(mode="after")
-    def _one_source_of_text_states(self) -> GenerateConfig:
-        if self.text_states is not None and self.text_encoder is not None:
-            raise ValueError(
-                "text_states was given together with text_encoder, wanted one source of the"
-                " prompts' states: drop one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_source_of_labels(self) -> GenerateConfig:
-        """A file says classes and counts, or prompts; classes are those of a model or named."""
-        given = self._given
-        for name, others in _ALONE.items():
-            if name in given and (doubled := sorted(given & others)):
-                raise ValueError(
-                    f"{name} was given together with {' and '.join(doubled)}, wanted one source"
-                    " of labels: drop one of them"
-                )
-        if "templates" in given and "class_names" not in given:
-            raise ValueError("templates was given without class_names: add the classes")
-        return self
-
-    @property
-    def _given(self) -> set[str]:
-        return {name for name in self.model_fields_set if getattr(self, name) is not None}
-
-    def unfit_for(self, *, is_text: bool) -> str:
-        """What is asked for in the words of the other kind of model, or missing; "" for nothing."""
-        wrong = [
-            name for name in (_LABELS if is_text else (*_WORDS, *_READING)) if name in self._given
-        ]
-        if wrong:
-            return f"--{wrong[0].replace('_', '-')}"
-        is_missing = is_text and not self._given & {*_WORDS}
-        return "no classes and no prompts" if is_missing else ""
 
     @property
     def job_files(self) -> dict[str, Path]:

@@ -27,11 +27,9 @@ from depthvar.policy import (
 )
 from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
-from pipeline.request.classes import parse_classes
-from pipeline.request.generation import GenerateConfig, Scalar
+from pipeline.request.generation import GenerateConfig, ModelRequest, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
-from pipeline.request.labels import LabelCounts
-from pipeline.request.labels_file import read_labels_file
+from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
 from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
 from pipeline.request.text import find_text
 from pipeline.request.weights import fetch_model
@@ -46,8 +44,10 @@ class _KnownModel:
 
     config: AnyModel
     sha256: str = UNREAD_WEIGHTS
-    calibration: None = None
     notes: tuple[str, ...] = ()
+
+    def require_calibration(self, config: AnyModel, policy: str) -> None:
+        """Nobody knows before the weights are read."""
 
 
 def plan_job(
@@ -72,12 +72,8 @@ def plan_job(
     for text in found.notes:
         note(text)
     asked = _asked(config, model, note)
-    is_read = found.sha256 != UNREAD_WEIGHTS
-    if is_read and policy.proxy == "calibrated" and found.calibration is None:
-        raise InputError(
-            f"policy {policy.preset!r} uses calibrated proxies and the weights of {model.name} have"
-            " no calibration: run depthvar calibrate, or choose another policy"
-        )
+    if policy.proxy == "calibrated":
+        found.require_calibration(model, policy.preset)
     plan = JobPlan(
         model=model.name,
         weights_sha256=found.sha256,
@@ -214,11 +210,8 @@ def _asked(config: GenerateConfig, model: AnyModel, note: Callable[[str], object
     """What a request asks of a model, in the terms of its kind."""
     if wrong := config.unfit_for(is_text=model.is_text):
         raise InputError(_other_kind(model, wrong))
-    if config.prompts is not None:
-        return asked_prompts(config.prompts, config.per_class, note)
-    if config.class_names is not None:
-        return asked_classes(config.class_names, config.templates, config.per_class, note)
-    assert isinstance(model, ModelConfig)
+    if not isinstance(model, ModelConfig):
+        return asked_in_words(config, config.per_class, note)
     names, others = model.class_names, model.other_names
     if config.labels_file is not None:
         counts = read_labels_file(config.labels_file, names, others, note=note)
@@ -226,6 +219,14 @@ def _asked(config: GenerateConfig, model: AnyModel, note: Callable[[str], object
         class_ids = parse_classes(config.classes, names, others)
         counts = LabelCounts.from_mapping(dict.fromkeys(class_ids, config.per_class))
     return Asked(names, None, counts)
+
+
+def asked_in_words(config: ModelRequest, per_class: int, note: Callable[[str], object]) -> Asked:
+    """What a request that gives prompts or names classes asks of a text model."""
+    if config.prompts is not None:
+        return asked_prompts(config.prompts, per_class, note)
+    assert config.class_names is not None
+    return asked_classes(config.class_names, config.templates, per_class, note)
 
 
 def _other_kind(model: AnyModel, got: str) -> str:

@@ -23,7 +23,7 @@ from depthvar.randomness import prompt_uniform
 from depthvar.settings import Grid, SamplingSettings
 from pipeline.request.generation import DEFAULT_PNG_LEVEL, ImageFormat, Precision
 from pipeline.request.labels import MAX_SAMPLES, LabelCounts
-from pipeline.request.prompts import Prompt, Prompts, WrittenPrompts
+from pipeline.request.prompts import Prompt, Prompts, WrittenPrompts, distinct_texts
 
 FORMAT_VERSION = 1
 KEY_DIGITS = 12
@@ -246,10 +246,7 @@ class JobPlan:
     def distinct_prompts(self) -> Iterator[str]:
         """Every prompt that a sample may have, each once; none for a class-conditional model."""
         if self.prompts is not None:
-            worded, names = self.prompts.worded, self.class_names
-            ways = range(self.prompts.num_wordings)
-            texts = (worded(i, k, names).text for i in self.total_counts.class_ids for k in ways)
-            yield from dict.fromkeys(texts)
+            yield from distinct_texts(self.prompts, self.total_counts.class_ids, self.class_names)
 
     @cached_property
     def subject_counts(self) -> dict[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
@@ -165,6 +165,16 @@ class WrittenPrompts:
 
 
 Prompts = ClassPrompts | WrittenPrompts
+
+
+def distinct_texts(
+    prompts: Prompts, entries: Iterable[int], class_names: Sequence[str]
+) -> Iterator[str]:
+    """Every prompt that a sample of some entries may have, each once."""
+    ways = range(prompts.num_wordings)
+    yield from dict.fromkeys(
+        prompts.worded(entry, way, class_names).text for entry in entries for way in ways
+    )
 
 
 def check_text(text: str, what: str) -> None:

@@ -273,11 +273,9 @@ def resolve_study(config: StudyConfig) -> Study:
         raise InputError(
             f"headroom_after is {after}, wanted a scale before the last one, {last}: lower it"
         )
-    if found.calibration is None and any(c.policy.proxy == "calibrated" for c in cells):
-        raise InputError(
-            f"a policy uses calibrated proxies and {model.name} has no calibration: run "
-            "depthvar calibrate, or leave it out"
-        )
+    for cell in cells:
+        if cell.policy.proxy == "calibrated":
+            found.require_calibration(model, cell.policy.preset)
     storage = Storage.open(config.out)
     storage.check_writable()
     if not storage.is_empty() and not _holds_study(storage):

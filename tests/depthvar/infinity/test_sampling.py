@@ -29,7 +29,7 @@ from tests.tiny_models import (
     tiny_text_model,
 )
 
-POLICIES = tuple(p for p in covering_policies() if p.proxy != "calibrated")
+POLICIES = covering_policies()
 LENGTHS = (5, 1, 5)
 
 
@@ -61,6 +61,7 @@ def assert_matches_the_reference(
     texts = [states.to(dtype) for states in text_states(lengths)]
     bits, ranking = uniforms_for(model, len(texts))
     got = Sampler(model, policy, how).tokens_from_uniforms(texts, bits, ranking, on_scale=keep)
+    fit = model.proxy_fit
     close = {"rtol": 0, "atol": TOLERANCE[dtype]}
     for b, states in enumerate(texts):
         scales, map_ZHW = reference.sample(
@@ -71,6 +72,7 @@ def assert_matches_the_reference(
             states,
             bits[b].tolist(),
             ranking[b].tolist(),
+            None if fit is None else (fit.slope_SLC, fit.offset_SLC),
         )
         assert len(scales) == len(got.tokens)
         for i, want in enumerate(scales):

@@ -253,7 +253,7 @@ def test_in_half_precision_logits_differ_from_float32_by_their_inputs_alone(digi
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype):
-    attention = load(digits, dtype=dtype).transformer.typed_blocks()[0].attn
+    attention = load(digits, dtype=dtype).transformer.ordered_blocks[0].attn
     generator = torch.Generator().manual_seed(0)
     x_GKC = torch.randn(2, 50, 96, generator=generator).to(dtype)
     given: list[Tensor] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
+_TreeT = TypeVar("_TreeT")
 _MAX_LOG_SCALE = math.log(100.0)
+
+
+def tree_of_tensors(cls: type[_TreeT]) -> type[_TreeT]:
+    """Let torch walk through the tensors of a dataclass, as through those of a tuple."""
+    torch.export.register_dataclass(cls)
+    return cls
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -67,6 +75,7 @@ def modulated(
     return torch.addcmul(shift_G1C, normed, scale_G1C).to(dtype)
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class AttentionConstants:
     """What an attention makes of its parameters: bias of queries, keys and values, query scale."""

@@ -32,6 +32,8 @@ _DRAW_BYTES = 5 * 4
 # Feature maps of the highest resolution alive at once in a residual block of the decoder: its
 # input in two layouts, the normed and the activated map, the convolution's input and result.
 _MAPS_IN_A_RES_BLOCK = 6
+# Enough for a GPU to be busy; the maps of a whole large batch would not fit into most.
+_PIXELS_DECODED_AT_ONCE = 2**20
 
 
 PROCESS_BYTES = 195_000_000
@@ -101,6 +103,11 @@ def largest_batch(
         return need.peak
 
     return bisect_right(range(1, at_most + 1), room, key=peak)
+
+
+def images_decoded_at_once(image_size: Grid) -> int:
+    """How many images of a batch the decoder takes at a time."""
+    return max(1, _PIXELS_DECODED_AT_ONCE // math.prod(image_size))
 
 
 def transformer_parameters(config: AnyModel) -> int:
@@ -218,4 +225,5 @@ def _sampling_bytes(
 
 def _decoding_bytes(shape: DecoderShape, image_size: Grid, batch_size: int, size: int) -> int:
     widest = shape.base_width * shape.multipliers[0] * math.prod(image_size)
-    return _MAPS_IN_A_RES_BLOCK * batch_size * widest * size
+    at_once = min(batch_size, images_decoded_at_once(image_size))
+    return _MAPS_IN_A_RES_BLOCK * at_once * widest * size

@@ -17,14 +17,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from depthvar import engine
 from depthvar.cost import image_cost
 from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
+from depthvar.memory import images_decoded_at_once
 from depthvar.plan import DepthPlan
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
+from depthvar.recording import Record, Recorded
 from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import AnyLoaded, why_not_finite
 
@@ -44,6 +47,10 @@ class Backbone(engine.Backbone[ConditionT], Protocol[ConditionT]):
 
         `given` are labels or states of texts, as `Given`.
         """
+        ...
+
+    def padded(self, condition: ConditionT) -> ConditionT:
+        """The same condition in one of a few shapes, whatever it was made of."""
         ...
 
     def embed(self, scale: int, codes_GTZ: Tensor | None, condition: ConditionT) -> Tensor:
@@ -160,8 +167,18 @@ class Sampler:
     its batch.
     """
 
-    def __init__(self, model: AnyLoaded, policy: DepthPolicy, settings: SamplingSettings) -> None:
-        """`InputError` when the policy does not fit the model or lacks its calibration."""
+    def __init__(
+        self,
+        model: AnyLoaded,
+        policy: DepthPolicy,
+        settings: SamplingSettings,
+        *,
+        record: Record | None = None,
+    ) -> None:
+        """`InputError` when the policy does not fit the model or lacks its calibration.
+
+        With `record`, calls replay what it made of the first batch of every shape.
+        """
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             model.found.require_calibration(model.config, policy.preset)
         self.config = model.config
@@ -182,30 +199,30 @@ class Sampler:
             dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
         )
+        self._draw: Callable[..., tuple[Tensor, ...]] = self._drawn
+        self._show: Callable[..., tuple[Tensor, ...]] = self._shown
+        self._records = record is not None
+        if record:
+            self._draw, self._show = Recorded(self._drawn, record), Recorded(self._shown, record)
 
     def __call__(self, given: Given, *, seed: int, indices: Sequence[int]) -> SampleBatch:
         """Make one image of each thing given; `indices` are the samples' global indices."""
         begun = time.perf_counter()
-        depths_BN = torch.zeros(
-            len(given), self.config.num_tokens, dtype=torch.uint8, device=self._model.device
-        )
-
-        def keep_depths(i: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
-            depths_BN[:, self._places(i)] = self._depths[i][trace.slot_of_raster_GT[: len(given)]]
-
-        sampled = self.tokens(given, seed=seed, indices=indices, on_scale=keep_depths)
-        mean_change_BS = _to_numpy(sampled.mean_change_BS)
-        mean_log_prob_BS = _to_numpy(sampled.mean_log_prob_BS)
-        if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
-            raise self._not_finite("drew tokens from numbers that are")
-        sampled_at = time.perf_counter()
-        images_BHWC = self.decode(sampled.feature_map_BZHW).cpu().numpy()
+        with torch.inference_mode():
+            feature_map_BZHW, *told = self._draw(
+                self._condition(given), *self._numbers(seed, indices)
+            )
+            mean_change_BS, mean_log_prob_BS, depths_BN = (values.cpu().numpy() for values in told)
+            if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
+                raise self._not_finite("drew tokens from numbers that are")
+            sampled_at = time.perf_counter()
+            images_BHWC = self.decode(feature_map_BZHW).cpu().numpy()
         decoded_at = time.perf_counter()
         return SampleBatch(
             images_BHWC=images_BHWC,
             mean_change_BS=mean_change_BS,
             mean_log_prob_BS=mean_log_prob_BS,
-            depths_BN=depths_BN.cpu().numpy(),
+            depths_BN=depths_BN,
             sampling_s=sampled_at - begun,
             decoding_s=decoded_at - sampled_at,
         )
@@ -223,14 +240,42 @@ class Sampler:
 
         `forced` as in `tokens_from_uniforms`.
         """
+        numbers = self._numbers(seed, indices)
+        return self.tokens_from_uniforms(given, *numbers, on_scale=on_scale, forced=forced)
+
+    def _numbers(self, seed: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Uniform numbers for the draws of samples, and for ranking their tokens at random."""
         num_tokens = self.config.num_tokens
         num_draws = num_tokens * self._codec.draws_per_token
-        return self.tokens_from_uniforms(
-            given,
+        return (
             self._on_device(token_uniforms(seed, indices, num_draws)),
             self._on_device(ranking_uniforms(seed, indices, num_tokens)),
-            on_scale=on_scale,
-            forced=forced,
+        )
+
+    @torch.inference_mode()
+    def _drawn(
+        self, condition: Any, uniforms_BN: Tensor, ranking_BN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All scales: feature map, mean change and log-probability (float32), and depths.
+
+        Runs on the device alone, and the same whatever the numbers are: it can be recorded.
+        """
+        state, batch = self._begun(condition, len(ranking_BN)), len(ranking_BN)
+        depths: list[Tensor] = []
+
+        def keep_depths(i: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
+            depths.append(self._depths[i][trace.slot_of_raster_GT[:batch]])
+
+        for _ in self.plan.scales:
+            self.draw_scale(state, uniforms_BN, ranking_BN, on_scale=keep_depths)
+        sampled = self.finish(state)
+        depths_BN = torch.cat(depths, dim=1)
+        num_skipped = self.config.num_tokens - depths_BN.shape[1]
+        return (
+            sampled.feature_map_BZHW,
+            sampled.mean_change_BS.float(),
+            sampled.mean_log_prob_BS.float(),
+            F.pad(depths_BN, (0, num_skipped)),
         )
 
     @torch.inference_mode()
@@ -259,11 +304,19 @@ class Sampler:
     @torch.inference_mode()
     def begin(self, given: Given) -> BatchState:
         """A batch before its first scale."""
+        return self._begun(self._backbone.condition(given, self.settings.streams), len(given))
+
+    def _condition(self, given: Given) -> Any:
+        """What is recorded takes few shapes: each is another recording."""
+        condition = self._backbone.condition(given, self.settings.streams)
+        return self._backbone.padded(condition) if self._records else condition
+
+    def _begun(self, condition: Any, batch: int) -> BatchState:
         return BatchState(
-            self._backbone.condition(given, self.settings.streams),
-            self.new_cache(len(given)),
+            condition,
+            self.new_cache(batch),
             torch.zeros(
-                len(given),
+                batch,
                 *self._codec.map_shape,
                 dtype=self._model.stream_dtype,
                 device=self._model.device,
@@ -346,12 +399,27 @@ class Sampler:
 
     @torch.inference_mode()
     def decode(self, feature_map_BZHW: Tensor) -> Tensor:
-        """Feature map to pixels (B, H, W, C) uint8, rounded; raises if any pixel is not finite."""
-        images_BCHW = self._model.tokenizer.decode(feature_map_BZHW.to(self._model.dtype)).float()
-        if not torch.isfinite(images_BCHW).all():
+        """Feature map to pixels (B, H, W, C) uint8, rounded; raises if any pixel is not finite.
+
+        Pixels of a sampler that records hold until its next call.
+        """
+        pixels_BHWC, is_finite = self._show(feature_map_BZHW)
+        if not is_finite:
             raise self._not_finite("made an image with a pixel that is")
-        pixels_BCHW = ((images_BCHW + 1) * 127.5).round().to(torch.uint8)
-        return pixels_BCHW.permute(0, 2, 3, 1).contiguous()
+        return pixels_BHWC
+
+    @torch.inference_mode()
+    def _shown(self, feature_map_BZHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, H, W, C) uint8, rounded, and whether all are finite; can be recorded."""
+        pixels, finite = [], []
+        at_once = images_decoded_at_once(self.config.image_size)
+        slices = feature_map_BZHW.to(self._model.dtype).split(at_once)
+        for slice_bZHW in slices:
+            images_bCHW = self._model.tokenizer.decode(slice_bZHW).float()
+            finite.append(torch.isfinite(images_bCHW).all())
+            pixels_bCHW = ((images_bCHW + 1) * 127.5).round().to(torch.uint8)
+            pixels.append(pixels_bCHW.permute(0, 2, 3, 1))
+        return torch.cat(pixels).contiguous(), torch.stack(finite).all()
 
     def _not_finite(self, what: str) -> ArithmeticError:
         return ArithmeticError(
@@ -385,7 +453,3 @@ class Sampler:
             head_dim=self.config.head_dim,
             like=self._model.transformer.pos_start,
         )
-
-
-def _to_numpy(values_BS: Tensor) -> npt.NDArray[np.float32]:
-    return values_BS.float().cpu().numpy()

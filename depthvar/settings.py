@@ -10,6 +10,8 @@ from depthvar.errors import InputError
 Grid = tuple[int, int]
 """Rows and columns of a map: of a scale's tokens, or of an image's pixels."""
 Guidance = Literal["ramp", "constant"]
+Kernels = Literal["auto", "plain", "graph"]
+"""How a batch is run: operation by operation, or as one recording; `auto` records on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from depthvar.config import AnyModel
 from depthvar.counting import any_given
 from depthvar.policy import DepthPolicy
 from depthvar.published import PublishedSampler, draw_published
+from depthvar.recording import Record
 from depthvar.sampling import SampleBatch, Sampler
 from depthvar.weights.checkpoint import AnyLoaded, LoadedModel
 
@@ -46,8 +47,10 @@ class Contender:
     counts: tuple[int, ...]
 
     @classmethod
-    def of_policy(cls, model: AnyLoaded, policy: DepthPolicy) -> Contender:
-        """Our sampler under a policy, at the model's own settings."""
+    def of_policy(
+        cls, model: AnyLoaded, policy: DepthPolicy, record: Record | None = None
+    ) -> Contender:
+        """Our sampler under a policy, at the model's own settings, recorded if told how."""
         settings, codec = model.config.sampling, model.tokenizer.quantize
 
         def draw(logits_BTV: Tensor) -> object:
@@ -57,7 +60,7 @@ class Contender:
 
         grids = model.config.grids[: len(model.config.grids) - policy.skip_last_scales]
         return cls(
-            partial(Sampler, model, policy, settings),
+            partial(Sampler, model, policy, settings, record=record),
             draw,
             tuple(map(math.prod, grids)),
         )

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
+from typing import get_args
 
 import torch
 
@@ -40,6 +41,8 @@ from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
 from depthvar.policy import DEFAULT_PRESET, PRESETS, TEXT_PRESET, DepthPolicy, make_policy
+from depthvar.recording import recorder
+from depthvar.settings import Kernels
 from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders
 from depthvar.weights.checkpoint import (
     AnyLoaded,
@@ -162,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model     {config.name}, {flags.precision}, counted without weights\n")
         _print_work(blank, policies, flags.batch_sizes)
         return EXIT_DONE
+    for kernels in flags.kernels:
+        recorder(kernels, device)  # what the device does not have stops here
     model = _model(flags, device, dtype)
     wide = None
     if not config.is_text:
@@ -197,7 +202,13 @@ def _timed(
     flags: argparse.Namespace,
 ) -> list[Row]:
     """A row per batch size and contender; `wide` is the model in float32, None for one of texts."""
-    contenders = {name: Contender.of_policy(model, policy) for name, policy in policies.items()}
+    contenders, policy_of = {}, {}
+    for kernels in flags.kernels:
+        for word, policy in policies.items():
+            # Full depth in the first way is what all others are compared with.
+            name = word if kernels == flags.kernels[0] else f"{word}, {kernels}"
+            record = recorder(kernels, model.device)
+            contenders[name], policy_of[name] = Contender.of_policy(model, policy, record), policy
     if isinstance(wide, LoadedModel):
         contenders[PUBLISHED] = Contender.as_published(wide, model.dtype)
     agreements: dict[str, float] = {}
@@ -228,7 +239,7 @@ def _timed(
         for name in contenders:
             own = wide if wide is not None and name == PUBLISHED else model
             rows.append(
-                _row_of(own, name, policies.get(name), batch_size, laps, agreements.get(name))
+                _row_of(own, name, policy_of.get(name), batch_size, laps, agreements.get(name))
             )
     return rows
 
@@ -378,6 +389,13 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=get_args(Kernels),
+        default=["auto"],
+        help="plain, or graph: a batch recorded as one CUDA graph (default: auto, graph on a GPU)",
+    )
     parser.add_argument(
         "--threads", type=_count, default=1, metavar="N", help="CPU threads (default: 1)"
     )

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from depthvar.errors import InputError
 from depthvar.policy import PRESETS, make_policy
 from depthvar.published import PublishedSampler
+from depthvar.recording import recorder
 from depthvar.sampling import Sampler
 from depthvar.timing import equal_tokens
 from depthvar.weights.checkpoint import LoadedModel, assemble, load_model, random_model
@@ -88,6 +89,8 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     for dtype in HALVES:
         yield _half_with_dense(device, dtype)
     yield from _among_ourselves(device)
+    if device.type == "cuda":
+        yield from _recorded(device)
     yield from _with_published(device)
     yield from _half_tokens(device)
 
@@ -146,6 +149,24 @@ def _among_ourselves(device: torch.device) -> Iterator[Comparison]:
         pixels = sampler.decode(stepwise.feature_map_BZHW).cpu().numpy()
         levels = abs(made.astype(int) - pixels.astype(int)).max()
         yield Comparison(f"{preset}, a batch and its scales one by one, float32, pixels", levels, 1)
+
+
+def _recorded(device: torch.device) -> Iterator[Comparison]:
+    """Batches replayed by one recording, other ones than it was made of, and plain ones."""
+    for preset in PRESETS:
+        model = _moved(tiny_model(0, torch.float32), device, torch.float32)
+        policy = tiny_policy(preset)
+        plain = Sampler(model, policy, GUIDED)
+        recorded = Sampler(model, policy, GUIDED, record=recorder("graph", device))
+        levels = 0
+        for labels, begin in ((LABELS, 0), (LABELS[:2], 3), (LABELS[::-1], 5), (LABELS[1:], 9)):
+            indices = range(begin, begin + len(labels))
+            got, want = (
+                sampler(labels, seed=3, indices=indices).images_BHWC.astype(int)
+                for sampler in (recorded, plain)
+            )
+            levels = max(levels, abs(got - want).max())
+        yield Comparison(f"{preset}, recorded batches and plain ones, float32, pixels", levels, 1)
 
 
 def _with_published(device: torch.device) -> Iterator[Comparison]:
@@ -230,6 +251,7 @@ def _time(model: str, reference_scale: int, device: torch.device) -> None:
     flags = ["--model", model, "--device", device.type, "--precision", precision]
     flags += ["--policies", f"depthvar:{reference_scale}"]
     flags += ["--batch-sizes", "1", *([] if is_small else ["64"])]
+    flags += ["--kernels", *(["plain"] if is_small else ["graph", "plain"])]
     benchmark.main([*flags, "--rounds", "1" if is_small else "5"])
 
 

@@ -31,6 +31,7 @@ ROOMS = (
     "depthvar.infinity",
     "depthvar.weights",
     "depthvar.text",
+    "depthvar.recording",
     "depthvar.sampling",
     "depthvar.published",
     "depthvar.counting",

@@ -11,7 +11,7 @@ Source: Han et al., arXiv 2412.04431, and the public `infinity_2b_reg.pth`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -33,12 +33,16 @@ from depthvar.layers import (
     at_least_float32,
     heads,
     modulated,
+    tree_of_tensors,
     unrounded,
 )
 
 _ROTARY_BASE = 10000.0
+_PADDED_TO = 32
+"""Tokens that padded texts are a multiple of."""
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class TextKeys:
     """Keys and values of the rows' texts at one block (G, H, N, D), and which are padding.
@@ -51,6 +55,7 @@ class TextKeys:
     is_text_G11N: Tensor | None
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class BlockCondition:
     """What a block knows of its rows' texts: AdaLN vectors (G, 1, C), keys and values, constants.
@@ -68,6 +73,7 @@ class BlockCondition:
     attention: AttentionConstants
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class TextCondition:
     """What no scale and no token changes, computed once per batch and distinct text."""
@@ -320,6 +326,25 @@ class InfinityTransformer(nn.Module):
         scale, shift = vectors(self.head_nm.ada_lin, 2).index_select(0, rows_G).unbind(2)
         start_G1C = pooled_GC.index_select(0, rows_G).unsqueeze(1)
         return TextCondition(start_G1C, blocks, (scale + 1, shift))
+
+    def padded(self, condition: TextCondition) -> TextCondition:
+        """The same with the texts padded to one of a few lengths."""
+        text = condition.blocks[0].text
+        rows, _, length, _ = text.keys_GHND.shape
+        more = -length % _PADDED_TO
+        is_text_G11N = text.is_text_G11N
+        if is_text_G11N is None:
+            is_text_G11N = text.keys_GHND.new_ones(rows, 1, 1, length, dtype=torch.bool)
+        is_text_G11N = F.pad(is_text_G11N, (0, more))
+
+        def of_block(given: BlockCondition) -> BlockCondition:
+            keys, values = (
+                F.pad(kept_GHND, (0, 0, 0, more))
+                for kept_GHND in (given.text.keys_GHND, given.text.values_GHND)
+            )
+            return replace(given, text=TextKeys(keys, values, is_text_G11N))
+
+        return replace(condition, blocks=tuple(map(of_block, condition.blocks)))
 
     def rotations(self, scale: int) -> Tensor:
         """Cosines, then sines, of the D / 2 angles of every token of a scale (T, D), float64.

@@ -25,10 +25,12 @@ from depthvar.layers import (
     HeadNorm,
     at_least_float32,
     modulated,
+    tree_of_tensors,
     unrounded,
 )
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class BlockCondition:
     """The AdaLN vectors of a block, each (G, 1, C) and at least float32, and its constants.
@@ -45,6 +47,7 @@ class BlockCondition:
     attention: AttentionConstants
 
 
+@tree_of_tensors
 @dataclass(frozen=True)
 class Condition:
     """What no scale and no token changes, computed once per batch.
@@ -135,6 +138,10 @@ class Transformer(nn.Module):
         blocks = tuple(map(of_block, self.ordered_blocks))
         scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
         return Condition(embedded_GC.unsqueeze(1), blocks, (scale + 1, shift))
+
+    def padded(self, condition: Condition) -> Condition:
+        """The condition as it is: all labels are of one length."""
+        return condition
 
     def _positions(self, scale: int) -> Tensor:
         """Position and level embedding of a scale (1, T, C)."""

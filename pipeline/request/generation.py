@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from depthvar.config import IMAGE_SIZE
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
+from depthvar.settings import Kernels
 from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
@@ -206,6 +207,10 @@ class GenerateConfig(ModelRequest):
         description="threads of one worker that encode images (default: as many as its CPUs)",
     )
     device: Device = Field("auto", description="where the model runs")
+    kernels: Kernels = Field(
+        "auto",
+        description="plain, or graph: a batch recorded as one CUDA graph (auto: graph on a GPU)",
+    )
     address: str | None = Field(
         None,
         description="Ray cluster to join from one of its nodes, HOST:6379 or auto, or `local`"

@@ -127,6 +127,7 @@ def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -
         text_states=_absolute(config.text_states),
         scratch=None if config.scratch is None else os.path.abspath(config.scratch),
         device=config.device,
+        kernels=config.kernels,
         threads=config.threads_per_worker,
         sampler_factory=sampler_factory,
     )
@@ -266,7 +267,7 @@ def _crew(
         shape = shape_wanted(config, [machine])
         place = _with_encoders(place, config, int(machine.num_cpus))
         require_slots(None, num_slots([machine], shape), shape)
-        require_device(config.device)
+        require_device(config.device, config.kernels)
         yield _Crew(
             lambda run: run_in_process(place, run, stop.is_set),
             lambda plan: encode_in_process(plan, place),
@@ -291,7 +292,7 @@ def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> 
     shape = shape_wanted(config, [machine])
     slots = num_slots([machine], shape)
     require_slots(config.workers, slots, shape)
-    require_device(config.device)
+    require_device(config.device, config.kernels)
     place = _with_encoders(place, config, shape.num_cpus)
 
     @contextlib.contextmanager
@@ -375,7 +376,7 @@ def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOA
         place = _with_encoders(place, config, shape.num_cpus)
         if address is None:
             require_slots(config.workers or None, slots, shape)
-            require_device(config.device)
+            require_device(config.device, config.kernels)
         elif node_types is not None:
             require_fit(machines, node_types, shape)
         say(f"timing a few batches on a worker with {shape.each}")

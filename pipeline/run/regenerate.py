@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from depthvar.settings import Kernels
 from pipeline.dataset.loader import naming_damage
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan
@@ -41,6 +42,7 @@ def regenerate(
     *,
     weights: str | None,
     device: Device = "auto",
+    kernels: Kernels = "auto",
     sampler_factory: str = LOAD_SAMPLER,
     progress: Callable[[int], object] | None = None,
 ) -> list[Comparison]:
@@ -55,7 +57,12 @@ def regenerate(
         return []
     threads = records[chosen[0][0]].threads
     place = Workplace(
-        storage.uri, weights, device=device, threads=threads, sampler_factory=sampler_factory
+        storage.uri,
+        weights,
+        device=device,
+        kernels=kernels,
+        threads=threads,
+        sampler_factory=sampler_factory,
     )
     resampler = Resampler(plan, place)
     found: list[Comparison] = []

@@ -30,6 +30,7 @@ from depthvar.config import AnyModel
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
+from depthvar.settings import Kernels
 from pipeline.faults import reach
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
@@ -82,6 +83,7 @@ class Workplace:
     text_states: str | None = None
     scratch: str | None = None
     device: Device = "auto"
+    kernels: Kernels = "auto"
     threads: int = 1
     encode_threads: int = 1
     sampler_factory: str = LOAD_SAMPLER
@@ -140,6 +142,7 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
     """
     import torch
 
+    from depthvar.recording import recorder
     from depthvar.sampling import Sampler
     from depthvar.weights.checkpoint import load_any
 
@@ -152,8 +155,9 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
             f" {plan.weights_sha256}: give every machine the same file"
         )
     found = replace(found, config=found.config.of_size(plan.image_size))
+    record = recorder(place.kernels, torch.device(device))
     model = load_any(found, device=device, dtype=getattr(torch, plan.precision))
-    return Sampler(model, policy, plan.sampling)
+    return Sampler(model, policy, plan.sampling, record=record)
 
 
 class Resampler:
@@ -177,7 +181,7 @@ class Resampler:
             pid=os.getpid(),
             device=_device_name(device),
             threads=place.threads,
-            environment=_environment(),
+            environment=_environment() | _kernels(place.kernels, device),
         )
 
     @property
@@ -370,17 +374,20 @@ def resolve_device(wanted: Device) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def require_device(wanted: Device) -> None:
-    """Refuse `cuda`, with `InputError`, on a machine where torch cannot use it."""
-    if wanted != "cuda":
+def require_device(wanted: Device, kernels: Kernels) -> None:
+    """Refuse a device and kernels, with `InputError`, on a machine where torch cannot use them."""
+    if wanted != "cuda" and kernels != "graph":
         return
     import torch
 
-    if not torch.cuda.is_available():
+    from depthvar.recording import recorder
+
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"got --device cuda, but torch {torch.__version__} finds no GPU it can use here:"
             " install a torch with CUDA and its driver, or choose --device cpu"
         )
+    recorder(kernels, torch.device(resolve_device(wanted)))
 
 
 def _device_name(device: str) -> str:
@@ -390,6 +397,11 @@ def _device_name(device: str) -> str:
     import torch
 
     return str(torch.cuda.get_device_name(device))
+
+
+def _kernels(wanted: Kernels, device: str) -> dict[str, str]:
+    """A recording's batches may differ from plain ones in the last bit."""
+    return {"kernels": "graph"} if device == "cuda" and wanted != "plain" else {}
 
 
 def _environment() -> dict[str, str]:

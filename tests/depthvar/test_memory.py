@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from depthvar import memory
 from depthvar.config import (
     MODELS,
     ModelConfig,
@@ -89,6 +90,25 @@ def _sampler(
     found = FoundModel(config, Path("a"), Path("b"), None, ())
     model = assemble(found, transformer, tokenizer, device="cpu", dtype=dtype)
     return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
+
+
+def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypatch):
+    sampler = _sampler(POLICIES[0], 32, 128, base_width=16, precision="float32")
+    maps_BZHW = torch.randn(4, *sampler.tokens([0], seed=0, indices=[0]).feature_map_BZHW.shape[1:])
+    needs, peaks, pixels = [], [], []
+    for at_once in (4, 3):
+        height, width = sampler.config.image_size
+        monkeypatch.setattr(memory, "_PIXELS_DECODED_AT_ONCE", at_once * height * width)
+        with LiveBytes() as decoding:
+            pixels.append(sampler.decode(maps_BZHW))
+        need = memory_need(
+            sampler.config, sampler.plan, batch_size=4, streams=2, precision="float32"
+        )
+        needs.append(need.decoding)
+        peaks.append(decoding.peak)
+    assert torch.equal(*pixels)
+    assert needs[1] == needs[0] * 3 // 4
+    assert peaks[1] == pytest.approx(peaks[0] * 3 / 4, rel=0.05)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)

@@ -446,6 +446,14 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recording_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
+    for workers in (0, 1):
+        job = config(tmp_path / "out", workers=workers, kernels="graph", device="cpu")
+        with pytest.raises(InputError, match=r"--kernels graph.*: use --kernels plain"):
+            generate(job, sampler_factory=FAKE_SAMPLER)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_address_where_nothing_answers_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="nothing answers"):
         run(tmp_path / "out", address="127.0.0.1:1")

@@ -22,8 +22,9 @@ from depthvar.cost import TEXT_TOKENS
 from depthvar.infinity_config import InfinityConfig
 from depthvar.policy import DepthPolicy
 from depthvar.sampling import Given, Sampler
-from depthvar.weights.checkpoint import AnyLoaded, assemble, assemble_text
-from depthvar.weights.find import FoundModel, blank_modules, blank_text_modules
+from depthvar.weights.checkpoint import AnyLoaded, assemble
+from depthvar.weights.find import FoundModel, blank_part
+from depthvar.weights.tensor_files import PARTS
 
 _aten = torch.ops.aten
 _ONE_KERNEL = {
@@ -114,9 +115,7 @@ def _bytes(tensor: Tensor) -> int:
 def blank_model(config: AnyModel, *, dtype: torch.dtype) -> AnyLoaded:
     """A model whose tensors have shapes and no storage: what it does can be counted anywhere."""
     found = FoundModel(config, Path("blank"), Path("blank"), None, ())
-    if isinstance(config, InfinityConfig):
-        return assemble_text(found, *blank_text_modules(config), device="meta", dtype=dtype)
-    parts = blank_modules(config, with_encoder=False)
+    parts = (blank_part(config, part) for part in PARTS)
     return assemble(found, *parts, device="meta", dtype=dtype)
 
 

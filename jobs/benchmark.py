@@ -36,7 +36,6 @@ from depthvar.cost import image_cost
 from depthvar.counting import BatchWork, blank_model, work_of_batch
 from depthvar.errors import InputError, naming
 from depthvar.host.rate import rate_text
-from depthvar.infinity_config import InfinityConfig
 from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
@@ -44,13 +43,7 @@ from depthvar.policy import DEFAULT_PRESET, PRESETS, TEXT_PRESET, DepthPolicy, m
 from depthvar.recording import recorder
 from depthvar.settings import Kernels
 from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders
-from depthvar.weights.checkpoint import (
-    AnyLoaded,
-    LoadedModel,
-    load_any,
-    random_model,
-    random_text_model,
-)
+from depthvar.weights.checkpoint import AnyLoaded, LoadedModel, load_any, random_model
 from depthvar.weights.files import BUNDLED
 from depthvar.weights.find import FoundModel, find_model
 from jobs._entry import EXIT_DONE, run_job
@@ -463,9 +456,7 @@ def _model(flags: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     found = _found(flags)
     if not _is_random(flags):
         return load_any(found, device=device, dtype=dtype)
-    if isinstance(found.config, InfinityConfig):
-        return random_text_model(found.config, device=device, dtype=dtype)
-    return random_model(flags.model, device=device, dtype=dtype)
+    return random_model(found.config, device=device, dtype=dtype)
 
 
 def _cpu_name() -> str:

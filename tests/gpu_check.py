@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from depthvar.config import MODELS
 from depthvar.errors import InputError
 from depthvar.policy import PRESETS, make_policy
 from depthvar.published import PublishedSampler
@@ -173,7 +174,7 @@ def _with_published(device: torch.device) -> Iterator[Comparison]:
     """Full depth and the published loop, scale by scale on the same tokens."""
     plain = [_moved(tiny_model(1, torch.float32), device, torch.float32)]
     if device.type == "cuda":
-        plain.append(random_model("var-d16", device=device))
+        plain.append(random_model(MODELS["var-d16"], device=device))
     for wide in plain:
         for dtype, limit in ((torch.float32, 1e-3), *HALF_LIMIT.items()):
             sampler = Sampler(
@@ -261,7 +262,7 @@ def print_dearest(device: torch.device, count: int = 10) -> None:
     name, batch_size = ("digits", 1) if is_small else ("var-d30", 64)
     policy = make_policy("depthvar", reference_scale=3 if is_small else 5)
     dtype = torch.float32 if is_small else torch.bfloat16
-    model = random_model(name, device=device, dtype=dtype)
+    model = random_model(MODELS[name], device=device, dtype=dtype)
     sampler = Sampler(model, policy, model.config.sampling)
     labels = [i % model.config.num_classes for i in range(batch_size)]
     sampler(labels, seed=0, indices=range(batch_size))

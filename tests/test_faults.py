@@ -30,7 +30,7 @@ from pipeline.dataset.loader import iterate_samples, open_dataset
 from pipeline.request.flags import load_config
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job_plan import JobPlan
-from pipeline.request.labels import read_labels_file
+from pipeline.request.labels_file import read_labels_file
 from pipeline.request.plan_file import read_plan
 from pipeline.run.driver import generate
 from pipeline.shards.claims import CLAIMS_FOLDER, doubtful_shards, make_claim

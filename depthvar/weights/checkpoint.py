@@ -18,7 +18,7 @@ What stays in float32 when a model runs in bfloat16 or float16, and where:
 Everything else is in the model's precision: weights, what goes into the matrix products and comes
 out of them, keys and values, and the decoder. Under float32 and float64 all of a model is in that
 precision. Float32 is float32 on a GPU too: putting a model together forbids TF32 in this process,
-which torch allows convolutions by default (`_placed`).
+which torch allows convolutions by default (`assemble`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from depthvar.config import CONFIG_FILE, AnyModel, ModelConfig, config_json, model_config
+from depthvar.config import CONFIG_FILE, AnyModel, ModelConfig, config_json
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError, naming
 from depthvar.infinity.tokenizer import BitTokenizer
@@ -44,21 +44,15 @@ from depthvar.infinity.transformer import InfinityTransformer
 from depthvar.infinity_config import InfinityConfig
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
-from depthvar.weights.files import (
-    CALIBRATION_FILE,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-)
+from depthvar.weights.files import CALIBRATION_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from depthvar.weights.find import (
     IMAGE_SIZE_KEY,
     WEIGHTS_KEY,
     FoundModel,
-    blank_modules,
-    blank_text_modules,
+    blank_part,
     find_model,
-    kind_of_model,
 )
-from depthvar.weights.tensor_files import PARTS, Part, holds_encoder, parameters, read_file
+from depthvar.weights.tensor_files import PARTS, Part, holds_encoder, read_file
 
 _WIDE = (torch.float32, torch.float64)
 _WIDE_PARTS = ("quantize.", "text_norm.", "cfg_uncond")
@@ -70,6 +64,8 @@ TokenizerT = TypeVar("TokenizerT", Tokenizer, BitTokenizer)
 
 @dataclass(frozen=True)
 class _Loaded(Generic[TransformerT, TokenizerT]):
+    """Weights of a model on a device, in a precision; see the module for what stays float32."""
+
     found: FoundModel
     transformer: TransformerT
     tokenizer: TokenizerT
@@ -91,9 +87,8 @@ class _Loaded(Generic[TransformerT, TokenizerT]):
         return torch.promote_types(self.dtype, torch.float32)
 
 
-@dataclass(frozen=True)
 class LoadedModel(_Loaded[Transformer, Tokenizer]):
-    """Weights of a model of classes on a device, in a precision; see the module for float32."""
+    """A model of classes."""
 
     @property
     def config(self) -> ModelConfig:
@@ -101,9 +96,8 @@ class LoadedModel(_Loaded[Transformer, Tokenizer]):
         return self.found.class_config
 
 
-@dataclass(frozen=True)
 class LoadedTextModel(_Loaded[InfinityTransformer, BitTokenizer]):
-    """Weights of a model of texts on a device, in a precision; see the module for float32."""
+    """A model of texts."""
 
     @property
     def config(self) -> InfinityConfig:
@@ -121,14 +115,20 @@ def load_any(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    with_encoder: bool = False,
 ) -> AnyLoaded:
-    """Load a model of either kind for sampling, see `load_model`."""
-    if not isinstance(found.config, InfinityConfig):
-        return load_model(found, device=device, dtype=dtype)
-    transformer, tokenizer = blank_text_modules(found.config)
-    transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
-    tokenizer.load_state_dict(_tensors(found, "tokenizer"), assign=True)
-    return assemble_text(found, transformer, tokenizer, device=device, dtype=dtype)
+    """Load a model of either kind for sampling.
+
+    Every tensor goes from the file straight to its device and precision; those that are as they
+    should be stay mapped from the file. Without `with_encoder` the tokenizer has none. Raises
+    `InputError` for a calibration of other weights, and a file without the encoder that is asked
+    for.
+    """
+    parts = []
+    for part in PARTS:
+        parts.append(blank_part(found.config, part, with_encoder=with_encoder))
+        parts[-1].load_state_dict(_tensors(found, part, with_encoder), assign=True)
+    return assemble(found, *parts, device=device, dtype=dtype)
 
 
 def load_model(
@@ -138,25 +138,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     with_encoder: bool = False,
 ) -> LoadedModel:
-    """Load a model of classes for sampling.
-
-    Every tensor goes from the file straight to its device and precision; those that are as they
-    should be stay mapped from the file. Without `with_encoder` the tokenizer has none. Raises
-    `InputError` for a model of texts, a calibration of other weights, and a file without the
-    encoder that is asked for.
-    """
-    transformer, tokenizer = blank_modules(found.class_config, with_encoder=with_encoder)
-    transformer.load_state_dict(_tensors(found, "transformer"), assign=True)
-    tokenizer.load_state_dict(_tensors(found, "tokenizer", with_encoder), assign=True)
-    return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
+    """Load a model of classes as `load_any` does; `InputError` for one of texts."""
+    config = found.class_config
+    model = load_any(found, device=device, dtype=dtype, with_encoder=with_encoder)
+    assert isinstance(model, LoadedModel), config
+    return model
 
 
 def _tensors(found: FoundModel, part: Part, with_encoder: bool = False) -> dict[str, Tensor]:
     """A part's parameters, mapped; `InputError` if the encoder is asked for and not there."""
     path = found.file(part)
-    held = read_file(path).part(part, kind_of_model(found.config))
-    tensors = parameters(held, with_encoder=with_encoder)
-    if with_encoder and not holds_encoder(tensors):
+    tensors = read_file(path).parameters(part, with_encoder=with_encoder)
+    if with_encoder and part == "tokenizer" and not holds_encoder(tensors):
         raise InputError(
             f"{path} holds no encoder, wanted one: give the weights that this file was converted "
             "from"
@@ -165,65 +158,37 @@ def _tensors(found: FoundModel, part: Part, with_encoder: bool = False) -> dict[
 
 
 def random_model(
-    name: str,
+    config: AnyModel,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     with_encoder: bool = False,
-) -> LoadedModel:
-    """A model of classes by its name with random weights, the same every time on a device.
+) -> AnyLoaded:
+    """A model with random weights, the same every time on a device, whatever the precision.
 
     It takes the time and the memory of the real one, and makes noise.
     """
-    found = FoundModel(model_config(name), Path("random"), Path("random"), None, ())
-    config = found.class_config
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        transformer, tokenizer = Transformer(config.transformer), Tokenizer(config.tokenizer)
-        _randomise(transformer, tokenizer)
-    if not with_encoder:
-        del tokenizer.encoder, tokenizer.quant_conv
-    return assemble(found, transformer, tokenizer, device=device, dtype=dtype)
-
-
-def random_text_model(
-    config: InfinityConfig,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> LoadedTextModel:
-    """The same of a model of texts; no tensor is ever held in another precision."""
     found = FoundModel(config, Path("random"), Path("random"), None, ())
-    transformer, tokenizer = blank_text_modules(config)
+    parts = [blank_part(config, part, with_encoder=with_encoder) for part in PARTS]
     generator = torch.Generator(device).manual_seed(0)
-    for module in (transformer, tokenizer):
+    for module in parts:
         tensors = {
-            name: torch.empty(parameter.shape, dtype=precision_of(name, dtype), device=device)
+            name: _noise(name, parameter, generator).to(precision_of(name, dtype))
             for name, parameter in module.named_parameters()
         }
-        for name, tensor in tensors.items():
-            _fill(name, tensor, generator)
         module.load_state_dict(tensors, assign=True)
-    return assemble_text(found, transformer, tokenizer, device=device, dtype=dtype)
+    return assemble(found, *parts, device=device, dtype=dtype)
 
 
-def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+def _noise(name: str, blank: Tensor, generator: torch.Generator) -> Tensor:
     """Noise that keeps the size of what passes, and norms that begin as nothing."""
-    is_norm = name.endswith("norm.weight") or (".norm" in name and name.endswith("weight"))
-    if is_norm:
-        tensor.fill_(1.0)
-    elif name.endswith("scale_mul_1H11"):
-        tensor.fill_(math.log(4.0))
-    else:
-        tensor.normal_(0.0, 0.02, generator=generator)
-
-
-def _randomise(*modules: nn.Module) -> None:
-    """A fresh block adds nothing: what is zero becomes noise."""
-    for module in modules:
-        for parameter in module.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
+    device = generator.device
+    if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
+        return torch.ones(blank.shape, device=device)
+    if name.endswith("scale_mul_1H11"):
+        return torch.full(blank.shape, math.log(4.0), device=device)
+    noise = torch.randn(blank.shape, generator=generator, device=device)
+    return noise.mul_(0.02 if blank.dim() == 1 else blank[0].numel() ** -0.5)
 
 
 def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -234,53 +199,16 @@ def precision_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def assemble(
     found: FoundModel,
-    transformer: Transformer,
-    tokenizer: Tokenizer,
+    transformer: nn.Module,
+    tokenizer: nn.Module,
     *,
     device: str | torch.device,
     dtype: torch.dtype,
-) -> LoadedModel:
+) -> AnyLoaded:
     """Put modules on a device in a precision, with the calibration if there is one.
 
-    See the top of this file for what stays float32.
+    Forbids TF32 in this process. See the top of this file for what stays float32.
     """
-    placed = _placed(transformer, tokenizer, device=device, dtype=dtype)
-    return LoadedModel(found, *placed, _proxy_fit(found, device=device, dtype=dtype))
-
-
-def assemble_text(
-    found: FoundModel,
-    transformer: InfinityTransformer,
-    tokenizer: BitTokenizer,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> LoadedTextModel:
-    """The same of a model of texts, with a calibration that was made on images of its size."""
-    placed = _placed(transformer, tokenizer, device=device, dtype=dtype)
-    return LoadedTextModel(found, *placed, _proxy_fit(found, device=device, dtype=dtype))
-
-
-def _proxy_fit(
-    found: FoundModel, *, device: str | torch.device, dtype: torch.dtype
-) -> ProxyFit | None:
-    made_on = found.calibrated_config
-    if made_on is None or made_on.image_size != found.config.image_size:
-        return None
-    tensors = found.read_calibration()
-    wide = torch.promote_types(dtype, torch.float32)
-    slope, offset = (tensors[n].to(device=device, dtype=wide) for n in ("slope", "offset"))
-    return ProxyFit(slope, offset)
-
-
-def _placed(
-    transformer: TransformerT,
-    tokenizer: TokenizerT,
-    *,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> tuple[TransformerT, TokenizerT]:
-    """The modules on a device in a precision, and TF32 forbidden in this process."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     for module in (transformer, tokenizer):
@@ -288,7 +216,25 @@ def _placed(
             parameter.data = parameter.data.to(device=device, dtype=precision_of(name, dtype))
         module.eval().requires_grad_(False)
     tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return transformer, tokenizer
+    fit = _proxy_fit(found, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    if isinstance(transformer, InfinityTransformer):
+        assert isinstance(tokenizer, BitTokenizer)
+        return LoadedTextModel(found, transformer, tokenizer, fit)
+    assert isinstance(transformer, Transformer)
+    assert isinstance(tokenizer, Tokenizer)
+    return LoadedModel(found, transformer, tokenizer, fit)
+
+
+def _proxy_fit(
+    found: FoundModel, *, device: str | torch.device, dtype: torch.dtype
+) -> ProxyFit | None:
+    """The calibration; None where there is none that was made on images of the model's size."""
+    made_on = found.calibrated_config
+    if made_on is None or made_on.image_size != found.config.image_size:
+        return None
+    tensors = found.read_calibration()
+    slope, offset = (tensors[name].to(device=device, dtype=dtype) for name in ("slope", "offset"))
+    return ProxyFit(slope, offset)
 
 
 def why_not_finite(model: AnyLoaded) -> str:

@@ -34,15 +34,7 @@ from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import CALIBRATION_FILE, files_in, find_place, sha256_of
 from depthvar.weights.own_model import read_own_model
-from depthvar.weights.tensor_files import (
-    PARTS,
-    Kind,
-    Part,
-    WeightsFile,
-    holds_encoder,
-    parameters,
-    read_file,
-)
+from depthvar.weights.tensor_files import PARTS, Part, WeightsFile, holds_encoder, read_file
 
 WEIGHTS_KEY, IMAGE_SIZE_KEY = "weights_sha256", "image_size"
 """Metadata of a calibration: the weights, and of a text model the size, that it was made on."""
@@ -136,19 +128,16 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     assumed: tuple[str, ...] = ()
     if place is None or is_described or model_name(name) in KNOWN_MODELS:
         config = model_config(name, place)
-        transformer, tokenizer = _known_files(config, place)
+        files = _known_files(config, place)
     else:
-        config, transformer, tokenizer, assumed = read_own_model(name, Path(place))
+        config, files, assumed = read_own_model(name, Path(place))
+    transformer, tokenizer = files
     check_fit(transformer, config, "transformer")
     check_fit(tokenizer, config, "tokenizer")
-    kind = kind_of_model(config)
     if transformer is tokenizer:
-        taken = [transformer.what_was_taken(PARTS, kind)]
+        taken = [transformer.what_was_taken(PARTS)]
     else:
-        taken = [
-            transformer.what_was_taken(["transformer"], kind),
-            tokenizer.what_was_taken(["tokenizer"], kind),
-        ]
+        taken = [file.what_was_taken([part]) for file, part in zip(files, PARTS, strict=True)]
     calibration = transformer.path.with_name(CALIBRATION_FILE)
     return FoundModel(
         config,
@@ -159,16 +148,11 @@ def find_model(name: str, weights: str | None = None) -> FoundModel:
     )
 
 
-def kind_of_model(config: AnyModel) -> Kind:
-    """Under whose names the tensors of a model are."""
-    return "text" if config.is_text else "class"
-
-
 def _known_files(config: AnyModel, place: str | None) -> tuple[WeightsFile, WeightsFile]:
     """The transformer's and the tokenizer's file, which a trainer writes as one."""
     if place is not None and Path(place).is_file() and Path(place).name != CONFIG_FILE:
         given = read_file(Path(place))
-        if given.find("tokenizer", kind_of_model(config)):
+        if given.find("tokenizer"):
             return given, given
     transformer, tokenizer = files_in(config, place)
     return read_file(transformer), read_file(tokenizer)
@@ -180,7 +164,7 @@ def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
     The published buffers may be there; a tokenizer may lack its whole encoder. The error names the
     model that the file fits, or what is off first.
     """
-    if not file.find(part, kind_of_model(config)):
+    if not file.find(part):
         raise file.wrong_part(part, config.name)
     problem = _misfit(file, config, part)
     if not problem:
@@ -200,12 +184,11 @@ def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
 
 def _misfit(file: WeightsFile, config: AnyModel, part: Part) -> str:
     """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
-    if file.find(part, kind_of_model(config)) is None:
-        return f"it holds no {part} of {config.name}"
-    tensors = parameters(file.part(part, kind_of_model(config)), with_encoder=not config.is_text)
-    blank = _blank_part(config, part, with_encoder=holds_encoder(tensors))
+    tensors = file.parameters(part, with_encoder=not config.is_text)
     try:
-        blank.load_state_dict(tensors, assign=True)
+        blank_part(config, part, with_encoder=holds_encoder(tensors)).load_state_dict(
+            tensors, assign=True
+        )
     except RuntimeError as error:
         lines = [line.strip(" \t.") for line in str(error).splitlines()[1:]]
         few = [re.sub(r'((?:"[^"]*", ){3})"(.*)', r"\1...", line) for line in lines[:4]]
@@ -226,36 +209,17 @@ class _NoNoise(TorchFunctionMode):
 _RANDOM_STARTS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
-def blank_modules(config: ModelConfig, *, with_encoder: bool) -> tuple[Transformer, Tokenizer]:
-    """A model without storage; without `with_encoder` its tokenizer has none."""
-    return _blank_transformer(config), _blank_tokenizer(config, with_encoder=with_encoder)
-
-
-def _blank_part(config: AnyModel, part: Part, *, with_encoder: bool) -> nn.Module:
-    if not isinstance(config, ModelConfig):
-        return blank_text_modules(config)[PARTS.index(part)]
-    if part == "transformer":
-        return _blank_transformer(config)
-    return _blank_tokenizer(config, with_encoder=with_encoder)
-
-
-def _blank_transformer(config: ModelConfig) -> Transformer:
+def blank_part(config: AnyModel, part: Part, *, with_encoder: bool = False) -> nn.Module:
+    """A part of a model without storage; `with_encoder` is of the tokenizer of a VAR."""
     with torch.device("meta"), _NoNoise():
-        return Transformer(config.transformer)
-
-
-def _blank_tokenizer(config: ModelConfig, *, with_encoder: bool) -> Tokenizer:
-    with torch.device("meta"), _NoNoise():
+        if isinstance(config, InfinityConfig):
+            return InfinityTransformer(config) if part == "transformer" else BitTokenizer(config)
+        if part == "transformer":
+            return Transformer(config.transformer)
         tokenizer = Tokenizer(config.tokenizer)
     if not with_encoder:
         del tokenizer.encoder, tokenizer.quant_conv
     return tokenizer
-
-
-def blank_text_modules(config: InfinityConfig) -> tuple[InfinityTransformer, BitTokenizer]:
-    """A text-to-image model without storage."""
-    with torch.device("meta"), _NoNoise():
-        return InfinityTransformer(config), BitTokenizer(config)
 
 
 def _metadata(calibration: Path) -> dict[str, str]:

@@ -39,7 +39,7 @@ _PATCH_NUMS = "patch_nums"
 
 def read_own_model(
     name: str, place: Path
-) -> tuple[ModelConfig, WeightsFile, WeightsFile, tuple[str, ...]]:
+) -> tuple[ModelConfig, tuple[WeightsFile, WeightsFile], tuple[str, ...]]:
     """The model in a folder, or of a transformer file, by its shapes.
 
     Gives what it is, the files of its transformer and its tokenizer, which may be one, and notes of
@@ -57,7 +57,7 @@ def read_own_model(
     except InputError as error:
         where = "" if str(folder) in str(error) else f"{transformer.path} with {tokenizer.path}: "
         raise InputError(f"{where}{error}") from None
-    return config, transformer, tokenizer, notes
+    return config, (transformer, tokenizer), notes
 
 
 def _own_name(name: str, place: Path) -> str:

@@ -12,6 +12,7 @@ import struct
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from depthvar.errors import InputError
@@ -28,19 +30,14 @@ from depthvar.weights.files import INDEX_SUFFIX, shards_of
 
 Part = Literal["transformer", "tokenizer"]
 PARTS: tuple[Part, Part] = ("transformer", "tokenizer")
-Kind = Literal["class", "text"]
-"""What a model is asked by: a VAR by classes, an Infinity by texts."""
 
-# Names that a part of a model has and nothing else.
-_ANCHORS: Mapping[Kind, Mapping[Part, tuple[str, ...]]] = {
-    "class": {
-        "transformer": ("pos_1LC", "word_embed.weight"),
-        "tokenizer": ("quantize.embedding.weight", "decoder.conv_in.weight"),
-    },
-    "text": {
-        "transformer": ("cfg_uncond", "text_norm.weight"),
-        "tokenizer": ("decoder.conv_in.conv.weight", "decoder.conv_in.weight"),
-    },
+# Names that a part of a model has and nothing else: of a VAR, then of an Infinity.
+_ANCHORS: Mapping[Part, tuple[str, ...]] = {
+    "transformer": ("pos_1LC", "word_embed.weight", "cfg_uncond", "text_norm.weight"),
+    "tokenizer": (
+        *("quantize.embedding.weight", "decoder.conv_in.weight"),
+        "decoder.conv_in.conv.weight",
+    ),
 }
 # What the published files hold beside the parameters: tables that are computed, and statistics;
 # `n_averaged` is of torch's averaged models.
@@ -56,15 +53,18 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module|_modules|_parameters|_buffers)\.)+"
 )
-# Chunks of a text model's blocks are wrapped in its published names, and so in ours.
-_CHUNK = re.compile(r"^(block_chunks\.\d+\.)(?=\d)")
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
-# The published code has phis of each scale, or one, without the list in their names.
+# Published names that are not ours: phis of each scale, or one, without the list in their names;
+# chunks of a text model's blocks, which are wrapped there and so in ours.
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:(\d+)|qresi)\.")
+_CHUNK = re.compile(r"^(block_chunks\.\d+\.)(?=\d)")
 # The bitwise tokenizer's published layers stand within wrappers, which ours lack.
+_WRAPPED = "decoder.conv_in.conv.weight"
 _INNER = re.compile(r"(?<!upsample)\.(?:conv|norm)(?=\.(?:weight|bias)$)")
 
-_TORCH = (b"PK", b"\x80\x02")
+_OLDER = b"\x80\x02"
+_TORCH = (b"PK", _OLDER)
+"""How files of torch begin, today's first."""
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 # Modules of Python whose classes a training script keeps its settings in.
 _HOLDS_DATA = (
@@ -81,7 +81,7 @@ class FoundPart(NamedTuple):
     """Where a part of a model is in a file.
 
     `place` is what its names begin with there (`trainer.var_wo_ddp.`), "" where they begin with
-    nothing. `names` are the published names and what the file calls them.
+    nothing. `names` are our names and what the file calls them.
     """
 
     place: str
@@ -96,22 +96,27 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     values: dict[str, object]
 
-    def part(self, part: Part, kind: Kind = "class") -> dict[str, Tensor]:
-        """The tensors of a part by our names of them; every tensor where the part is not."""
-        found = self.find(part, kind)
-        if found is None:
-            return dict(self.tensors)
-        return {name: self.tensors[stored] for name, stored in found.names.items()}
+    def part(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of a part by our names of them; none where the part is not."""
+        found = self.find(part)
+        return {n: self.tensors[stored] for n, stored in found.names.items()} if found else {}
 
-    def find(self, part: Part, kind: Kind = "class") -> FoundPart | None:
+    def parameters(self, part: Part, *, with_encoder: bool = True) -> dict[str, Tensor]:
+        """The same without the published buffers; without the encoder if that is not wanted."""
+        return {
+            name: tensor
+            for name, tensor in self.part(part).items()
+            if not _BUFFERS.fullmatch(name) and (with_encoder or not name.startswith(_ENCODER))
+        }
+
+    def find(self, part: Part) -> FoundPart | None:
         """Where a part is: at the top, in a checkpoint of a trainer, in a wrapper.
 
         Moving averages are taken before what they average. Raises `InputError` for a part that is
         there more than once.
         """
         bare = {stored: _WRAPPERS.sub("", stored) for stored in self.tensors}
-        anchors = _ANCHORS[kind]
-        places = _places(bare.values(), anchors[part])
+        places = _places(bare.values(), part)
         chosen = sorted(filter(_AVERAGED.search, places)) or sorted(places)
         if not chosen:
             return None
@@ -121,19 +126,20 @@ class WeightsFile:
             )
         place, names = chosen[0], dict[str, str]()
         # The other part may lie within this one, as a module of it.
-        inner = _places(bare.values(), (a for p in PARTS if p != part for a in anchors[p]))
-        within = tuple(other for other in inner if other != place and other.startswith(place))
+        others = _places(bare.values(), PARTS[1 - PARTS.index(part)])
+        within = tuple(other for other in others if other != place and other.startswith(place))
+        is_wrapped = place + _WRAPPED in bare.values()
         for stored, name in bare.items():
             if name.startswith(place) and not name.startswith(within):
-                published = _our_name(name.removeprefix(place), part, kind)
-                if published in names:
-                    raise self._ambiguous(published, (names[published], stored))
-                names[published] = stored
+                ours = _our_name(name.removeprefix(place), is_wrapped=is_wrapped)
+                if ours in names:
+                    raise self._ambiguous(ours, (names[ours], stored))
+                names[ours] = stored
         return FoundPart(place, names)
 
-    def what_was_taken(self, parts: Iterable[Part], kind: Kind = "class") -> str | None:
+    def what_was_taken(self, parts: Iterable[Part]) -> str | None:
         """What is used and what is not, in one line; None for a file of the weights alone."""
-        found = [place for part in parts if (place := self.find(part, kind))]
+        found = [place for part in parts if (place := self.find(part))]
         used = {stored for part in found for stored in part.names.values()}
         inner = {prefix for name in used for prefix in _prefixes(name)}
         rest = {
@@ -149,7 +155,7 @@ class WeightsFile:
 
     def wrong_part(self, part: Part, model: str) -> InputError:
         """The error for a file that does not hold a part of a model."""
-        held: list[str] = [other for other in PARTS for kind in _ANCHORS if self.find(other, kind)]
+        held: list[str] = [other for other in PARTS if self.find(other)]
         if "slope" in self.tensors:
             held.append("calibration")
         names = ", ".join(sorted(self.tensors)[:4]) or "nothing"
@@ -164,35 +170,24 @@ class WeightsFile:
         )
 
 
-def _our_name(published: str, part: Part, kind: Kind) -> str:
-    if kind == "text":
-        is_tokenizer = part == "tokenizer"
-        return _INNER.sub("", published) if is_tokenizer else _CHUNK.sub(r"\1module.", published)
-    return _PHI.sub(lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.", published)
+def _our_name(published: str, *, is_wrapped: bool) -> str:
+    name = _PHI.sub(lambda phi: f"quantize.quant_resi.qresi_ls.{phi[1] or 0}.", published)
+    name = _CHUNK.sub(r"\1module.", name)
+    return _INNER.sub("", name) if is_wrapped else name
 
 
-def _places(names: Iterable[str], anchors: Iterable[str]) -> set[str]:
+def _places(names: Iterable[str], part: Part) -> set[str]:
     """What the names of a part begin with, wherever it is."""
-    ends = [(anchor, f".{anchor}") for anchor in anchors]
     return {
         name.removesuffix(anchor)
         for name in names
-        for anchor, end in ends
-        if name == anchor or name.endswith(end)
+        for anchor in _ANCHORS[part]
+        if name == anchor or name.endswith(f".{anchor}")
     }
 
 
 def _prefixes(name: str) -> list[str]:
     return list(accumulate(name.split("."), "{}.{}".format))
-
-
-def parameters(tensors: Mapping[str, Tensor], *, with_encoder: bool = True) -> dict[str, Tensor]:
-    """A part's tensors without the published buffers; without the encoder if not wanted."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not _BUFFERS.fullmatch(name) and (with_encoder or not name.startswith(_ENCODER))
-    }
 
 
 def holds_encoder(tensors: Iterable[str]) -> bool:
@@ -207,12 +202,10 @@ def read_file(path: Path) -> WeightsFile:
     Raises `InputError` for a file that is truncated, unreadable, of another kind, or holds code.
     """
     if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
+        shards = [read_file(shard).tensors for shard in shards_of(path)]
+        return WeightsFile(path, dict(ChainMap(*shards)), {})
     try:
-        if _is_safetensors(path):
-            with safe_open(path, framework="pt") as file:
-                return WeightsFile(path, {n: file.get_tensor(n) for n in file.keys()}, {})  # noqa: SIM118
-        held = _read_checkpoint(path)
+        held = load_file(path) if _is_safetensors(path) else _read_checkpoint(path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     if not isinstance(held, Mapping):
@@ -220,19 +213,8 @@ def read_file(path: Path) -> WeightsFile:
             f"{path} holds a {type(held).__name__}, wanted tensors by name: {SAVE_THE_STATE}"
         )
     leaves = dict(_leaves(held))
-    return WeightsFile(
-        path,
-        {name: leaf.detach() for name, leaf in leaves.items() if isinstance(leaf, Tensor)},
-        {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)},
-    )
-
-
-def _read_shards(index: Path) -> WeightsFile:
-    """All that the files hold which an index of safetensors names."""
-    tensors: dict[str, Tensor] = {}
-    for shard in shards_of(index):
-        tensors.update(read_file(shard).tensors)
-    return WeightsFile(index, tensors, {})
+    tensors = {name: leaf.detach() for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    return WeightsFile(path, tensors, {n: leaf for n, leaf in leaves.items() if n not in tensors})
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
@@ -264,14 +246,10 @@ class _StandIn(dict[object, object]):
 def _read_checkpoint(path: Path) -> object:
     """What `torch.save` wrote; classes that torch does not know are replaced, functions refused."""
     with open(path, "rb") as file:
-        head = file.read(2)
-    if not head.startswith(_TORCH):
-        raise ValueError("it does not begin as one")
+        is_older = file.read(2) == _OLDER
     is_zip = zipfile.is_zipfile(path)
-    if head == b"PK" and not is_zip:
-        raise ValueError("its end is missing")
-    if kind_of(path) is not None:
-        raise ValueError("it is something else")
+    if not (is_zip or is_older) or kind_of(path) is not None:
+        raise ValueError("its start or its end is missing")
     # Files of the older format cannot be mapped, and torch takes this suffix for what it says.
     is_mapped = is_zip and path.suffix != ".safetensors"
     named: set[str] = set()

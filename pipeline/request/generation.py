@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from depthvar.config import IMAGE_SIZE
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
 from depthvar.settings import Kernels
+from pipeline.request.classes import quoted
 from pipeline.request.flags import JobConfig
 from pipeline.request.marks import Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
@@ -88,8 +89,6 @@ class ModelRequest(JobConfig):
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, list) and all(type(item) in (str, int) for item in value):
-            from pipeline.request.labels import quoted  # brings NumPy: flags need not wait for it
-
             return ",".join(quoted(str(item)) for item in value)
         return value
 

@@ -27,9 +27,11 @@ from depthvar.policy import (
 )
 from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
+from pipeline.request.classes import parse_classes
 from pipeline.request.generation import GenerateConfig, ModelRequest, Scalar
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
-from pipeline.request.labels import LabelCounts, parse_classes, read_labels_file
+from pipeline.request.labels import LabelCounts
+from pipeline.request.labels_file import read_labels_file
 from pipeline.request.prompt_files import Asked, asked_classes, asked_prompts
 from pipeline.request.text import find_text
 from pipeline.request.weights import fetch_model

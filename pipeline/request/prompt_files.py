@@ -16,7 +16,8 @@ from pathlib import Path
 
 from depthvar.errors import InputError, shown
 from depthvar.host.names import comparable
-from pipeline.request.labels import LabelCounts, count_of, json_value
+from pipeline.request.labels import LabelCounts
+from pipeline.request.labels_file import count_of, json_value
 from pipeline.request.prompts import (
     ClassPrompts,
     Prompts,

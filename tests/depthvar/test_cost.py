@@ -18,8 +18,9 @@ from depthvar.infinity_config import INFINITY_2B, INFINITY_8B
 from depthvar.plan import DepthPlan
 from depthvar.policy import PRESETS, DepthPolicy, make_policy
 from depthvar.sampling import Sampler
-from depthvar.weights.checkpoint import LoadedTextModel, random_text_model
-from depthvar.weights.find import FoundModel, blank_text_modules
+from depthvar.weights.checkpoint import LoadedTextModel, random_model
+from depthvar.weights.find import FoundModel, blank_part
+from depthvar.weights.tensor_files import PARTS
 from tests.tiny_models import (
     GUIDED,
     SHAPES,
@@ -187,7 +188,7 @@ def counted_of_text(model: LoadedTextModel, policy: DepthPolicy) -> tuple[int, i
 def test_a_text_model_runs_exactly_the_operations_of_its_cost(preset, shape):
     options = {} if preset == "full" else {"reference_scale": 1}
     config = tiny_infinity(shape, max_text_tokens=TEXT_TOKENS)
-    model = random_text_model(config, dtype=torch.float64)
+    model = random_model(config, dtype=torch.float64)
     sampling, decoding, cost = counted_of_text(model, make_policy(preset, **options))
     assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
 
@@ -212,7 +213,7 @@ def test_infinity_2b_runs_exactly_the_operations_of_its_cost_at_a_million_pixels
     """Counted without storage as they would run, with 8 of its 32 equal blocks."""
     config = replace(INFINITY_2B, num_blocks=8)
     found = FoundModel(config, Path("blank"), Path("blank"), None, ())
-    model = LoadedTextModel(found, *blank_text_modules(config), None)
+    model = LoadedTextModel(found, *(blank_part(config, part) for part in PARTS), None)
     sampling, decoding, cost = counted_of_text(model, make_policy("full"))
     assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
 

@@ -7,7 +7,8 @@ import pytest
 from depthvar import imagenet
 from depthvar.config import MODELS, model_config
 from depthvar.errors import InputError
-from pipeline.request.labels import parse_classes, read_labels_file
+from pipeline.request.classes import parse_classes
+from pipeline.request.labels_file import read_labels_file
 
 VAR = model_config("var-d16")
 

@@ -28,8 +28,8 @@ from depthvar.policy import DepthPolicy, make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise
-from depthvar.weights.checkpoint import assemble, random_text_model
-from depthvar.weights.find import FoundModel, blank_text_modules
+from depthvar.weights.checkpoint import assemble, random_model
+from depthvar.weights.find import FoundModel, blank_part
 from tests.live_memory import LiveBytes
 from tests.tiny_models import tiny_infinity
 
@@ -43,7 +43,7 @@ POLICIES = (
 
 def test_counted_parameters_of_a_text_model_are_those_of_its_transformer():
     for config in (INFINITY_2B, INFINITY_8B, tiny_infinity(1)):
-        transformer, _ = blank_text_modules(config)
+        transformer = blank_part(config, "transformer")
         assert transformer_parameters(config) == sum(p.numel() for p in transformer.parameters())
 
 
@@ -145,7 +145,7 @@ def test_the_need_of_a_text_model_is_what_it_holds_at_once(precision, width, bit
         max_text_tokens=TEXT_TOKENS,
         decoder=BitDecoderConfig(base_width=64, multipliers=(1, 2), norm_groups=4),
     )
-    model = random_text_model(config, dtype=getattr(torch, precision))
+    model = random_model(config, dtype=getattr(torch, precision))
     sampler = Sampler(model, policy, config.sampling)
     texts = [torch.ones(TEXT_TOKENS, config.text_width) for _ in range(4)]
     with LiveBytes() as sampling:

@@ -235,7 +235,7 @@ def test_tokens_agree_wholly_with_the_same_precision_and_not_with_another_model(
 
 
 def test_a_random_model_is_the_same_every_time_and_makes_finite_images():
-    ours, again = random_model("digits"), random_model("digits", dtype=torch.float64)
+    ours, again = random_model(DIGITS), random_model(DIGITS, dtype=torch.float64)
     for one, other in zip(
         ours.transformer.parameters(), again.transformer.parameters(), strict=True
     ):

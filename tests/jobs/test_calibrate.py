@@ -19,7 +19,7 @@ from depthvar.weights.checkpoint import (
     convert_weights,
     load_any,
     load_model,
-    random_text_model,
+    random_model,
     save_model,
 )
 from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
@@ -146,7 +146,7 @@ def test_a_text_model_without_a_calibration_is_told_the_command_that_makes_one(
 
 def test_a_calibration_is_for_the_size_of_image_it_was_made_on(words: list[str], tmp_path: Path):
     config = tiny_infinity(0, num_levels=15).of_size((32, 32))
-    made, folder = random_text_model(config), tmp_path / "tiny-infinity"
+    made, folder = random_model(config), tmp_path / "tiny-infinity"
     save_model(folder, config, made.transformer, made.tokenizer, dtype=torch.float32)
     size = ["--image-size=24x42", "--precision=bfloat16", "--batch-size=2", "--samples=2"]
     assert main([f"--model={folder}", *words, *size]) == 0

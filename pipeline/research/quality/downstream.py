@@ -32,7 +32,7 @@ from pipeline.dataset.loader import (
     stacked,
     training_pipeline,
 )
-from pipeline.request.labels import ClassIndex
+from pipeline.request.classes import ClassIndex
 from pipeline.request.plan_file import PLAN_NAME
 from pipeline.research.quality.evaluation import shows_digits
 from pipeline.research.quality.features import (

@@ -15,7 +15,8 @@ from depthvar.config import config_json
 from depthvar.errors import InputError
 from depthvar.infinity_config import INFINITY_2B, INFINITY_8B, InfinityConfig
 from depthvar.weights.checkpoint import LoadedTextModel, load_any, load_model
-from depthvar.weights.find import blank_text_modules, find_model
+from depthvar.weights.find import blank_part, find_model
+from depthvar.weights.tensor_files import PARTS
 from tests.tiny_models import tiny_infinity, tiny_text_model
 
 
@@ -100,7 +101,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("config", [INFINITY_2B, INFINITY_8B], ids=lambda config: config.name)
 def test_the_published_names_and_shapes_are_those_of_the_modules(config):
-    transformer, tokenizer = blank_text_modules(config)
+    transformer, tokenizer = (blank_part(config, part) for part in PARTS)
     ours = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     wanted = published_shapes(config)
     assert ours == {name: shape for name, shape in wanted.items() if "zero_k_bias" not in name}
@@ -187,7 +188,7 @@ def test_a_folder_without_the_files_says_what_they_are_called(tmp_path: Path):
 def test_positions_are_rounded_half_to_even():
     """20 rows over 70: row 1 is at 3.5 and row 3 at 10.5."""
     config = tiny_infinity(0, grids=((1, 1), (20, 20)), rotary_grid=(70, 70))
-    transformer, _ = blank_text_modules(config)
+    transformer = blank_part(config, "transformer")
     rotations_TD = transformer.rotations(1)
     angle = torch.atan2(rotations_TD[:, 4], rotations_TD[:, 0])  # the row's first frequency is 1
     for row, position in ((1, 4), (3, 10), (5, 18)):

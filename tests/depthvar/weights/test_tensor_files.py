@@ -12,8 +12,8 @@ from torch import Tensor
 
 from depthvar.config import MODELS, ModelConfig, model_config
 from depthvar.errors import InputError
-from depthvar.weights.find import blank_modules, check_fit
-from depthvar.weights.tensor_files import PARTS, Part, WeightsFile, parameters, read_file
+from depthvar.weights.find import blank_part, check_fit
+from depthvar.weights.tensor_files import PARTS, Part, WeightsFile, read_file
 from tests.published_weights import (
     BUFFERS,
     PUBLISHED,
@@ -39,7 +39,7 @@ def check(config: ModelConfig, part: Part, header: dict[str, Tensor]) -> None:
 
 
 def shapes_of(config: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:
-    module = blank_modules(config, with_encoder=True)[PARTS.index(part)]
+    module = blank_part(config, part, with_encoder=True)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -73,8 +73,11 @@ def test_the_published_tokenizer_has_its_published_size():
 
 
 def test_exactly_the_published_buffers_are_dropped():
-    for shapes, count in ((transformer_shapes("var-d16"), 2 + 16), (tokenizer_shapes(), 1)):
-        dropped = set(shapes) - set(parameters(meta(shapes)))
+    for part, shapes, count in (
+        ("transformer", transformer_shapes("var-d16"), 2 + 16),
+        ("tokenizer", tokenizer_shapes(), 1),
+    ):
+        dropped = set(shapes) - set(WeightsFile(FILE, meta(shapes), {}).parameters(part))
         assert dropped == {name for name in shapes if name.endswith(BUFFERS)}
         assert len(dropped) == count
     almost = meta(transformer_shapes("var-d16"))
@@ -146,7 +149,8 @@ def test_a_tokenizer_may_lack_its_whole_encoder_and_no_part_of_it():
     header = meta(tokenizer_shapes())
     without = {n: t for n, t in header.items() if not n.startswith(("encoder.", "quant_conv."))}
     check(D16, "tokenizer", without)
-    assert set(parameters(header, with_encoder=False)) < set(without)
+    whole = WeightsFile(FILE, header, {})
+    assert set(whole.parameters("tokenizer", with_encoder=False)) < set(without)
     part = {**without, "quant_conv.bias": header["quant_conv.bias"]}
     assert 'Missing key(s) in state_dict: "encoder.conv_in.weight"' in problem(
         D16, "tokenizer", part
@@ -228,6 +232,6 @@ def test_a_model_without_storage_draws_no_noise(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError(tensor.device)
 
     monkeypatch.setattr(Tensor, "normal_", drawn)
-    transformer, tokenizer = blank_modules(D16, with_encoder=False)
+    transformer, tokenizer = (blank_part(D16, part) for part in PARTS)
     assert transformer.class_emb.weight.is_meta
     assert tokenizer.quantize.embedding.weight.is_meta

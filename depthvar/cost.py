@@ -32,7 +32,7 @@ class Cost:
 
 
 def image_cost(config: AnyModel, plan: DepthPlan, *, streams: int = 2) -> Cost:
-    """Operations one image takes under a plan; guided sampling runs two streams.
+    """Operations one image takes under a plan; guided sampling begins with two streams.
 
     Those of texts of `TEXT_TOKENS` where the model is asked in words; their encoder is not counted.
     """
@@ -46,28 +46,30 @@ def _text_transformer_flops(config: InfinityConfig, plan: DepthPlan, streams: in
     """Blocks, embeddings, AdaLN, head, and what is made of the texts, of one image."""
     width, text = config.width, TEXT_TOKENS
     per_active_token = 2 * (6 * width**2 + 2 * width * config.mlp_width) + 4 * width * text
-    flops = _blocks_flops(plan, width, per_active_token)
+    of_scales = _blocks_flops(plan, width, per_active_token)
     for i, scale in enumerate(plan.scales):
-        flops += scale.count * 2 * width * 2 * config.bits
-        flops += scale.count * 2 * width * config.bits if i else 0
-    flops += 2 * (6 + 2) * width**2
-    flops += 2 * text * width * (config.text_width + width)
-    flops += 2 * text * 2 * width * config.text_width + 4 * text * width + 2 * width**2
-    flops += plan.num_blocks * 2 * text * 2 * width**2
-    return float(streams * flops)
+        of_scales[i] += scale.count * 2 * width * 2 * config.bits
+        of_scales[i] += scale.count * 2 * width * config.bits if i else 0
+    of_text = 2 * (6 + 2) * width**2
+    of_text += 2 * text * width * (config.text_width + width)
+    of_text += 2 * text * 2 * width * config.text_width + 4 * text * width + 2 * width**2
+    of_text += plan.num_blocks * 2 * text * 2 * width**2
+    return float(streams * of_text + plan.over_streams(of_scales, streams))
 
 
-def _blocks_flops(plan: DepthPlan, width: int, per_active_token: int) -> int:
-    """All blocks of one stream: a token's own products, its attention, and its keys and values."""
-    flops = 0
+def _blocks_flops(plan: DepthPlan, width: int, per_active_token: int) -> list[int]:
+    """The blocks of every scale, of one stream: products, attention, keys and values."""
+    of_scales = []
     cached = [0] * plan.num_blocks
     for i, scale in enumerate(plan.scales):
+        flops = 0
         for block, active in enumerate(scale.prefix):
             kept = plan.cached_tokens(i, block)
             cached[block] += kept
             flops += active * (per_active_token + 4 * width * cached[block])
             flops += (kept - active) * 2 * 2 * width**2
-    return flops
+        of_scales.append(flops)
+    return of_scales
 
 
 def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> float:
@@ -75,13 +77,13 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
     shape = config.transformer
     width = shape.width
     per_active_token = 2 * (4 + 2 * shape.mlp_ratio) * width**2
-    flops = _blocks_flops(plan, width, per_active_token)
+    of_scales = _blocks_flops(plan, width, per_active_token)
     for i, scale in enumerate(plan.scales):
-        flops += scale.count * 2 * width * shape.codebook_size
+        of_scales[i] += scale.count * 2 * width * shape.codebook_size
         if i:  # the first scale starts from the class, not from codes
-            flops += scale.count * 2 * width * shape.code_channels
+            of_scales[i] += scale.count * 2 * width * shape.code_channels
     num_adaln = 1 if shape.shared_adaln else plan.num_blocks
-    flops += 2 * 6 * width**2 * num_adaln + 2 * 2 * width**2
+    of_class = 2 * 6 * width**2 * num_adaln + 2 * 2 * width**2
     expected_codes = 0
     if plan.policy.uses_expected_codes:
         tokens = sum(scale.count for scale in plan.scales if scale.adaptive)
@@ -91,7 +93,8 @@ def transformer_flops(config: ModelConfig, plan: DepthPlan, streams: int) -> flo
         pairs = pairwise(plan.scales)
         tokens = sum(before.count for before, scale in pairs if scale.adaptive)
         spreads = 2 * tokens * shape.codebook_size * (shape.code_channels + 1)
-    return float(streams * flops + expected_codes + spreads)
+    of_streams = streams * of_class + plan.over_streams(of_scales, streams)
+    return float(of_streams + expected_codes + spreads)
 
 
 def decoder_flops(config: TokenizerConfig) -> float:

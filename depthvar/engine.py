@@ -12,7 +12,8 @@ Source: arXiv 2604.17286, steps 3 to 8; the prefix form is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.layers import Attend, turned
+from depthvar.layers import Attend, first_rows, turned
 from depthvar.plan import DepthPlan, Grid, ScalePlan
 
 ConditionT = TypeVar("ConditionT", contravariant=True)
@@ -70,6 +71,15 @@ class KeyValueCache:
         self._values = [torch.empty_like(keys) for keys in self._keys]
         self._filled = [0] * plan.num_blocks
 
+    def first_rows(self, count: int) -> KeyValueCache:
+        """The cache of the first stream rows alone, to go on with: views of this one."""
+        part = copy(self)
+        part._keys, part._values = (
+            [x_GHND[:count] for x_GHND in kept] for kept in (self._keys, self._values)
+        )
+        part._filled = self._filled.copy()
+        return part
+
     def append(self, block: int, k_GHKD: Tensor, v_GHKD: Tensor) -> None:
         """Keep keys and values of some tokens of the current scale."""
         begin = self._filled[block]
@@ -104,6 +114,11 @@ class ScaleTrace:
     change_BT: Tensor
     changes: tuple[Tensor | None, ...]
     slot_of_raster_GT: Tensor
+
+    def first_rows(self, count: int) -> ScaleTrace:
+        """What the first stream rows leave, as views."""
+        changes = tuple(None if change is None else change[:count] for change in self.changes)
+        return replace(first_rows(self, count), changes=changes)
 
 
 def parent_positions(grid: Grid, previous: Grid, device: torch.device) -> Tensor:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConditionT = TypeVar("ConditionT", bound="DataclassInstance")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 _TreeT = TypeVar("_TreeT")
@@ -25,6 +29,12 @@ def tree_of_tensors(cls: type[_TreeT]) -> type[_TreeT]:
     """Let torch walk through the tensors of a dataclass, as through those of a tuple."""
     torch.export.register_dataclass(cls)
     return cls
+
+
+def first_rows(condition: ConditionT, count: int) -> ConditionT:
+    """A dataclass with its tensors, all of which are of stream rows, cut to the first as views."""
+    rows = {name: x[:count] for name, x in vars(condition).items() if isinstance(x, Tensor)}
+    return replace(condition, **rows)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

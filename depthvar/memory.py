@@ -26,9 +26,11 @@ _WIDE = 4
 # norm and two hidden layers.
 _STREAMS_OF_ALL = 2
 _STREAMS_OF_ACTIVE = 2
-# Bytes alive per token and code while logits are guided, which is more than drawing needs: those of
-# two streams, both as weighted, and what is left, in float32.
-_DRAW_BYTES = 5 * 4
+# Alive at once, in units of one float32 per token and code: while logits are guided those of two
+# streams, both as weighted, and what is left; while codes are drawn from all of them (top-k needs
+# less) the logits, as sorted, their places and sums.
+_WHILE_GUIDED = 5.0
+_WHILE_DRAWN = 4.3
 # Feature maps of the highest resolution alive at once in a residual block of the decoder: its
 # input in two layouts, the normed and the activated map, the convolution's input and result.
 _MAPS_IN_A_RES_BLOCK = 6
@@ -189,38 +191,41 @@ def _sampling_bytes(
     config: AnyModel, plan: DepthPlan, batch_size: int, streams: int, size: int
 ) -> int:
     """The widest moment over the scales: their blocks, or the draw of their tokens."""
-    rows, blocks = batch_size * streams, plan.num_blocks
-    branch = rows * config.width * size
-    stream = rows * config.width * max(size, _WIDE)
+    blocks, wide = plan.num_blocks, max(size, _WIDE)
+    vectors = batch_size * streams * config.width
     if isinstance(config, InfinityConfig):
         # Keys and values of the texts, the feature map, a scale's input of it, and all bits.
-        held = 2 * TEXT_TOKENS * blocks * branch
-        held += 2 * batch_size * config.bits * math.prod(config.grids[-1]) * max(size, _WIDE)
+        held = 2 * TEXT_TOKENS * blocks * vectors * size
+        held += 2 * batch_size * config.bits * math.prod(config.grids[-1]) * wide
         held += batch_size * config.bits * config.num_tokens
         hidden = config.mlp_width
-        # Of the queries and keys that are turned in float32: as they were, and turned.
-        turned = 4 * stream
+        turned = 4  # in the stream's precision the queries and keys, as they were and turned
     else:
         held, turned = 0, 0
         hidden = 4 * config.width
+    held += 6 * blocks * vectors * wide  # of AdaLN
     kept = [
         scale.count * sum(plan.keeps_change(i, block) for block in range(blocks))
         for i, scale in enumerate(plan.scales)
     ]
     branches = 1 + 1 + 2 * hidden / config.width
     moments = []
-    for i, scale in enumerate(plan.scales):
-        earlier = kept[i - 1] if i else 0
+    logits = earlier = 0.0
+    for i, (scale, running) in enumerate(zip(plan.scales, plan.streams(streams), strict=True)):
+        branch, stream = (batch_size * running * config.width * each for each in (size, wide))
+        held_over = earlier + (logits if plan.keeps_difference(i - 1) else 0)
         active = max(scale.prefix)
         tokens = _STREAMS_OF_ALL * scale.count + _STREAMS_OF_ACTIVE * active
-        block = (tokens + earlier + kept[i]) * stream + active * round(branches * branch)
-        attention = (_STREAMS_OF_ALL * scale.count + active + earlier + kept[i]) * stream
-        attention += active * (3 * branch + turned)
-        draw = _DRAW_BYTES * batch_size * scale.count * config.num_logits
-        moments += [block, draw + (kept[i] + 2 * scale.count) * stream]
-        moments += [attention] if turned else []
-    modulation = 6 * blocks * stream
-    return held + modulation + max(moments)
+        block = (tokens + kept[i]) * stream + active * round(branches * branch)
+        attention = (_STREAMS_OF_ALL * scale.count + active + kept[i]) * stream
+        attention += active * (3 * branch + turned * stream)
+        logits = float(_WIDE * batch_size * scale.count * config.num_logits)
+        draw = (_WHILE_DRAWN + plan.keeps_difference(i)) * logits
+        draw = draw if running == 1 else max(draw, _WHILE_GUIDED * logits)
+        moments += [held_over + block, draw + (kept[i] + 2 * scale.count) * stream]
+        moments += [held_over + attention] if turned else []
+        earlier = float(kept[i] * stream)
+    return held + round(max(moments))
 
 
 def _decoding_bytes(shape: DecoderShape, image_size: Grid, batch_size: int, size: int) -> int:

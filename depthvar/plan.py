@@ -149,12 +149,17 @@ class DepthPlan:
                 f"reference scale is {reference}, wanted 0 to {len(grids) - 1} "
                 f"(the model has {len(grids)} scales): check --reference-scale"
             )
+        sampled = grids[: len(grids) - skipped]
+        if policy.guided_scales is not None and not 1 <= policy.guided_scales <= len(sampled):
+            raise InputError(
+                f"policy guided_scales is {policy.guided_scales}, wanted 1 to {len(sampled)}, the "
+                "scales that the model samples: correct it"
+            )
         if policy.min_depth > num_blocks:
             raise InputError(
                 f"policy min_depth is {policy.min_depth}, the model has {num_blocks} blocks: "
                 "lower it"
             )
-        sampled = grids[: len(grids) - skipped]
         adaptive = 0 if reference is None else max(0, len(sampled) - reference - 1)
         if len(policy.mean_depths) > adaptive:
             raise InputError(
@@ -172,7 +177,7 @@ class DepthPlan:
 
     @cached_property
     def token_layers(self) -> int:
-        """Blocks run, summed over all tokens of an image, for one stream."""
+        """Blocks run, summed over all tokens of an image, for the conditional stream."""
         return sum(scale.token_layers for scale in self.scales)
 
     @cached_property
@@ -185,6 +190,37 @@ class DepthPlan:
         """Mean number of blocks a token runs, for every scale of the model; 0 where skipped."""
         depths = [scale.token_layers / scale.count for scale in self.scales]
         return tuple(depths + [0.0] * (len(self.grids) - len(depths)))
+
+    def streams(self, at_first: int) -> tuple[int, ...]:
+        """Streams that run at every sampled scale, of samplers that begin with some.
+
+        `InputError` where the policy stops a stream that does not run.
+        """
+        guided = self.policy.guided_scales
+        if guided is None:
+            return (at_first,) * len(self.scales)
+        if at_first == 1:
+            raise InputError(
+                f"policy guided_scales is {guided} and guidance is off (cfg): leave guided_scales "
+                "out, or raise cfg"
+            )
+        return tuple(at_first if i < guided else 1 for i in range(len(self.scales)))
+
+    def over_streams(self, of_scales: Sequence[int], streams: int) -> int:
+        """What every scale takes for one stream, summed over those that run there."""
+        return sum(n * each for n, each in zip(self.streams(streams), of_scales, strict=True))
+
+    def share(self, streams: int) -> float:
+        """Token-layers of all streams that run, as a share of those of full depth."""
+        run = self.over_streams([scale.token_layers for scale in self.scales], streams)
+        return run / (streams * self.full_token_layers)
+
+    def keeps_difference(self, scale: int) -> bool:
+        """Whether a scale has a difference of the streams' logits that is, or was, taken over."""
+        guided = self.policy.guided_scales
+        if guided is None or guided == len(self.scales) or not self.policy.kept_guidance:
+            return False
+        return scale >= guided - 1
 
     def keeps_change(self, scale: int, block: int) -> bool:
         """Whether the next scale takes the change that this one's tokens make at a block."""

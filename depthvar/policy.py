@@ -31,6 +31,11 @@ class DepthPolicy(PolicyKnobs):
     proxy: what a skipped token takes at a block: nothing, the previous scale's change (P), that
         change after a least-squares fit, or, at the end, the previous scale's output (FastVAR).
     skip_last_scales: scales at the end that are not sampled at all.
+    guided_scales: scales at the beginning that run the unconditional stream of guidance; later ones
+        run the conditional stream alone. None: all.
+    kept_guidance: what stands in for the difference of the two streams' logits at a later scale:
+        this share, in [0, 1], of that of the scale before at the token that covers a token. It
+        falls from scale to scale unless it is 1; 0 drops guidance.
     """
 
     preset: str = "full"
@@ -39,6 +44,8 @@ class DepthPolicy(PolicyKnobs):
     kept_depth: float = 1.0
     proxy: Proxy = "none"
     skip_last_scales: int = 0
+    guided_scales: int | None = None
+    kept_guidance: float = 0.0
 
     def __post_init__(self) -> None:
         for mistake in self.mistakes():
@@ -51,6 +58,13 @@ class DepthPolicy(PolicyKnobs):
             yield f"kept_depth is {self.kept_depth}, wanted 0 < x <= 1: correct it"
         if self.skip_last_scales < 0:
             yield f"skip_last_scales is {self.skip_last_scales}, wanted >= 0: correct it"
+        if not 0.0 <= self.kept_guidance <= 1.0:
+            yield f"kept_guidance is {self.kept_guidance}, wanted 0..1: correct it"
+        if self.kept_guidance and self.guided_scales is None:
+            yield (
+                f"kept_guidance is {self.kept_guidance} and every scale is guided: give "
+                "guided_scales, or leave it out"
+            )
         if self.schedule != "step" and (self.kept_depth < 1.0 or self.proxy == "output"):
             what = "proxy 'output'" if self.proxy == "output" else f"kept_depth {self.kept_depth}"
             yield f"{what} with schedule {self.schedule!r}, which prunes nothing: leave it out"
@@ -72,7 +86,11 @@ class DepthPolicy(PolicyKnobs):
         return self.blending in ("mean", "pruned")
 
 
-_FORMERLY: Mapping[str, object] = {"mean_depths": ()}
+_FORMERLY: Mapping[str, object] = {
+    "mean_depths": (),
+    "guided_scales": None,
+    "kept_guidance": 0.0,
+}
 _PRUNING = DepthPolicy(
     "hard-pruning", reference_scale=4, schedule="step", ranking="distance", proxy="output"
 )
@@ -124,7 +142,14 @@ DEFAULT_PRESET = "depthvar"
 """What the jobs use unless they are told another; the README says why."""
 TEXT_PRESET = "depthvar-paper"
 """The same for text models: what the paper measured on Infinity. Here nothing was."""
-OPTIONS = ("blending", "kept_depth", "proxy", "skip_last_scales")
+OPTIONS = (
+    "blending",
+    "guided_scales",
+    "kept_depth",
+    "kept_guidance",
+    "proxy",
+    "skip_last_scales",
+)
 """The fields that `--policy-options` may change; a study may change any."""
 
 

@@ -53,6 +53,10 @@ class Backbone(engine.Backbone[ConditionT], Protocol[ConditionT]):
         """The same condition in one of a few shapes, whatever it was made of."""
         ...
 
+    def first_rows(self, condition: ConditionT, count: int) -> ConditionT:
+        """The condition of the first rows alone."""
+        ...
+
     def embed(self, scale: int, codes_GTZ: Tensor | None, condition: ConditionT) -> Tensor:
         """Input of a scale (G, T, C), at least float32; at scale 0 there are no codes yet."""
         ...
@@ -148,6 +152,7 @@ class BatchState:
     """A batch on its way through the scales: what those drawn so far leave for the next.
 
     signal_BT: what the next scale's tokens are ranked by, if the drawn distributions tell it.
+    difference_BTV: conditional less unconditional logits, once later scales take them over.
     """
 
     condition: Any
@@ -155,6 +160,7 @@ class BatchState:
     feature_map_BZHW: Tensor
     trace: ScaleTrace | None = None
     signal_BT: Tensor | None = None
+    difference_BTV: Tensor | None = None
     tokens: list[Tensor] = field(default_factory=list)
     changes: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
@@ -185,6 +191,7 @@ class Sampler:
         self.plan = DepthPlan.build(model.config.grids, model.config.num_blocks, policy)
         self.settings = settings
         self.cost = image_cost(model.config, self.plan, streams=settings.streams)
+        self._streams = self.plan.streams(settings.streams)
         self._model = model
         self._backbone: Backbone[Any] = model.transformer
         self._codec: Codec[Any] = model.tokenizer.quantize
@@ -350,16 +357,18 @@ class Sampler:
         backbone, codec = self._backbone, self._codec
         i, policy = len(state.tokens), self.plan.policy
         here = self._places(i)
+        if i and self._streams[i] < self._streams[i - 1]:
+            self._leave_unconditional(state)
         # Every scale after the first starts from the feature map at its own size.
         codes_BTZ = codec.input_of_scale(i, state.feature_map_BZHW) if i else None
-        x_GTC = backbone.embed(i, self._for_streams(codes_BTZ), state.condition)
+        x_GTC = backbone.embed(i, self._for_streams(i, codes_BTZ), state.condition)
         given_BT = ranking_BN[:, here]
         if state.signal_BT is not None:
             given_BT = self._engine.upsample(i, state.signal_BT)
         trace = self._engine.run_scale(
             i, x_GTC, state.condition, state.cache, state.trace, given_BT
         )
-        logits_BTV = self._guided(i, backbone.logits(trace.hidden_GTC, state.condition))
+        logits_BTV = self._guided(state, backbone.logits(trace.hidden_GTC, state.condition))
         draws = slice(here.start * codec.draws_per_token, here.stop * codec.draws_per_token)
         drawn = codec.draw(logits_BTV, uniforms_BN[:, draws], self.settings)
         if on_scale:
@@ -430,18 +439,32 @@ class Sampler:
     def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(values).to(self._model.device)
 
-    def _for_streams(self, codes_BTZ: Tensor | None) -> Tensor | None:
+    def _for_streams(self, scale: int, codes_BTZ: Tensor | None) -> Tensor | None:
         if codes_BTZ is None:
             return None
-        return codes_BTZ.to(self._model.dtype).repeat(self.settings.streams, 1, 1)
+        return codes_BTZ.to(self._model.dtype).repeat(self._streams[scale], 1, 1)
 
-    def _guided(self, scale: int, logits_GTV: Tensor) -> Tensor:
-        settings = self.settings
+    def _leave_unconditional(self, state: BatchState) -> None:
+        """Go on with the conditional stream, whose rows come first."""
+        batch = len(state.feature_map_BZHW)
+        assert state.trace is not None
+        state.condition = self._backbone.first_rows(state.condition, batch)
+        state.cache, state.trace = state.cache.first_rows(batch), state.trace.first_rows(batch)
+
+    def _guided(self, state: BatchState, logits_GTV: Tensor) -> Tensor:
+        """The logits to draw from; the state keeps the difference that the next scale takes."""
+        scale, settings = len(state.tokens), self.settings
+        strength = settings.strength(scale, len(self.config.grids))
         logits_BTV = logits_GTV
-        if settings.streams == 2:
-            strength = settings.strength(scale, len(self.config.grids))
+        if self._streams[scale] == 2:
             conditional_BTV, unconditional_BTV = logits_GTV.chunk(2)
             logits_BTV = (1 + strength) * conditional_BTV - strength * unconditional_BTV
+            if self.plan.keeps_difference(scale):
+                state.difference_BTV = conditional_BTV - unconditional_BTV
+        elif state.difference_BTV is not None:
+            state.difference_BTV = self._engine.upsample(scale, state.difference_BTV)
+            state.difference_BTV *= self.plan.policy.kept_guidance
+            logits_BTV = torch.add(logits_GTV, state.difference_BTV, alpha=strength)
         return logits_BTV if settings.temperature == 1.0 else logits_BTV / settings.temperature
 
     def new_cache(self, batch: int) -> KeyValueCache:

@@ -9,7 +9,9 @@ published method leaves room, this follows the documented meaning of the policy'
   centre, the later one when the centre lies on a border;
 - the rotation moves percentiles by a whole number of tokens, the nearest, and by nothing at the
   first adaptive scale;
-- compensation multiplies what a block adds to a token, both of its branches together.
+- compensation multiplies what a block adds to a token, both of its branches together;
+- after the guided scales the unconditional stream is computed like all else, and nothing looks at
+  it: neither the ranking, nor what is recorded, nor the logits.
 
 Shape legend: G streams of one sample (conditional, then unconditional), T tokens of a scale, M
 tokens so far, C width, H heads, D head channels, V codes, Z code channels, N tokens of an image.
@@ -187,10 +189,9 @@ class ScaleResult:
     depths: list[list[int]]
     active: list[list[list[bool]]]
 
-    @property
-    def change_T(self) -> Tensor:  # noqa: N802 - the suffix is the shape
-        """Summed over the streams."""
-        return self.change_GT.sum(0)
+    def seen(self, streams: int | None) -> tuple[Tensor, Tensor]:
+        """Output of the first streams (all: None), and their change, summed: (G, T, C), (T,)."""
+        return self.hidden_GTC[:streams], self.change_GT[:streams].sum(0)
 
 
 @dataclass
@@ -203,6 +204,7 @@ class DenseDepth:
     policy: DepthPolicy
     slope_SLC: Tensor | None = None
     offset_SLC: Tensor | None = None
+    streams_seen: int | None = None  # all
     memory: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     scales: list[ScaleResult] = field(default_factory=list)
 
@@ -251,7 +253,7 @@ class DenseDepth:
             [float(depth > 0) for depth in depths_T] if policy.blending == "pruned" else scores_T
             for scores_T, depths_T in zip(scores, depths, strict=True)
         ]
-        weights_T = torch.tensor(weights, dtype=x_GTC.dtype).mean(0)
+        weights_T = torch.tensor(weights[: self.streams_seen], dtype=x_GTC.dtype).mean(0)
         if policy.blending == "none":
             weights_T = torch.ones_like(weights_T)
         result = ScaleResult(grid, x_GTC, changes, change_GT, weights_T, list(depths), masks)
@@ -269,7 +271,7 @@ class DenseDepth:
         else:
             return [given_T] * streams
         if not self.policy.separate_ranking:
-            own_GT = own_GT.sum(0, keepdim=True).expand(streams, -1)
+            own_GT = own_GT[: self.streams_seen].sum(0, keepdim=True).expand(streams, -1)
         return own_GT.tolist()
 
     def remember(
@@ -555,12 +557,19 @@ def _sample_one(
             given_T = [
                 signal[cover] for cover in covering_token(*squares((side, config.sides[i - 1])))
             ]
+        is_guided = policy.guided_scales is None or i < policy.guided_scales
+        dense.streams_seen = None if is_guided else 1
         result = dense.run_scale(x_GTC, given_T)
         logits_GTV = blocks.logits(result.hidden_GTC)
         logits_TV = logits_GTV[0]
         if settings.cfg > 0:
             t = settings.cfg * i / (len(config.sides) - 1)
-            logits_TV = (1 + t) * logits_GTV[0] - t * logits_GTV[1]
+            if is_guided:
+                difference_TV = logits_GTV[0] - logits_GTV[1]
+            else:
+                cover = covering_token(*squares((side, config.sides[i - 1])))
+                difference_TV = policy.kept_guidance * difference_TV[cover]
+            logits_TV = logits_GTV[0] + t * difference_TV
         draws = [
             draw(logits_V, uniform, settings)
             for logits_V, uniform in zip(logits_TV.tolist(), uniforms_N[begin:end], strict=True)
@@ -574,14 +583,15 @@ def _sample_one(
             codes_TZ = weight_T1 * codes_TZ + (1 - weight_T1) * (probs_TV @ codebook_VZ)
         added_BZHW = published.feature_of_codes(tokenizer, config.tokenizer, i, codes_TZ[None])
         f_hat_ZHW = f_hat_ZHW + added_BZHW[0]
+        hidden_GTC, change_T = result.seen(dense.streams_seen)
         scales.append(
             SampledScale(
-                result.hidden_GTC,
+                hidden_GTC,
                 logits_TV[None],
                 torch.tensor([[d.code for d in draws]]),
                 torch.tensor([[d.log_prob for d in draws]], dtype=logits_TV.dtype),
-                result.change_T[None],
-                result.depths,
+                change_T[None],
+                result.depths[: dense.streams_seen],
             )
         )
         begin = end

@@ -299,11 +299,18 @@ def sample(
             ]
             signal = torch.tensor(signals, dtype=torch.float32).tolist()
             given_T = [signal[cover] for cover in covering_token(grid, grids[i - 1])]
+        is_guided = policy.guided_scales is None or i < policy.guided_scales
+        dense.streams_seen = None if is_guided else 1
         result = dense.run_scale(blocks.embed(codes_TZ), given_T)
         logits_GTV = blocks.logits(result.hidden_GTC)
         logits_TV = logits_GTV[0]
         if settings.cfg != 1:
-            logits_TV = settings.cfg * logits_GTV[0] + (1 - settings.cfg) * logits_GTV[1]
+            if is_guided:
+                difference_TV = logits_GTV[0] - logits_GTV[1]
+            else:
+                difference_TV = difference_TV[covering_token(grid, grids[i - 1])]
+                difference_TV = difference_TV * policy.kept_guidance
+            logits_TV = logits_GTV[0] + (settings.cfg - 1) * difference_TV
         logits_TV = logits_TV / settings.temperature
         numbers = uniforms_U[begin * config.bits : (begin + count) * config.bits]
         drawn = [
@@ -323,13 +330,14 @@ def sample(
         if policy.blending in ("mean", "pruned"):
             codes = weight_T1 * codes + (1 - weight_T1) * expected
         f_hat_ZHW = f_hat_ZHW + resize(to_map(codes * magnitude, grid, patch), full)
+        hidden_GTC, change_T = result.seen(dense.streams_seen)
         scales.append(
             SampledScale(
-                result.hidden_GTC,
+                hidden_GTC,
                 logits_TV,
                 bits_TZ,
                 [math.fsum(log for _, log, _ in of_token) for of_token in drawn],
-                result.change_T,
+                change_T,
             )
         )
         begin += count

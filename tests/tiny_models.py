@@ -156,6 +156,8 @@ POLICY_VALUES: dict[str, tuple[Any, ...]] = {
     "dither": (False, True),
     "min_depth": (0, 1),
     "skip_last_scales": (0, 1),
+    "guided_scales": (None, 1, 3),
+    "kept_guidance": (0.0, 0.7),
 }
 
 
@@ -180,6 +182,8 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
             values = {name: chance.choice(POLICY_VALUES[name]) for name in names}
             if values["separate_ranking"] and values["ranking"] not in ("change", "distance"):
                 values["separate_ranking"] = False
+            if values["guided_scales"] is None:
+                values["kept_guidance"] = 0.0
             if values["proxy"] == "output" or values["kept_depth"] < 1.0:
                 values["schedule"] = "step"
             if _policy(values):
@@ -193,6 +197,11 @@ def covering_policies() -> tuple[DepthPolicy, ...]:
         missing -= covered
         chosen.append(_policy(values))
     return tuple(policy for policy in chosen if policy)
+
+
+def without_guidance(policy: DepthPolicy) -> DepthPolicy:
+    """The policy as samplers of one stream can run it."""
+    return replace(policy, guided_scales=None, kept_guidance=0.0)
 
 
 def tiny_policy(preset: str) -> DepthPolicy:
@@ -210,6 +219,7 @@ def label_of(policy: DepthPolicy) -> str:
         f"{policy.ranking}-"
         f"{'apart-' if policy.separate_ranking else ''}"
         f"{policy.proxy}-{policy.blending}-kv_{policy.skipped_keys_values}-{policy.block_order}"
+        f"{f'-guided_{policy.guided_scales}' if policy.guided_scales else ''}"
     )
 
 

@@ -31,6 +31,7 @@ from depthvar.layers import (
     FeedForward,
     HeadNorm,
     at_least_float32,
+    first_rows,
     heads,
     modulated,
     tree_of_tensors,
@@ -345,6 +346,18 @@ class InfinityTransformer(nn.Module):
             return replace(given, text=TextKeys(keys, values, is_text_G11N))
 
         return replace(condition, blocks=tuple(map(of_block, condition.blocks)))
+
+    def first_rows(self, condition: TextCondition, count: int) -> TextCondition:
+        """The condition of the first rows alone, as views."""
+        scale_G1C, shift_G1C = condition.head
+        return replace(
+            first_rows(condition, count),
+            blocks=tuple(
+                replace(first_rows(block, count), text=first_rows(block.text, count))
+                for block in condition.blocks
+            ),
+            head=(scale_G1C[:count], shift_G1C[:count]),
+        )
 
     def rotations(self, scale: int) -> Tensor:
         """Cosines, then sines, of the D / 2 angles of every token of a scale (T, D), float64.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from depthvar.layers import (
     FeedForward,
     HeadNorm,
     at_least_float32,
+    first_rows,
     modulated,
     tree_of_tensors,
     unrounded,
@@ -142,6 +143,15 @@ class Transformer(nn.Module):
     def padded(self, condition: Condition) -> Condition:
         """The condition as it is: all labels are of one length."""
         return condition
+
+    def first_rows(self, condition: Condition, count: int) -> Condition:
+        """The condition of the first rows alone, as views."""
+        scale_G1C, shift_G1C = condition.head
+        return replace(
+            first_rows(condition, count),
+            blocks=tuple(first_rows(block, count) for block in condition.blocks),
+            head=(scale_G1C[:count], shift_G1C[:count]),
+        )
 
     def _positions(self, scale: int) -> Tensor:
         """Position and level embedding of a scale (1, T, C)."""

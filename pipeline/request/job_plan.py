@@ -36,10 +36,11 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class ImageCompute:
-    """What one image costs, guided (both streams): known from the depth plan, equal for all images.
+    """What one image costs: known from the depth plan, equal for all images.
 
-    FLOPs count a multiply-add as two. `depth_per_scale` is the mean number of blocks a token of
-    each scale passes. `full_*` is the same model at full depth.
+    Token-layers are those of the conditional stream, FLOPs those of all streams that run, a
+    multiply-add counted as two. `depth_per_scale` is the mean number of blocks a token of each
+    scale passes. `full_*` is the same model at full depth.
     """
 
     __pydantic_config__ = STRICT

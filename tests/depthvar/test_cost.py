@@ -183,13 +183,22 @@ def counted_of_text(model: LoadedTextModel, policy: DepthPolicy) -> tuple[int, i
     return sampling.total, decoding.total, sampler.cost
 
 
-@pytest.mark.parametrize("preset", ["full", "depthvar", "depthvar-paper", "hard-pruning"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        make_policy("full"),
+        make_policy("depthvar", reference_scale=1),
+        make_policy("depthvar-paper", reference_scale=1),
+        make_policy("hard-pruning", reference_scale=1),
+        make_policy("depthvar-paper", reference_scale=1, guided_scales=2, kept_guidance=0.5),
+    ],
+    ids=label_of,
+)
 @pytest.mark.parametrize("shape", [0, 1])
-def test_a_text_model_runs_exactly_the_operations_of_its_cost(preset, shape):
-    options = {} if preset == "full" else {"reference_scale": 1}
+def test_a_text_model_runs_exactly_the_operations_of_its_cost(policy, shape):
     config = tiny_infinity(shape, max_text_tokens=TEXT_TOKENS)
     model = random_model(config, dtype=torch.float64)
-    sampling, decoding, cost = counted_of_text(model, make_policy(preset, **options))
+    sampling, decoding, cost = counted_of_text(model, policy)
     assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
 
 
@@ -216,6 +225,20 @@ def test_infinity_2b_runs_exactly_the_operations_of_its_cost_at_a_million_pixels
     model = LoadedTextModel(found, *(blank_part(config, part) for part in PARTS), None)
     sampling, decoding, cost = counted_of_text(model, make_policy("full"))
     assert (sampling, decoding) == (cost.transformer_flops, cost.decoder_flops)
+
+
+def test_a_scale_without_the_unconditional_stream_costs_half():
+    config = tiny_model(0).config
+    flops = [
+        transformer_flops(
+            config, DepthPlan.build(config.sides, 5, make_policy("full", **options)), 2
+        )
+        for options in ({}, {"guided_scales": 3}, {"guided_scales": 2})
+    ]
+    per_token = 5 * 2 * (4 + 2 * 2) * 12**2 + 2 * 12 * (29 + 6)
+    attention = [5 * count * 4 * 12 * seen for count, seen in ((25, 39), (9, 14))]
+    assert flops[0] - flops[1] == 25 * per_token + attention[0]
+    assert flops[1] - flops[2] == 9 * per_token + attention[1]
 
 
 def test_one_stream_costs_half_of_two_but_for_the_expected_codes():

@@ -52,11 +52,16 @@ def test_fused_attention_and_resizing_are_one_operation_each():
 
 
 @pytest.mark.parametrize(
-    ("preset", "operations", "operand_bytes"),
-    [("full", 959, 5743190), ("depthvar", 817, 2695850), ("uniform", 761, 2654118)],
+    ("preset", "options", "operations", "operand_bytes"),
+    [
+        ("full", {}, 959, 5743190),
+        ("full", {"guided_scales": 2}, 953, 3637014),
+        ("full", {"guided_scales": 2, "kept_guidance": 0.5}, 960, 3743542),
+        ("depthvar", {"reference_scale": 1}, 817, 2695850),
+        ("uniform", {"reference_scale": 1}, 761, 2654118),
+    ],
 )
-def test_sampling_a_small_model_does_exactly_this_much(preset, operations, operand_bytes):
-    options = {} if preset == "full" else {"reference_scale": 1}
+def test_sampling_a_small_model_does_exactly_this_much(preset, options, operations, operand_bytes):
     work = work_of_batch(tiny_model(0), make_policy(preset, **options), 2)
     assert work.sampling == Work(operations, operand_bytes)
     assert work.decoding == Work(68, 758200)

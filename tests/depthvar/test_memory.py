@@ -38,6 +38,7 @@ POLICIES = (
     make_policy("full"),
     make_policy("uniform", reference_scale=3),
     make_policy("depthvar", reference_scale=3, proxy="raw"),
+    make_policy("depthvar", reference_scale=3, proxy="raw", guided_scales=4, kept_guidance=0.5),
 )
 
 
@@ -89,7 +90,7 @@ def _sampler(
     dtype = getattr(torch, precision)
     found = FoundModel(config, Path("a"), Path("b"), None, ())
     model = assemble(found, transformer, tokenizer, device="cpu", dtype=dtype)
-    return Sampler(model, policy, SamplingSettings(1.5, 100, 0.9))
+    return Sampler(model, policy, SamplingSettings(1.5, 0, 0.9))
 
 
 def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypatch):
@@ -111,7 +112,7 @@ def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypa
     assert peaks[1] == pytest.approx(peaks[0] * 3 / 4, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.preset)
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "uniform", "depthvar", "guided"])
 @pytest.mark.parametrize(("width", "codes"), [(128, 128), (32, 1024)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes, precision):
@@ -133,6 +134,8 @@ def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, code
         ("float32", 32, 128, POLICIES[1]),
         ("bfloat16", 64, 8, POLICIES[2]),
         ("bfloat16", 32, 128, POLICIES[0]),
+        ("float32", 128, 8, POLICIES[3]),
+        ("bfloat16", 32, 128, POLICIES[3]),
     ],
 )
 def test_the_need_of_a_text_model_is_what_it_holds_at_once(precision, width, bits, policy):

@@ -425,7 +425,40 @@ def test_tokens_get_the_reference_s_scores_by_exact_ranks(model_sides, num_block
     assert scores.tolist() == pytest.approx(want, abs=1e-9)
 
 
+def test_the_unconditional_stream_stops_after_the_guided_scales():
+    plan = DepthPlan.build((1, 2, 3, 4), 5, make_policy("full", guided_scales=2))
+    assert plan.streams(2) == (2, 2, 1, 1)
+    assert plan.token_layers == plan.full_token_layers == 150, "of the conditional stream"
+    assert plan.share(2) == (5 + 30) / 60
+    full = DepthPlan.build((1, 2, 3, 4), 5, make_policy("full"))
+    assert (full.streams(2), full.streams(1)) == ((2, 2, 2, 2), (1, 1, 1, 1))
+    assert full.share(2) == full.share(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("guided_scales", "kept_guidance", "scales"),
+    [(2, 0.5, [1, 2, 3]), (4, 0.5, []), (2, 0.0, []), (None, 0.0, [])],
+)
+def test_a_difference_is_kept_from_the_last_guided_scale_on(guided_scales, kept_guidance, scales):
+    policy = make_policy("full", guided_scales=guided_scales, kept_guidance=kept_guidance)
+    plan = DepthPlan.build((1, 2, 3, 4), 5, policy)
+    assert [i for i in range(4) if plan.keeps_difference(i)] == scales
+
+
 # Bad input.
+
+
+@pytest.mark.parametrize("guided_scales", [0, 4])
+def test_guided_scales_that_are_not_sampled_are_refused(guided_scales):
+    policy = make_policy("skip-scales", guided_scales=guided_scales)
+    with pytest.raises(InputError, match=rf"guided_scales is {guided_scales}, wanted 1 to 3, the"):
+        DepthPlan.build((1, 2, 3, 4), 5, policy)
+
+
+def test_stopping_a_stream_of_samplers_that_have_one_is_refused():
+    plan = DepthPlan.build((1, 2, 3, 4), 5, make_policy("full", guided_scales=3))
+    with pytest.raises(InputError, match=r"guided_scales is 3 and guidance is off \(cfg\): leave"):
+        plan.streams(1)
 
 
 def test_a_reference_outside_the_scales_is_refused():

@@ -72,6 +72,9 @@ def test_a_policy_in_a_stored_plan_is_what_it_was():
     assert DepthPolicy(**stored | other).as_stored == stored | other
     later = {"preset": "fastvar", "allocation": "reference", "mean_depths": (0.6, 0.5)}
     assert DepthPolicy(**stored | later).as_stored == stored | later
+    guided = {"guided_scales": 5, "kept_guidance": 0.5}
+    assert make_policy("depthvar", **guided).as_stored == stored | guided
+    assert DepthPolicy(**stored | guided) == make_policy("depthvar", **guided)
 
 
 def test_what_studies_vary_is_no_option_of_the_product():
@@ -114,6 +117,8 @@ def test_a_policy_cannot_be_changed():
         ({"rotation": -0.5}, "policy rotation is -0.5"),
         ({"min_depth": -1}, "policy min_depth is -1"),
         ({"skip_last_scales": -2}, "skip_last_scales is -2, wanted >= 0"),
+        ({"guided_scales": 3, "kept_guidance": 1.5}, "kept_guidance is 1.5, wanted 0..1: correct"),
+        ({"kept_guidance": 0.5}, "kept_guidance is 0.5 and every scale is guided: give guided_sc"),
         ({"proxy": "output"}, "proxy 'output' with schedule 'octaves', which prunes nothing"),
     ],
 )
@@ -123,7 +128,7 @@ def test_what_no_model_could_run_is_refused(options, message):
 
 
 def test_an_unknown_option_names_the_known_ones():
-    known = "blending, kept_depth, proxy, skip_last_scales"
+    known = "blending, guided_scales, kept_depth, kept_guidance, proxy, skip_last_scales"
     with pytest.raises(InputError, match=f"unknown policy option 'depth', wanted some of {known}:"):
         make_policy("depthvar", depth=3)
 

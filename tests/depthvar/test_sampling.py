@@ -37,6 +37,7 @@ from tests.tiny_models import (
     states,
     tiny_model,
     tiny_policy,
+    without_guidance,
 )
 
 LABELS = [1, 4]
@@ -102,7 +103,8 @@ def assert_matches_the_reference(
 def test_every_pair_of_policy_fields_equals_the_dense_reference_in_float64(number):
     shape = number % len(SHAPES)
     assert_matches_the_reference(tiny_model(shape), POLICIES[number], GUIDED)
-    assert_matches_the_reference(tiny_model((shape + 1) % len(SHAPES)), POLICIES[number], UNGUIDED)
+    unguided = without_guidance(POLICIES[number])
+    assert_matches_the_reference(tiny_model((shape + 1) % len(SHAPES)), unguided, UNGUIDED)
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -116,7 +118,10 @@ def test_every_preset_equals_the_dense_reference_in_float64(preset, guided):
 @pytest.mark.parametrize("number", range(len(POLICIES)), ids=IDS)
 def test_float32_draws_the_same_tokens_as_the_reference(number):
     model = tiny_model((number + number // 4) % len(SHAPES), torch.float32)
-    assert_matches_the_reference(model, POLICIES[number], UNGUIDED if number % 3 == 0 else GUIDED)
+    policy, how = POLICIES[number], GUIDED
+    if number % 3 == 0:
+        policy, how = without_guidance(policy), UNGUIDED
+    assert_matches_the_reference(model, policy, how)
 
 
 @given(
@@ -256,6 +261,48 @@ def test_without_guidance_only_the_conditional_stream_runs():
     assert [len(trace.hidden_GTC) for trace in guided.traces] == [4] * 4
 
 
+def test_after_the_guided_scales_only_the_conditional_stream_runs():
+    policy = make_policy("depthvar-paper", reference_scale=1, guided_scales=3)
+    got = run(tiny_model(0), policy, GUIDED)
+    assert [len(trace.hidden_GTC) for trace in got.traces] == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("kept_guidance", [0.0, 0.7])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_guiding_every_scale_gives_the_bits_of_a_policy_that_says_nothing_of_it(
+    preset, kept_guidance
+):
+    model, policy = tiny_model(1, torch.float32), tiny_policy(preset)
+    num_sampled = len(model.config.sides) - policy.skip_last_scales
+    explicit = replace(policy, guided_scales=num_sampled, kept_guidance=kept_guidance)
+    got, want = run(model, explicit, GUIDED), run(model, policy, GUIDED)
+    for got_BTV, want_BTV in zip(got.logits, want.logits, strict=True):
+        assert torch.equal(got_BTV, want_BTV)
+    assert torch.equal(got.sampled.feature_map_BZHW, want.sampled.feature_map_BZHW)
+    assert torch.equal(got.sampled.mean_change_BS, want.sampled.mean_change_BS)
+
+
+def test_scales_after_the_guided_ones_give_the_logits_of_no_guidance_at_the_same_tokens():
+    model, numbers = tiny_model(3), uniforms_for(tiny_model(3), len(LABELS))
+    forced = run(model, make_policy("full"), GUIDED).sampled.tokens
+
+    def logits_of(how: SamplingSettings, **options: float) -> list[Tensor]:
+        logits: list[Tensor] = []
+        Sampler(model, make_policy("full", **options), how).tokens_from_uniforms(
+            torch.tensor(LABELS), *numbers, forced=forced, on_scale=lambda i, x, _: logits.append(x)
+        )
+        return logits
+
+    unguided, guided = logits_of(replace(GUIDED, cfg=0.0)), logits_of(GUIDED)
+    dropped = logits_of(GUIDED, guided_scales=3)
+    kept = logits_of(GUIDED, guided_scales=3, kept_guidance=1.0)
+    for i, dropped_BTV in enumerate(dropped):
+        wanted_BTV = guided[i] if i < 3 else unguided[i]
+        torch.testing.assert_close(dropped_BTV, wanted_BTV, rtol=0, atol=1e-12)
+        if i >= 3:
+            assert (kept[i] - dropped_BTV).abs().max() > 0.1
+
+
 def test_full_depth_through_a_reference_at_the_last_scale_equals_the_full_policy():
     full = run(tiny_model(2), make_policy("full"), GUIDED)
     same = run(tiny_model(2), make_policy("depthvar", reference_scale=3), GUIDED)
@@ -287,9 +334,10 @@ def test_images_are_the_reference_s_pixels_rounded():
         assert len(images.unique()) > 50
 
 
-def test_a_batch_records_what_the_reference_computes():
+@pytest.mark.parametrize("guided_scales", [None, 2])
+def test_a_batch_records_what_the_reference_computes(guided_scales):
     model = tiny_model(1)
-    policy = make_policy("depthvar", reference_scale=1)
+    policy = make_policy("depthvar", reference_scale=1, guided_scales=guided_scales)
     indices = [8, 31]
     batch = Sampler(model, policy, GUIDED)(LABELS, seed=2, indices=indices)
     fit = (model.proxy_fit.slope_SLC, model.proxy_fit.offset_SLC)
@@ -302,7 +350,8 @@ def test_a_batch_records_what_the_reference_computes():
     np.testing.assert_allclose(batch.mean_change_BS, change.numpy(), atol=1e-6)
     np.testing.assert_allclose(batch.mean_log_prob_BS, log_prob.numpy(), atol=1e-6)
     for i in range(len(LABELS)):
-        depths = [depth for scale in want.scales for depth in scale.depths[2 * i]]
+        conditional = [s.depths[i * len(s.depths) // len(LABELS)] for s in want.scales]
+        depths = [depth for depths_T in conditional for depth in depths_T]
         assert batch.depths_BN[i].tolist() == depths
     assert (batch.depths_BN[0] != batch.depths_BN[1]).any()
     pixels = published.decode(states(model)[1], model.config.tokenizer, want.feature_map_BZHW)
@@ -373,6 +422,12 @@ def test_calibrated_proxies_without_a_calibration_are_refused():
 def test_a_reference_scale_outside_the_model_is_refused():
     with pytest.raises(InputError, match="reference scale is 4, wanted 0 to 3"):
         Sampler(tiny_model(0), make_policy("depthvar", reference_scale=4), GUIDED)
+
+
+def test_stopping_a_stream_that_does_not_run_is_refused():
+    policy = make_policy("full", guided_scales=2)
+    with pytest.raises(InputError, match=r"guided_scales is 2 and guidance is off \(cfg\): leave"):
+        Sampler(tiny_model(0), policy, UNGUIDED)
 
 
 def test_the_cost_counts_the_streams_that_run():

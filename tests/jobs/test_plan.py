@@ -96,6 +96,22 @@ def test_a_published_text_model_has_a_policy_a_budget_and_sizes_of_its_own(
     assert f"; {ratio} of the token-layers\n" in text
 
 
+def test_scales_without_guidance_are_an_option_of_every_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    argv = ["--out", str(tmp_path / "out"), "--policy", "full", "--policy-options"]
+    assert plan.main([*argv, "guided_scales=5", "kept_guidance=1"]) == 0
+    assert "transformer 0.874 of 1.32, decoder 0.136; 100.0% of the tok" in capsys.readouterr().out
+    for more, told in (
+        (["guided_scales=8"], "guided_scales is 8, wanted 1 to 7, the scales that the model samp"),
+        (["guided_scales=5", "--cfg=0"], "guided_scales is 5 and guidance is off"),
+    ):
+        with pytest.raises(InputError, match=told):
+            plan.main([*argv, *more])
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan_times_a_worker_and_prices_it_where_it_has_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

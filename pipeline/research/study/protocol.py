@@ -127,7 +127,7 @@ class StudyConfig(JobConfig):
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy at one budget."""
+    """One policy at one budget; `share` is that of the token-layers of full depth."""
 
     section: Section
     method: str
@@ -138,16 +138,12 @@ class Cell:
     num_samples: int
     cas_runs: int
     signals: bool
+    share: float
 
     @property
     def name(self) -> str:
         """Readable and fit for a file name."""
         return re.sub(r"[^a-z0-9.]+", "-", f"{self.section} {self.method} {self.budget}".lower())
-
-    @property
-    def share(self) -> float:
-        """Share of the token-layers of full depth."""
-        return self.depth.token_layers / self.depth.full_token_layers
 
 
 @dataclass(frozen=True)
@@ -210,8 +206,12 @@ class Study:
 
     @property
     def with_losses(self) -> list[Cell]:
-        """The cells whose policies run every scale of a real image."""
-        return [cell for cell in self.cells if not cell.policy.skip_last_scales]
+        """The cells whose policies run every scale of a real image; losses are without guidance."""
+        return [
+            cell
+            for cell in self.cells
+            if not cell.policy.skip_last_scales and cell.policy.guided_scales is None
+        ]
 
     @property
     def trains_features(self) -> bool:
@@ -331,6 +331,7 @@ def _cell(
         num_samples=config.samples if is_method else config.ablation_samples,
         cas_runs=config.cas_runs if is_method else 0,
         signals=budget in method.signals,
+        share=depth.share(model.sampling.streams),
     )
 
 

@@ -16,14 +16,15 @@ from depthvar.sampling import BatchState, Sampler
 def shared_scales(plan: DepthPlan) -> int:
     """How many scales at the beginning of a plan leave what full depth leaves.
 
-    Proxies want the changes of the scale before the first shallow one, and some rankings what its
-    distributions tell: full depth drops both.
+    Proxies want the changes of the scale before the first shallow one, some rankings what its
+    distributions tell, and guidance the difference of the last guided scale: full depth drops all.
     """
     for i, scale in enumerate(plan.scales):
         is_followed = any(following.adaptive for following in plan.scales[i + 1 : i + 2])
         is_told = is_followed and plan.policy.ranks_by_distribution
         is_kept = any(plan.keeps_change(i, block) for block in range(plan.num_blocks))
-        if scale.adaptive or is_kept or is_told:
+        is_last_guided = plan.policy.guided_scales == i + 1
+        if scale.adaptive or is_kept or is_told or is_last_guided:
             return i
     return len(plan.scales)
 

@@ -27,6 +27,7 @@ from tests.tiny_models import (
     text_states,
     tiny_policy,
     tiny_text_model,
+    without_guidance,
 )
 
 POLICIES = covering_policies()
@@ -89,10 +90,12 @@ def assert_matches_the_reference(
 
 @pytest.mark.parametrize("number", range(len(POLICIES)), ids=map(label_of, POLICIES))
 def test_every_policy_equals_the_dense_reference_in_float64(number):
-    how = TEXT_UNGUIDED if number % 4 == 0 else TEXT_GUIDED
+    policy, how = POLICIES[number], TEXT_GUIDED
+    if number % 4 == 0:
+        policy, how = without_guidance(policy), TEXT_UNGUIDED
     # Without a position in them tokens tie in a small map, and rounding would decide who is far.
-    shape = 1 if POLICIES[number].ranking == "distance" else number % 2
-    assert_matches_the_reference(tiny_text_model(shape), POLICIES[number], how)
+    shape = 1 if policy.ranking == "distance" else number % 2
+    assert_matches_the_reference(tiny_text_model(shape), policy, how)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -111,6 +114,16 @@ def test_texts_of_any_length_are_looked_at_whole_and_alone(shape):
     """Beside a longer one, at the longest there may be, and beside one that it shares."""
     model, full = tiny_text_model(shape), make_policy("full")
     assert_matches_the_reference(model, full, TEXT_GUIDED, lengths=(1, 9, 4))
+
+
+@pytest.mark.parametrize("kept_guidance", [0.0, 0.7])
+def test_texts_of_any_length_stay_apart_when_the_unconditional_stream_stops(kept_guidance):
+    policy = make_policy(
+        "depthvar-paper", reference_scale=1, guided_scales=2, kept_guidance=kept_guidance
+    )
+    for dtype in (torch.float64, torch.float32):
+        model = tiny_text_model(1, dtype)
+        assert_matches_the_reference(model, policy, TEXT_GUIDED, lengths=(1, 9, 4))
 
 
 def test_a_text_that_images_share_gives_each_what_it_gives_alone():
@@ -143,6 +156,11 @@ def test_half_precision_keeps_the_stream_and_the_map_in_float32():
     sampled = sampler.tokens(text_states((5, 2)), seed=0, indices=[0, 1])
     assert sampled.feature_map_BZHW.dtype == torch.float32
     assert sampler.decode(sampled.feature_map_BZHW).shape == (2, 24, 16, 3)
+
+
+def test_stopping_a_stream_that_does_not_run_is_refused():
+    with pytest.raises(InputError, match=r"guided_scales is 2 and guidance is off \(cfg\): leave"):
+        Sampler(tiny_text_model(0), make_policy("full", guided_scales=2), TEXT_UNGUIDED)
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (10, 10), (3, 9), (3,)])

@@ -55,6 +55,8 @@ def test_shared_scales_change_no_image_and_no_signal():
         "raw": DepthPolicy(reference_scale=1, schedule="linear", proxy="raw", blending="mean"),
         "entropy": DepthPolicy(reference_scale=1, schedule="octaves", ranking="entropy"),
         "deeper": DepthPolicy(reference_scale=2, ranking="change"),
+        "guided": make_policy("depthvar", reference_scale=2, guided_scales=2, kept_guidance=0.5),
+        "dropped": DepthPolicy(guided_scales=3),
     }
     shared = sample_policies(model, policies, indices=range(5), seed=3, batch_size=2)
     for name, policy in policies.items():
@@ -79,6 +81,7 @@ def test_scales_before_the_first_shallow_token_are_shared_but_those_that_leave_i
         (make_policy("hard-pruning", reference_scale=1), 2),
         (make_policy("depthvar", reference_scale=1), 1),
         (make_policy("depthvar-paper", reference_scale=1), 1),
+        (make_policy("uniform", reference_scale=2, guided_scales=2, kept_guidance=1.0), 1),
     ):
         assert shared_scales(DepthPlan.build(sides, 4, policy)) == count
 

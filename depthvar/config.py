@@ -31,8 +31,6 @@ _SIDES_SCENES = (1, 2, 3, 4, 6, 8, 12)
 _FORMER_SAMPLING: Mapping[str, object] = {"temperature": 1.0, "guidance": "ramp"}
 """How models sample whose `config.json` does not say."""
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-
 
 def _require_sides(sides: tuple[int, ...]) -> None:
     require(

@@ -101,14 +101,31 @@ class _FlagOrPosition(argparse.Action):
 
 def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.ArgumentParser:
     """Build a parser with one kebab-case flag per field; values stay text for pydantic to check."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=prog, usage=_usage(model, prog), description=description, allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as below")
     for name, field in sorted(
         model.model_fields.items(), key=lambda item: not item[1].is_required()
     ):
-        if not any(isinstance(mark, FileOnly) for mark in field.metadata):
+        if not _is_marked(field, FileOnly):
             _add_field(parser, name, field)
     return parser
+
+
+def _is_marked(field: FieldInfo, mark: type) -> bool:
+    return any(isinstance(one, mark) for one in field.metadata)
+
+
+def _usage(model: type[BaseModel], prog: str) -> str:
+    """What may come by position and what must be given; all flags stand below it."""
+    words = [prog]
+    for name, field in model.model_fields.items():
+        if _is_marked(field, Positional):
+            words.append(name.upper() if field.is_required() else f"[{name.upper()}]")
+        elif field.is_required() and not _is_marked(field, FileOnly):
+            words.append(f"{_flag(name)} {_metavar(name, field.annotation, field.metadata)}")
+    return " ".join([*words, "[flags]"])
 
 
 def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
@@ -116,7 +133,7 @@ def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> 
     metavar = _metavar(name, field.annotation, field.metadata)
     text = _help(field).replace("%", "%%")
     kind = typing.get_origin(field.annotation) or field.annotation
-    if any(isinstance(mark, Positional) for mark in field.metadata):
+    if _is_marked(field, Positional):
         parser.add_argument(
             name, nargs="?", action=_FlagOrPosition, metavar=name.upper(), help=text
         )

@@ -223,7 +223,9 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         load("--help")
     assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["usage: generate --out PATH [flags]", ""]
+    text = " ".join(" ".join(lines).split())
     assert all(f"--{flag} " in text for flag in PROMISED_FLAGS.split())
     for name, field in GenerateConfig.model_fields.items():
         assert field.description, name
@@ -231,10 +233,13 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert text.count("(default:") + text.count("(required)") == len(GenerateConfig.model_fields)
 
 
-def test_a_positional_field_may_also_be_a_flag():
+def test_a_positional_field_may_also_be_a_flag(capsys: pytest.CaptureFixture[str]):
     def verify(*argv: str) -> VerifyConfig:
         return load_config(VerifyConfig, argv, prog="verify", description="")
 
+    with pytest.raises(SystemExit):
+        verify("--help")
+    assert capsys.readouterr().out.startswith("usage: verify OUT [flags]\n")
     assert verify("data").out == verify("--out", "data").out == "data"
     assert verify("data", "--deep").deep
     assert not verify("--no-deep", "data").deep

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from depthvar.errors import InputError
 from depthvar.strict_json import read_json
 from depthvar.text.states import Encode
-from depthvar.weights.files import from_hub, sha256_of
+from depthvar.weights.files import from_hub, sha256_of, shards_of
 
 DEFAULT_ENCODER = "google/flan-t5-xl"
 WANTED_ENCODER = (
@@ -146,7 +146,8 @@ def find_encoder(place: str) -> FoundEncoder:
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the encoder's tensors by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weights(folder):
+    index = folder / _INDEX
+    for path in shards_of(index) if index.is_file() else [folder / "model.safetensors"]:
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -157,14 +158,3 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if "shared.weight" in shapes:
         shapes.pop("encoder.embed_tokens.weight", None)  # the same tensor by another name
     return shapes
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index where there is one."""
-    if not (folder / _INDEX).is_file():
-        return [folder / "model.safetensors"]
-    index = read_json(folder / _INDEX)
-    try:
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / _INDEX} is no index of weights: fetch it again") from error

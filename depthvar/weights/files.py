@@ -277,7 +277,7 @@ def shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of safetensors ({error}): fetch it again") from error
+        raise InputError(f"{index} is no index of weights ({error}): fetch it again") from error
     missing = [n for n in names if Path(n).name != n or not index.with_name(n).is_file()]
     if missing or not names:
         raise InputError(

@@ -80,21 +80,17 @@ def _own_name(name: str, place: Path) -> str:
 
 def _find_files(place: Path, folder: Path) -> tuple[WeightsFile, WeightsFile]:
     """The files of the transformer and of the tokenizer, which may be one."""
-    names = weights_among(path.name for path in folder.iterdir())
+    given = read_file(place) if place.is_file() else None
+    if given is not None and not given.find("transformer"):
+        raise given.wrong_part("transformer", "a VAR")
     files: list[WeightsFile] = []
     problems: list[InputError] = []
-    for path in dict.fromkeys(
-        [*([place] if place.is_file() else []), *(folder / n for n in names)]
-    ):
+    for name in weights_among(path.name for path in folder.iterdir()):
         try:
-            files.append(read_file(path))
+            files.append(read_file(folder / name))
         except InputError as error:
-            if path == place:
-                raise
             problems.append(error)
-    if place.is_file() and not files[0].find("transformer"):
-        raise files[0].wrong_part("transformer", "a VAR")
-    transformer = files[0] if place.is_file() else _only(files, "transformer", folder, problems)
+    transformer = given or _only(files, "transformer", folder, problems)
     if transformer.find("tokenizer"):
         return transformer, transformer
     return transformer, _only(files, "tokenizer", folder, problems)

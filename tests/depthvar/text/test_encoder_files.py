@@ -41,6 +41,9 @@ def test_an_encoder_in_parts_is_read_by_its_index(tmp_path: Path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"shared.weight": part}}))
     assert find_encoder(str(folder)).num_parameters == 2 * WIDTH * 80 + 64 * WIDTH + WIDTH
+    (folder / part).rename(folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"names {part}, wanted files beside it: fetch them too"):
+        find_encoder(str(folder))
     index.write_text("[]")
     with pytest.raises(InputError, match=r"index\.json is no index of weights"):
         find_encoder(str(folder))

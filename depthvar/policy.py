@@ -119,11 +119,7 @@ PRESETS: Mapping[str, DepthPolicy] = {
         ),
         replace(_PRUNING, preset="shallow-pruning", kept_depth=0.75, blending="pruned"),
         DepthPolicy(
-            # Published for Infinity at a million pixels: 40% of the tokens are dropped at 32x32 and
-            # half at 40x40, in all blocks but the first 3 and the last 4. There every branch of a
-            # block ranks its own input anew, and fills in its own output at 24x24, averaged over
-            # areas; here the scale's input ranks, once, and a block takes its change at the nearest
-            # place of the scale before, which at 40x40 is 32x32. As many tokens run every block.
+            # As published for Infinity at a million pixels; docs/policies.md tells what differs.
             "fastvar",
             reference_scale=8,
             mean_depths=(0.6, 0.5),

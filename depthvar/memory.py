@@ -68,6 +68,11 @@ class MemoryNeed:
         return self.weights + max(self.cache + self.sampling, self.decoding)
 
     @property
+    def recorded_peak(self) -> int:
+        """The same where batches are recorded: each new shape runs once beside what is recorded."""
+        return self.weights + 2 * (self.peak - self.weights)
+
+    @property
     def process_peak(self) -> int:
         """Most bytes that a worker's process on a CPU is resident with; weights leave no slack."""
         slack = int(HEAP_SLACK * (self.peak - self.weights))
@@ -95,14 +100,18 @@ def largest_batch(
     at_most: int,
     streams: int,
     precision: str,
+    is_recorded: bool = False,
 ) -> int:
-    """The largest batch size up to `at_most` whose peak fits in `room` bytes; 0 if none does."""
+    """The largest batch size up to `at_most` whose peak fits in `room` bytes; 0 if none does.
+
+    `is_recorded`: as of `MemoryNeed.recorded_peak`.
+    """
 
     def peak(batch_size: int) -> int:
         need = memory_need(
             config, plan, batch_size=batch_size, streams=streams, precision=precision
         )
-        return need.peak
+        return need.recorded_peak if is_recorded else need.peak
 
     return bisect_right(range(1, at_most + 1), room, key=peak)
 

@@ -6,7 +6,7 @@ With --calibrate it times a few batches first, in the scratch folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from pipeline.request.job import UNREAD_WEIGHTS, plan_job
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import check_output, read_plan
 from pipeline.run.address import cluster_address
-from pipeline.run.console import depth_plan, memory_warning, say
+from pipeline.run.batch_size import Room, fitted, memory_warning
+from pipeline.run.console import depth_plan, say
 from pipeline.run.forecast import plan_report, plan_warnings, speed_report
 from pipeline.run.schedule import (
     Machine,
@@ -47,19 +48,24 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     storage = Storage.open(config.out)
     if there := None if config.calibrate else read_plan(storage):
         plan = _as_read(plan, there)
-    stored = check_output(storage, plan, extend=config.extend)
+    is_auto = config.batch_size is None
+    stored = check_output(storage, plan, extend=config.extend, any_batch=is_auto)
     records = {} if stored is None else committed_shards(storage, stored)
-    plan = stored or plan
-    print(plan_report(plan, model, depth_plan(plan, model), records, where=str(storage)))
-    for note in notes:
-        print(f"note: {note}")
-    trial = None
-    if config.calibrate and len(records) < plan.num_shards:
-        trial = _try_out(config, plan, sampler_factory)
+    wanted = stored or plan
+
+    def planned(room: Room) -> JobPlan:
+        """The plan for workers with this room; it is shown."""
+        plan, told = fitted(wanted, model, room) if is_auto and stored is None else (wanted, None)
+        print(plan_report(plan, model, depth_plan(plan, model), records, where=str(storage)))
+        for note in (*notes, *([told] if told else [])):
+            print(f"note: {note}")
+        return plan
+
+    if config.calibrate and len(records) < wanted.num_shards:
+        trial = _try_out(config, planned, sampler_factory)
         if trial is None:
             return EXIT_INCOMPLETE
-    workers, room = (trial.workers, trial.room) if trial else _workers_here(config)
-    if trial:
+        plan, workers, room = trial.plan, trial.workers, trial.room
         lines = speed_report(
             plan,
             trial.speed,
@@ -71,8 +77,11 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
             now=datetime.now(),
         )
         print("\n".join(["", *lines]))
+    else:
+        workers, room = _workers_here(config)
+        plan = planned(room)
     warnings = plan_warnings(plan, workers)
-    if warning := memory_warning(plan, model, room):
+    if warning := memory_warning(plan, model, room, is_stored=stored is not None):
         warnings.append(warning)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -88,28 +97,30 @@ def _as_read(plan: JobPlan, there: JobPlan) -> JobPlan:
     return plan
 
 
-def _try_out(config: PlanConfig, plan: JobPlan, sampler_factory: str | None) -> Trial | None:
+def _try_out(
+    config: PlanConfig, planned: Callable[[Room], JobPlan], sampler_factory: str | None
+) -> Trial | None:
     """A worker timed; None, with the reason said, where it can make no batch."""
     from pipeline.run.driver import try_out  # brings torch and Ray
     from pipeline.run.ledger import JobStopped
     from pipeline.run.worker import LOAD_SAMPLER
 
     try:
-        return try_out(config, plan, sampler_factory=sampler_factory or LOAD_SAMPLER)
+        return try_out(config, planned, sampler_factory=sampler_factory or LOAD_SAMPLER)
     except JobStopped as error:
         say(f"error: {error}")
         return None
 
 
-def _workers_here(config: PlanConfig) -> tuple[int | None, int | None]:
-    """How many workers this machine would have, and the bytes for each; None where nobody knows."""
+def _workers_here(config: PlanConfig) -> tuple[int | None, Room]:
+    """How many workers this machine would have, None where nobody knows, and the room of each."""
     if config.workers != 0 and cluster_address(config.address, os.environ) is not None:
-        return config.workers, None
+        return config.workers, Room(None)
     gpus = gpu_memories() if config.device != "cpu" else ()
     machine = Machine(available_cores(), len(gpus), available_memory(), min(gpus, default=None))
     shape = shape_wanted(config, [machine])
     workers = 1 if config.workers == 0 else config.workers or num_slots([machine], shape) or None
-    return workers, worker_room([machine], shape, workers)
+    return workers, Room.of(worker_room([machine], shape, workers), shape, config)
 
 
 if __name__ == "__main__":

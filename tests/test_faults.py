@@ -568,6 +568,35 @@ def test_a_batch_that_does_not_fit_is_said_before_the_plan_is_written(
     assert "no batch size fits" in told[2]
 
 
+def test_a_batch_is_fitted_once_and_stays_with_the_plan_on_any_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Begun with 96 MB for a worker's tensors, gone on with 12 GB, then with 40 MB."""
+    out = tmp_path / "out"
+    wanted = {"batch_size": None, "per_class": 10, "samples_per_shard": 60}
+
+    def with_memory(memory: int, **changes: Any) -> str:
+        monkeypatch.setattr("pipeline.run.cluster.available_memory", lambda: memory)
+        assert run(out, **wanted | changes) == 0
+        return capsys.readouterr().err
+
+    said = with_memory(640 * 10**6)
+    (fit,) = re.findall(r"note: batch size (\d+): 50 would need .* a worker has 96.0 MB", said)
+    plan = read_plan(Storage.open(out))
+    assert plan is not None
+    assert plan.batch_size == int(fit) < 50
+    made, (first, *_) = data_files(out), sorted(out.glob("commits/0*.json"))
+    for memory, is_short in ((16 * 10**9, False), (570 * 10**6, True)):
+        first.unlink()
+        said = with_memory(memory)
+        assert "note: batch size" not in said
+        assert (f"at the plan's batch size, {fit}, a worker needs about" in said) == is_short
+        assert data_files(out) == made
+    first.unlink()
+    with pytest.raises(InputError, match=rf"batch_size: .* has {fit}, this run has 50: resume"):
+        with_memory(16 * 10**9, batch_size=50)
+
+
 # Regenerate
 
 

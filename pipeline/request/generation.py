@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 ImageFormat = Literal["png", "jpg", "webp"]
 Precision = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PNG_LEVEL = 6
+DEFAULT_BATCH_SIZE = 50
 Scalar = bool | int | float | str | None
 _LABELS, _WORDS = ("classes", "labels_file"), ("class_names", "prompts")
 """What says what images show, of a class-conditional and of a text model."""
@@ -184,7 +185,11 @@ class GenerateConfig(ModelRequest):
         False, description="also store how many blocks every token ran, as {key}.depth.npy"
     )
     samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
-    batch_size: int = Field(50, gt=0, description="images sampled at once")
+    batch_size: Annotated[int, Field(gt=0), Metavar("N")] | None = Field(
+        None,
+        description="images sampled at once, a number or auto: part of the plan (default: auto,"
+        f" {DEFAULT_BATCH_SIZE} or as many as fit into a worker's memory)",
+    )
     image_format: ImageFormat = Field("png", description="image encoding")
     png_level: int = Field(
         DEFAULT_PNG_LEVEL,
@@ -228,6 +233,11 @@ class GenerateConfig(ModelRequest):
     contact_sheet: int = Field(
         10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _fitted_batch_size(cls, value: object) -> object:
+        return None if value == "auto" else value
 
     @model_validator(mode="after")
     def _png_level_of_pngs(self) -> GenerateConfig:

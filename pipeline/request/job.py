@@ -28,7 +28,12 @@ from depthvar.policy import (
 from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.classes import parse_classes
-from pipeline.request.generation import GenerateConfig, ModelRequest, Scalar
+from pipeline.request.generation import (
+    DEFAULT_BATCH_SIZE,
+    GenerateConfig,
+    ModelRequest,
+    Scalar,
+)
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment
 from pipeline.request.labels import LabelCounts
 from pipeline.request.labels_file import read_labels_file
@@ -87,7 +92,7 @@ def plan_job(
         precision=config.precision,
         seed=config.seed,
         samples_per_shard=config.samples_per_shard,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
         image_format=config.image_format,
         png_level=config.png_level,
         compute=compute,

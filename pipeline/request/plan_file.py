@@ -6,6 +6,7 @@ appended as a segment.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from depthvar.errors import InputError, advice
@@ -91,20 +92,34 @@ def _read_plan_file(storage: Storage) -> bytes | None:
         ) from error
 
 
-def check_output(storage: Storage, plan: JobPlan, *, extend: bool = False) -> JobPlan | None:
+def check_output(
+    storage: Storage, plan: JobPlan, *, extend: bool = False, any_batch: bool = False
+) -> JobPlan | None:
     """The plan to go on with, or None for a fresh output. Writes nothing.
 
-    With `extend`, a plan that differs only by more samples, or by prompts behind the stored ones,
-    gives the stored one with one segment more. Errors: `InputError` for an output with another
-    plan, a foreign or unwritable output.
+    With `any_batch` the batch size of a stored plan is as good as any. With `extend`, a plan that
+    differs only by more samples, or by prompts behind the stored ones, gives the stored one with a
+    segment more. Errors: `InputError` for an output with another plan, a foreign or unwritable
+    output.
     """
     storage.check_writable()
     stored = read_plan(storage)
-    return None if stored is None else _agreed(storage, stored, plan, extend=extend)
+    if stored is None:
+        return None
+    return _agreed(storage, stored, plan, extend=extend, any_batch=any_batch)
 
 
-def _agreed(storage: Storage, stored: JobPlan, plan: JobPlan, *, extend: bool = False) -> JobPlan:
+def _agreed(
+    storage: Storage,
+    stored: JobPlan,
+    plan: JobPlan,
+    *,
+    extend: bool = False,
+    any_batch: bool = False,
+) -> JobPlan:
     """What a run that wants `plan` goes on with where another is stored; else `InputError`."""
+    if any_batch:
+        plan = replace(plan, batch_size=stored.batch_size)
     differences = stored.difference(plan, str(storage))
     if not differences:
         return stored
@@ -120,18 +135,19 @@ def _agreed(storage: Storage, stored: JobPlan, plan: JobPlan, *, extend: bool = 
     raise InputError(f"{'; '.join(differences)}: {hint}")
 
 
-def open_plan(storage: Storage, plan: JobPlan) -> JobPlan:
+def open_plan(storage: Storage, plan: JobPlan, *, any_batch: bool = False) -> JobPlan:
     """The plan to work by, stored in the output: written by the first run, kept by later ones.
 
-    A plan that continues the stored one takes its place. Errors: as `read_plan`; also `InputError`
-    where plan.json cannot be written, or where another run with another plan started meanwhile.
+    `any_batch` as of `check_output`. A plan that continues the stored one takes its place. Errors:
+    as `read_plan`; also `InputError` where plan.json cannot be written, or where another run with
+    another plan started meanwhile.
     """
     stored = read_plan(storage)
     if stored is None or plan.continues(stored):
         _write_plan(storage, plan, is_new=stored is None)
         stored = read_plan(storage)
         assert stored is not None, "plan.json was written"
-    return _agreed(storage, stored, plan)
+    return _agreed(storage, stored, plan, any_batch=any_batch)
 
 
 def _write_plan(storage: Storage, plan: JobPlan, *, is_new: bool) -> None:

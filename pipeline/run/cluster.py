@@ -12,21 +12,29 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, cast
 
 import grpc
 import ray
 from ray import exceptions as ray_errors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from depthvar.errors import InputError
 from pipeline.run.address import AUTO, ClusterAddress, require_listener, who_answers
 from pipeline.run.console import say
 from pipeline.run.ledger import one_line
-from pipeline.run.schedule import Machine, available_cores, available_memory, gpu_memory
+from pipeline.run.schedule import (
+    Machine,
+    all_gpu_memories,
+    available_cores,
+    available_memory,
+    gpu_memory,
+)
 
 _PROBE_S = 5.0
+_ASK_S = 30.0  # a node starts a process to answer, and may have to install what it runs
 TOKEN_ADVICE = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
 )
@@ -182,18 +190,45 @@ def local_gpus() -> int:
     return found if visible is None else min(found, len(visible))
 
 
-def cluster_machines() -> list[Machine]:
-    """The cluster's nodes that are alive and not draining."""
+def cluster_machines(*, asks_gpus: bool = False) -> list[Machine]:
+    """The cluster's nodes that are alive and not draining.
+
+    With `asks_gpus` those with GPUs are asked how much memory these have, which takes seconds.
+    """
     draining = draining_nodes()
+    nodes = [n for n in _nodes() if n["Alive"] and n["NodeID"] not in draining]
+    told: Mapping[str, int] = {}
+    if asks_gpus:
+        told = _gpu_memory_of([n["NodeID"] for n in nodes if n["Resources"].get("GPU")])
     return [
         Machine(
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
             memory=int(sum(node["Resources"].get(name, 0) for name in _MEMORY_RESOURCES)) or None,
+            gpu_memory=told.get(node["NodeID"]),
         )
-        for node in _nodes()
-        if node["Alive"] and node["NodeID"] not in draining
+        for node in nodes
     ]
+
+
+def _gpu_memory_of(node_ids: Sequence[str]) -> dict[str, int]:
+    """Bytes of the smallest GPU of each node that tells them in time, by its id."""
+    if not node_ids:
+        return {}
+    task: Any = ray.remote(num_cpus=0, max_calls=1)(all_gpu_memories)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(i, soft=False)).remote(): i
+        for i in node_ids
+    }
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ASK_S)
+    for answer in late:
+        ray.cancel(answer)
+    told = {}
+    for answer in ready:
+        with contextlib.suppress(ray_errors.RayError):
+            if memories := ray.get(answer):
+                told[asked[answer]] = min(memories)
+    return told
 
 
 def is_placed(actor: Any) -> bool:

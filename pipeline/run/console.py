@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from depthvar.config import AnyModel
 from depthvar.host.rate import rate_text
-from depthvar.memory import largest_batch, memory_need
 from depthvar.plan import DepthPlan
 from pipeline.dataset.report.progress import stage_seconds
 from pipeline.request.job_plan import JobPlan
@@ -148,27 +147,6 @@ def run_summary(num_images: int, making_s: float, loading_s: float, workers: Seq
 def depth_plan(plan: JobPlan, model: AnyModel) -> DepthPlan:
     """How many blocks each token of the plan's images runs."""
     return DepthPlan.build(model.grids, model.num_blocks, plan.runnable_policy)
-
-
-def memory_warning(plan: JobPlan, model: AnyModel, room: int | None) -> str | None:
-    """What to change if a batch does not fit into the bytes a worker has; None where it fits.
-
-    `room` is None where nobody knows how much a worker has.
-    """
-    batch = min(plan.batch_size, plan.samples_per_shard)
-    depth = depth_plan(plan, model)
-    streams, precision = plan.sampling.streams, plan.precision
-    need = memory_need(model, depth, batch_size=batch, streams=streams, precision=precision)
-    if room is None or need.peak <= room:
-        return None
-    fitting = largest_batch(model, depth, room, at_most=batch, streams=streams, precision=precision)
-    advice = f"--batch-size {fitting} fits" if fitting else "no batch size fits"
-    return (
-        f"at --batch-size {batch} a worker needs about {human_bytes(need.peak)} of memory and has"
-        f" {human_bytes(room)}: {advice}, fewer --workers on CPUs leave more for each; the batch"
-        " size is part of the plan, for the last bit of an image may depend on it: choose it before"
-        " the first shard"
-    )
 
 
 def missing_summary(

@@ -23,6 +23,7 @@ from pipeline.request.job import plan_job
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import check_output, open_plan
 from pipeline.run.address import cluster_address
+from pipeline.run.batch_size import Room, fitted, memory_warning
 from pipeline.run.cluster import (
     autoscaler_limit,
     cluster_machines,
@@ -34,7 +35,6 @@ from pipeline.run.cluster import (
 from pipeline.run.console import (
     class_line,
     dataset_summary,
-    memory_warning,
     missing_summary,
     run_summary,
     say,
@@ -47,6 +47,7 @@ from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set
 from pipeline.run.progress import ProgressDisplay, PromptTally
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker, on_a_worker
 from pipeline.run.schedule import (
+    Machine,
     ShardQueue,
     WorkerShape,
     num_slots,
@@ -79,7 +80,8 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
     notes: list[str] = []
     plan, model = plan_job(config, note=notes.append)
     storage = Storage.open(config.out)
-    stored = check_output(storage, plan, extend=config.extend)
+    is_auto = config.batch_size is None
+    stored = check_output(storage, plan, extend=config.extend, any_batch=is_auto)
     plan = stored or plan
     done = {} if stored is None else committed_shards(storage, plan)
     if len(done) == plan.num_shards:
@@ -96,9 +98,12 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
     with StopSignals() as stop:
         with _crew(config, storage, place, stop) as crew:
             stop.install()
-            if warning := memory_warning(plan, model, crew.room):
+            if is_auto and stored is None:
+                plan, told = fitted(plan, model, crew.room)
+                notes += [told] if told else []
+            if warning := memory_warning(plan, model, crew.room, is_stored=stored is not None):
                 say(f"warning: {warning}")
-            plan = open_plan(storage, plan)
+            plan = open_plan(storage, plan, any_batch=is_auto)
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             run = None
             with crew.session():
@@ -144,12 +149,12 @@ def _absolute(place: str | os.PathLike[str] | None) -> str | None:
 class _Crew:
     """Who makes the shards and encodes the prompts before, both within `session`.
 
-    `room`: the bytes that one worker may take, None if nobody knows.
+    `room`: what one worker has for a batch.
     """
 
     make: Make
     encode: Encode
-    room: int | None
+    room: Room
     session: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
@@ -271,7 +276,7 @@ def _crew(
         yield _Crew(
             lambda run: run_in_process(place, run, stop.is_set),
             lambda plan: encode_in_process(plan, place),
-            worker_room([machine], shape, 1),
+            Room.of(worker_room([machine], shape, 1), shape, config),
         )
     elif address is not None:
         found = found_cluster(address)
@@ -302,7 +307,7 @@ def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> 
             yield
 
     make = RayCrew(place, shape, lambda: config.workers or slots, stop.is_set).make
-    room = worker_room([machine], shape, config.workers)
+    room = Room.of(worker_room([machine], shape, config.workers), shape, config)
     return _Crew(make, _encoder(place, shape, stop), room, session)
 
 
@@ -317,7 +322,7 @@ def _cluster_crew(
     config: GenerateConfig, storage: Storage, place: Workplace, stop: StopSignals
 ) -> _Crew:
     """Workers on a cluster, whose nodes may come and go while the job runs."""
-    machines, node_types = cluster_machines(), known_node_types()
+    machines, node_types = _nodes_of_cluster(config)
     shape = shape_wanted(config, [*machines, *(node_types or ())])
     if node_types is not None:
         require_fit(machines, node_types, shape)
@@ -338,29 +343,40 @@ def _cluster_crew(
 
     place = _with_encoders(place, config, shape.num_cpus)
     make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
-    room_of_one = worker_room(machines, shape, config.workers)
+    room_of_one = Room.of(worker_room(machines, shape, config.workers), shape, config)
     return _Crew(make, _encoder(place, shape, stop), room_of_one)
+
+
+def _nodes_of_cluster(config: GenerateConfig) -> tuple[list[Machine], list[Machine] | None]:
+    """The nodes that are there, and the types of those that may join; None where nobody knows."""
+    # A batch size that is given is the user's business: no node is asked what it can hold.
+    asks_gpus = config.batch_size is None and config.device != "cpu"
+    return cluster_machines(asks_gpus=asks_gpus), known_node_types()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One worker tried out: its speed and shape, its encoders, and how many there would be.
+    """One worker tried out on a plan: its speed, shape, encoders and room; `workers` of them."""
 
-    `room`: as of `worker_room`.
-    """
-
+    plan: JobPlan
     speed: Speed
     shape: WorkerShape
     encoders: int
     workers: int
-    room: int | None
+    room: Room
 
 
-def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOAD_SAMPLER) -> Trial:
+def try_out(
+    config: GenerateConfig,
+    planned: Callable[[Room], JobPlan],
+    *,
+    sampler_factory: str = LOAD_SAMPLER,
+) -> Trial:
     """Measure a worker as `generate` would have it, here or on a node of the cluster.
 
-    Raises `InputError` for workers that do not fit and for weights that are not those planned,
-    `JobStopped` where no batch can be made.
+    `planned` gives the plan, told the room of a worker before any is loaded. Raises `InputError`
+    for workers that do not fit and for weights that are not those planned, `JobStopped` where no
+    batch can be made.
     """
     place = _workplace(config, Storage.open(config.out), sampler_factory)
     address = None if config.workers == 0 else cluster_address(config.address, os.environ)
@@ -368,7 +384,7 @@ def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOA
         machines, node_types = [this_machine(with_gpus=config.device != "cpu")], None
         if address is not None:
             session.enter_context(ray_session({"address": found_cluster(address).text}))
-            machines, node_types = cluster_machines(), known_node_types()
+            machines, node_types = _nodes_of_cluster(config)
         shape = shape_wanted(config, [*machines, *(node_types or ())])
         if config.workers == 0:
             shape = replace(shape, num_cpus=int(machines[0].num_cpus))
@@ -379,6 +395,9 @@ def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOA
             require_device(config.device, config.kernels)
         elif node_types is not None:
             require_fit(machines, node_types, shape)
+        workers = 1 if config.workers == 0 else config.workers or max(slots, 1)
+        room = Room.of(worker_room(machines, shape, workers), shape, config)
+        plan = planned(room)
         say(f"timing a few batches on a worker with {shape.each}")
         measure = partial(measure_speed, plan, place)
         try:
@@ -387,5 +406,4 @@ def try_out(config: GenerateConfig, plan: JobPlan, *, sampler_factory: str = LOA
             raise
         except Exception as error:
             raise JobStopped(f"no batch can be made: {one_line(error)}") from error
-    workers = 1 if config.workers == 0 else config.workers or max(slots, 1)
-    return Trial(speed, shape, place.encode_threads, workers, worker_room(machines, shape, workers))
+    return Trial(plan, speed, shape, place.encode_threads, workers, room)

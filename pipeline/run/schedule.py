@@ -317,11 +317,15 @@ def gpu_memory() -> int | None:
 
 def gpu_memories() -> tuple[int, ...]:
     """Bytes of each NVIDIA GPU of this machine that a process may see."""
+    found, visible = all_gpu_memories(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([name for name in visible.split(",") if name])]
+
+
+def all_gpu_memories() -> tuple[int, ...]:
+    """The same of each that the machine has."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        found = tuple(int(line) * 2**20 for line in told.stdout.split())
+        return tuple(int(line) * 2**20 for line in told.stdout.split())
     except (OSError, ValueError, subprocess.SubprocessError):
         return ()
-    return found if visible is None else found[: len([name for name in visible.split(",") if name])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -150,4 +151,26 @@ def test_plan_counts_workers_and_memory_as_generate_would_place_them(
         assert plan.main([*argv, *more]) == 0
         text = capsys.readouterr().out
         assert (f"2 shards for {workers} workers" in text) == (workers > 2)
-        assert ("a worker needs about" in text) == (workers > 8)
+        assert ("note: batch size 1: 50 would need 183.4 MB of memory" in text) == (workers > 8)
+        assert ("no batch size fits" in text) == (workers > 8)
+    assert plan.main([*argv, "--batch-size=50"]) == 0
+    assert "at --batch-size 50 a worker needs about 183.4 MB" in capsys.readouterr().out
+    argv += ["--workers=0", "--calibrate", f"--scratch={tmp_path / 'scratch'}"]
+    monkeypatch.setattr("pipeline.run.cluster.available_memory", lambda: 640 * 10**6)
+    assert plan.main(argv, sampler_factory=FAKE_SAMPLER) == 0
+    text = capsys.readouterr().out
+    (fitting,) = re.findall(r"note: batch size (\d+): 50 would need 183.4 MB of memory, a", text)
+    assert f" per worker at batch {fitting}: " in text
+    assert f" an image, from {3 * int(fitting)} of them\n" in text
+
+
+def test_plan_says_where_nobody_knows_how_much_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    argv = [f"--out={tmp_path / 'out'}", "--address=auto"]
+    assert plan.main(argv) == 0
+    said = "note: batch size 50: the memory of a worker is not known, --batch-size sets another\n"
+    assert said in capsys.readouterr().out
+    assert plan.main([*argv, "--batch-size=50"]) == 0
+    assert "note: batch size" not in capsys.readouterr().out

@@ -63,12 +63,18 @@ def test_a_missing_file_and_an_empty_file(tmp_path: Path):
     assert load("--config", str(empty), "--out", "x").out == "x"
 
 
+def test_a_batch_size_is_a_number_or_auto():
+    assert load("--out", "x").batch_size is None
+    assert load("--out", "x", "--batch-size", "auto").batch_size is None
+    assert load("--out", "x", "--batch-size", "12").batch_size == 12
+
+
 def test_every_mistake_gets_its_own_line_that_says_got_wanted_and_what_to_do():
     lines = refused("--out", "x", "--seed", "-1", "--top-p", "1.5", "--batch-size", "0")
     assert lines == [
         "--seed: got '-1', wanted greater than or equal to 0: change it or leave it out for 0",
         "--top-p: got '1.5', wanted less than or equal to 1: change it or leave it out",
-        "--batch-size: got '0', wanted greater than 0: change it or leave it out for 50",
+        "--batch-size: got '0', wanted greater than 0: change it or leave it out",
     ]
 
 

@@ -43,6 +43,21 @@ def test_another_plan_over_the_same_output_is_refused(storage):
     assert storage.read("plan.json") == before
 
 
+def test_a_run_that_takes_any_batch_size_takes_the_stored_one(storage):
+    stored = open_plan(storage, make_plan(batch_size=3))
+    wanted = make_plan(batch_size=5)
+    with pytest.raises(InputError, match=r"batch_size: .* has 3, this run has 5: resume with"):
+        check_output(storage, wanted)
+    assert check_output(storage, wanted, any_batch=True) == stored
+    assert open_plan(storage, wanted, any_batch=True) == stored, "another run was first"
+    more = make_plan({0: 8, 1: 6, 2: 186}, batch_size=5)
+    extended = check_output(storage, more, extend=True, any_batch=True)
+    assert extended is not None
+    assert (extended.batch_size, extended.num_samples) == (3, 200)
+    with pytest.raises(InputError, match=r"^seed: [^;]*: resume with"):
+        check_output(storage, make_plan(batch_size=5, seed=6), any_batch=True)
+
+
 def test_a_foreign_output_is_refused_and_left_alone(storage):
     storage.publish_bytes(b"mine", "thesis.tex")
     with pytest.raises(InputError, match=r"no plan\.json"):

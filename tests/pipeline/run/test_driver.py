@@ -323,17 +323,19 @@ def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
     address = ray.get_runtime_context().gcs_address
     asked = config(tmp_path / "out", address=address, threads_per_worker=2)
     plan, _ = plan_job(asked)
-    found = driver.try_out(asked, plan, sampler_factory=FAKE_SAMPLER)
+    found = driver.try_out(asked, lambda room: plan, sampler_factory=FAKE_SAMPLER)
     assert (found.shape, found.workers, found.encoders) == (WorkerShape(2, 0), 1, 2)
     assert (found.speed.device, found.speed.threads, found.speed.num_images) == ("cpu", 2, 9)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "scratch").iterdir())
     faults(load_error="no such model")
     with pytest.raises(JobStopped, match="no batch can be made: RuntimeError: no such model"):
-        driver.try_out(asked, plan, sampler_factory=FAKE_SAMPLER)
+        driver.try_out(asked, lambda room: plan, sampler_factory=FAKE_SAMPLER)
     with pytest.raises(InputError, match="a worker takes 3 CPUs"):
         driver.try_out(
-            asked.model_copy(update={"threads_per_worker": 3}), plan, sampler_factory=FAKE_SAMPLER
+            asked.model_copy(update={"threads_per_worker": 3}),
+            lambda room: plan,
+            sampler_factory=FAKE_SAMPLER,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,16 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from depthvar.config import MODELS
 from depthvar.errors import InputError
+from depthvar.memory import CUDA_BYTES, memory_need
+from depthvar.plan import DepthPlan
 from pipeline.request.generation import GenerateConfig
+from pipeline.request.job_plan import JobPlan
 from pipeline.run import ray_crew
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import CommitRecord
+from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
@@ -80,7 +86,11 @@ class Nodes:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     faults = tmp_path_factory.mktemp("faults") / "faults.json"
     set_faults(faults)
+    nvidia_smi = faults.with_name("nvidia-smi")
+    nvidia_smi.write_text("#!/bin/sh\necho 24576\necho 700\n")
+    nvidia_smi.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(nvidia_smi.parent), prepend=os.pathsep)
         patch.setenv(FAULTS_VARIABLE, str(faults))
         patch.setenv("PYTHONPATH", without_torch())
         nodes = Nodes(faults)
@@ -164,6 +174,35 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
         assert "and this process has Ray 2.0.0: install the cluster's version" in refusal()
     monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"ab" * 28})
     assert "a cluster that this machine is no node of" in refusal()
+
+
+def test_a_batch_is_fitted_to_what_the_nodes_tell_of_their_gpus(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nodes.become(ONE_GPU)
+    planned: list[JobPlan] = []
+
+    def refuse(storage: Storage, plan: JobPlan, **_: object) -> JobPlan:
+        planned.append(plan)
+        raise InputError("no plan today")
+
+    monkeypatch.setattr("pipeline.run.driver.open_plan", refuse)
+    asked = {"out": str(tmp_path / "out"), "per_class": 100, "address": nodes.address}
+    for changes in ({}, {"kernels": "plain"}, {"batch_size": 50}):
+        with pytest.raises(InputError, match="no plan today"):
+            generate(GenerateConfig(**asked, **changes), sampler_factory=FAKE_SAMPLER)
+    recorded, plain, given = (plan.batch_size for plan in planned)
+    digits = MODELS["digits"]
+    depth = DepthPlan.build(digits.grids, digits.num_blocks, planned[0].runnable_policy)
+
+    def takes(batch: int, times: int) -> int:
+        need = memory_need(digits, depth, batch_size=batch, streams=2, precision="float32")
+        return need.weights + times * (need.peak - need.weights)
+
+    room = 700 * 2**20 - CUDA_BYTES
+    assert takes(recorded, 2) <= room < takes(recorded + 1, 2)
+    assert room > takes(50, 1)
+    assert (plain, given) == (50, 50)
 
 
 def test_a_job_says_what_it_waits_for_until_there_is_room(

@@ -7,6 +7,7 @@ constants and their order, and runs them again with no line of ours in between.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from depthvar.counting import any_given, blank_model
 from depthvar.errors import InputError
 from depthvar.recording import Outputs, Replay, recorder
 from depthvar.sampling import SampleBatch, Sampler
-from tests.tiny_models import GUIDED, tiny_model, tiny_policy, tiny_text_model
+from tests.tiny_models import GUIDED, label_of, tiny_model, tiny_policy, tiny_text_model
 
 
 class Tape(TorchDispatchMode):
@@ -69,15 +70,19 @@ def assert_same(got: SampleBatch, want: SampleBatch) -> None:
     assert np.array_equal(got.mean_log_prob_BS, want.mean_log_prob_BS)
 
 
-# Between them they rank by changes, distances and spreads, and blend with expected codes.
-POLICIES = ("depthvar", "spread-pruning", "fastvar")
+# Between them they rank by changes, distances and spreads, blend with expected codes, and stop the
+# unconditional stream.
+POLICIES = (
+    *map(tiny_policy, ("depthvar", "spread-pruning", "fastvar")),
+    replace(tiny_policy("depthvar-paper"), guided_scales=2, kept_guidance=0.5),
+)
 
 
-@pytest.mark.parametrize("preset", POLICIES)
-def test_a_recorded_batch_makes_the_same_bits_of_every_other_batch(preset):
+@pytest.mark.parametrize("policy", POLICIES, ids=label_of)
+def test_a_recorded_batch_makes_the_same_bits_of_every_other_batch(policy):
     model, tapes = tiny_model(0, torch.float32), Tapes()
-    plain = Sampler(model, tiny_policy(preset), GUIDED)
-    recorded = Sampler(model, tiny_policy(preset), GUIDED, record=tapes)
+    plain = Sampler(model, policy, GUIDED)
+    recorded = Sampler(model, policy, GUIDED, record=tapes)
     for labels, seed, begin in (([1, 4], 3, 0), ([0, 2], 8, 10), ([3, 3], 8, 12)):
         indices = range(begin, begin + 2)
         assert_same(
@@ -133,8 +138,8 @@ class NoHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_text_model])
-@pytest.mark.parametrize("preset", POLICIES)
-def test_what_is_recorded_never_meets_the_host(preset, make):
+@pytest.mark.parametrize("policy", POLICIES, ids=label_of)
+def test_what_is_recorded_never_meets_the_host(policy, make):
     """On tensors without values nothing can be decided by one either."""
     model = blank_model(make(0).config, dtype=torch.float32)
 
@@ -143,7 +148,7 @@ def test_what_is_recorded_never_meets_the_host(preset, make):
             outputs = function(*inputs)
         return lambda: outputs
 
-    sampler = Sampler(model, tiny_policy(preset), model.config.sampling, record=record)
+    sampler = Sampler(model, policy, model.config.sampling, record=record)
     with torch.inference_mode():
         numbers = (numbers.to("meta") for numbers in sampler._numbers(0, [0, 1]))
         given = sampler._condition(any_given(model.config, 2, model.device))

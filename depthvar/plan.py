@@ -216,7 +216,7 @@ class DepthPlan:
         return run / (streams * self.full_token_layers)
 
     def keeps_difference(self, scale: int) -> bool:
-        """Whether a scale has a difference of the streams' logits that is, or was, taken over."""
+        """Whether a scale ends with a difference of logits: the last guided one and later ones."""
         guided = self.policy.guided_scales
         if guided is None or guided == len(self.scales) or not self.policy.kept_guidance:
             return False

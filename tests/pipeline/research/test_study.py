@@ -288,7 +288,7 @@ def test_names_and_options_of_a_study_are_what_stands_in_its_file(tmp_path: Path
         load_config(StudyConfig, argv, prog="study", description="")
 
 
-@pytest.mark.parametrize("name", ["study", "study_other_seeds", "study_scenes"])
+@pytest.mark.parametrize("name", ["study", "study_other_seeds", "study_guidance", "study_scenes"])
 def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
     """With budgets that are what they are called."""
     file = Path(__file__).parents[3] / "jobs" / f"{name}.yaml"
@@ -297,8 +297,9 @@ def test_a_study_in_the_repository_resolves(tmp_path: Path, name: str):
         argv += ["--model", str(write_scenes_model(tmp_path / "model"))]
     study = resolve_study(load_config(StudyConfig, argv, prog="study", description=""))
     for cell in study.cells:
-        share = cell.depth.token_layers / cell.depth.full_token_layers
-        assert share == pytest.approx(1 / float(cell.budget.rstrip("x")), rel=0.15), cell.name
+        assert cell.share == pytest.approx(1 / float(cell.budget.rstrip("x")), rel=0.15), cell.name
+    for cell in study.with_losses:
+        assert cell.depth.streams(1), "losses are of one stream, which all of them run"
 
 
 @pytest.mark.usefixtures("few_real_images")

@@ -23,6 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 _TreeT = TypeVar("_TreeT")
 _MAX_LOG_SCALE = math.log(100.0)
+_LEAST_LENGTH = 1e-12
 
 
 def tree_of_tensors(cls: type[_TreeT]) -> type[_TreeT]:
@@ -42,9 +43,20 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def unit(x_GHKD: Tensor) -> Tensor:
-    """The vectors at length 1, in at least float32: half precision would round the length first."""
-    return F.normalize(at_least_float32(x_GHKD), dim=-1)
+def unit(x_GHKD: Tensor, dtype: torch.dtype, scale_1H11: Tensor | None = None) -> Tensor:
+    """The vectors at length 1, or at that of a scale, rounded once, to `dtype`.
+
+    Their length is at least float32: half precision would round it first.
+    """
+    wide = torch.promote_types(x_GHKD.dtype, torch.float32)
+    length_GHK1: Tensor = torch.linalg.vector_norm(x_GHKD, dim=-1, keepdim=True, dtype=wide)
+    length_GHK1 = length_GHK1.clamp_min(_LEAST_LENGTH)
+    divisor_GHK1 = length_GHK1 if scale_1H11 is None else length_GHK1 / scale_1H11
+    if dtype == wide:
+        return x_GHKD / divisor_GHK1
+    rounded_GHKD = torch.empty_like(x_GHKD, dtype=dtype)
+    torch.div(x_GHKD, divisor_GHK1, out=rounded_GHKD)
+    return rounded_GHKD
 
 
 def heads(x_GKC: Tensor, num_heads: int) -> Tensor:
@@ -82,7 +94,10 @@ def modulated(
 ) -> Tensor:
     """Layer norm with conditional scale and shift (AdaLN), rounded once, to `dtype`."""
     normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
-    return torch.addcmul(shift_G1C, normed, scale_G1C).to(dtype)
+    if dtype == normed.dtype:
+        return torch.addcmul(shift_G1C, normed, scale_G1C)
+    rounded_GTC = torch.empty_like(normed, dtype=dtype)
+    return torch.addcmul(shift_G1C, normed, scale_G1C, out=rounded_GTC)
 
 
 @tree_of_tensors
@@ -95,11 +110,15 @@ class AttentionConstants:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with L2-normalised queries and keys and a learned scale per head."""
+    """Multi-head attention with L2-normalised queries and keys and a learned scale per head.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    Queries and keys that `attend` is to turn reach it in at least float32, to be rounded by it.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, turns: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.turns = turns
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -113,22 +132,24 @@ class Attention(nn.Module):
         return AttentionConstants(bias_M, scale_1H11)
 
     def keys_values(self, x_GKC: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor]:
-        """Unit keys, in at least float32, and values, each (G, H, K, D)."""
+        """Unit keys and values, each (G, H, K, D)."""
         width = x_GKC.shape[2]
         weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
         k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
-        return unit(heads(k_GKC, self.num_heads)), heads(v_GKC, self.num_heads)
+        k_GHKD, v_GHKD = heads(k_GKC, self.num_heads), heads(v_GKC, self.num_heads)
+        return unit(k_GHKD, self._unit_dtype(k_GHKD)), v_GHKD
 
     def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
-        """Attend through `attend`, which owns the cache or the mask.
-
-        Queries and keys reach it in at least float32: it may turn them before it rounds them.
-        """
+        """Attend through `attend`, which owns the cache or the mask."""
         qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
         q, k, v = (heads(part_GKC, self.num_heads) for part_GKC in qkv_GKM.chunk(3, dim=2))
-        out_GHKD = attend(unit(q) * constants.scale_1H11, unit(k), v)
+        dtype = self._unit_dtype(qkv_GKM)
+        out_GHKD = attend(unit(q, dtype, constants.scale_1H11), unit(k, dtype), v)
         projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
         return projected
+
+    def _unit_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, torch.float32) if self.turns else x.dtype
 
 
 class FeedForward(nn.Module):

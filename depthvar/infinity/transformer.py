@@ -129,7 +129,7 @@ class Block(nn.Module):
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.norm_eps = config.norm_eps
-        self.sa = Attention(config.width, config.num_heads)
+        self.sa = Attention(config.width, config.num_heads, turns=True)
         self.ca = CrossAttention(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config.width, config.mlp_width)
@@ -165,8 +165,13 @@ class Block(nn.Module):
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
         change_GKC = self.sa(normed_GKC, given.attention, attend) * given.gamma1
         dtype = self.ca_norm.weight.dtype
-        normed_GKC = F.layer_norm(x_GKC + change_GKC, x_GKC.shape[-1:], eps=self.norm_eps)
-        normed_GKC = torch.addcmul(self.ca_norm.bias, normed_GKC, self.ca_norm.weight).to(dtype)
+        normed_GKC = modulated(
+            x_GKC + change_GKC,
+            self.ca_norm.weight,
+            self.ca_norm.bias,
+            eps=self.norm_eps,
+            dtype=dtype,
+        )
         change_GKC = change_GKC + self.ca(normed_GKC, given.text)
         normed_GKC = self._normed(x_GKC + change_GKC, given.scale2, given.shift2)
         return torch.addcmul(change_GKC, self.ffn(normed_GKC), given.gamma2)

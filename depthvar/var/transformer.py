@@ -68,7 +68,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm_eps = config.norm_eps
-        self.attn = Attention(config.width, config.num_heads)
+        self.attn = Attention(config.width, config.num_heads, turns=False)
         self.ffn = FeedForward(config.width, config.mlp_ratio * config.width)
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))

@@ -43,6 +43,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _rounded(operation: Callable[..., Tensor], *operands: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an operation on float32 gives, rounded as it is written where no gradient is asked."""
+    if dtype in (torch.float32, torch.float64) or torch.is_grad_enabled():
+        return operation(*operands).to(dtype)
+    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
+    rounded = operands[0].new_empty(shape, dtype=dtype)
+    operation(*operands, out=rounded)
+    return rounded
+
+
 def unit(x_GHKD: Tensor, dtype: torch.dtype, scale_1H11: Tensor | None = None) -> Tensor:
     """The vectors at length 1, or at that of a scale, rounded once, to `dtype`.
 
@@ -52,11 +62,7 @@ def unit(x_GHKD: Tensor, dtype: torch.dtype, scale_1H11: Tensor | None = None) -
     length_GHK1: Tensor = torch.linalg.vector_norm(x_GHKD, dim=-1, keepdim=True, dtype=wide)
     length_GHK1 = length_GHK1.clamp_min(_LEAST_LENGTH)
     divisor_GHK1 = length_GHK1 if scale_1H11 is None else length_GHK1 / scale_1H11
-    if dtype == wide:
-        return x_GHKD / divisor_GHK1
-    rounded_GHKD = torch.empty_like(x_GHKD, dtype=dtype)
-    torch.div(x_GHKD, divisor_GHK1, out=rounded_GHKD)
-    return rounded_GHKD
+    return _rounded(torch.div, x_GHKD, divisor_GHK1, dtype=dtype)
 
 
 def heads(x_GKC: Tensor, num_heads: int) -> Tensor:
@@ -94,10 +100,7 @@ def modulated(
 ) -> Tensor:
     """Layer norm with conditional scale and shift (AdaLN), rounded once, to `dtype`."""
     normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
-    if dtype == normed.dtype:
-        return torch.addcmul(shift_G1C, normed, scale_G1C)
-    rounded_GTC = torch.empty_like(normed, dtype=dtype)
-    return torch.addcmul(shift_G1C, normed, scale_G1C, out=rounded_GTC)
+    return _rounded(torch.addcmul, shift_G1C, normed, scale_G1C, dtype=dtype)
 
 
 @tree_of_tensors

@@ -11,6 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for init to take note of its end."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] == "Z"
+
+
 def assert_no_process_outlives(command: Sequence[str], *, begun: bytes) -> None:
     """Run `python -m command`, kill it once its standard error shows `begun`, look for orphans.
 
@@ -31,7 +40,7 @@ def assert_no_process_outlives(command: Sequence[str], *, begun: bytes) -> None:
     assert len(pids) >= 2
     job.kill()
     job.wait()
-    deadline_s = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    deadline_s = time.monotonic() + 120
+    while not all(map(has_ended, pids)):
         assert time.monotonic() < deadline_s
         time.sleep(0.1)

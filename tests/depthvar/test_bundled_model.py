@@ -38,12 +38,10 @@ def test_tokens_change_only_in_a_commit_that_says_why(policy: str):
 
 @pytest.mark.parametrize("policy", ["full", "depthvar"])
 def test_its_images_are_read_as_their_labels(policy: str):
-    """At most 2 of 120 are not: a model that lost 7% of them would pass once in a hundred times."""
+    """At most 1 of 90 is not: a model that lost 7% of them would pass once in a hundred times."""
     model = load_model(find_model("digits"))
     sampler = Sampler(model, make_policy(policy), model.config.sampling)
-    labels = [i % 10 for i in range(120)]
-    batches = [
-        sampler(labels[i : i + 40], seed=3, indices=range(i, i + 40)) for i in range(0, 120, 40)
-    ]
+    labels = [i % 10 for i in range(90)]
+    batches = [sampler(labels[i : i + 45], seed=3, indices=range(i, i + 45)) for i in (0, 45)]
     read = digit_features().read(np.concatenate([batch.images_BHWC for batch in batches])).labels
-    assert (read != labels).sum() <= 2
+    assert (read != labels).sum() <= 1

@@ -46,11 +46,11 @@ def test_keys_sort_as_their_numbers_and_have_no_dot():
 
 def test_a_billion_samples_of_a_thousand_classes_are_planned_in_no_time():
     names = tuple(f"class {i}" for i in range(1000))
-    started = time.perf_counter()
+    started = time.process_time()
     plan = make_plan(dict.fromkeys(range(1000), 10**6), class_names=names, samples_per_shard=1000)
     shard = plan.shard(777_777)
     plan.shard_fingerprint(777_777)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert plan.num_shards == 10**6
     assert sorted(shard.labels.tolist()) == list(range(1000))
 

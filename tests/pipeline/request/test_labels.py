@@ -73,9 +73,9 @@ def test_any_window_holds_each_class_within_two_of_its_share(counts):
 def test_a_billion_samples_of_a_thousand_classes_are_looked_up_in_milliseconds():
     labels = LabelCounts(tuple(range(1000)), tuple(1_000_000 + 7 * i for i in range(1000)))
     labels.labels(0, 1)
-    started = time.perf_counter()
+    started = time.process_time()
     window = labels.labels(labels.total // 3, labels.total // 3 + 1000)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert len(window) == 1000
 
 

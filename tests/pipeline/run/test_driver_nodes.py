@@ -31,7 +31,7 @@ from tests.fault_hook import FAULTS_VARIABLE
 
 NUM_SHARDS = 10
 HEAD = {
-    "num_cpus": 0,
+    "num_cpus": 2,
     "include_dashboard": False,
     "_system_config": {
         "worker_niceness": 0,  # no slower than the test itself
@@ -41,12 +41,11 @@ HEAD = {
 }
 
 
-TWO_CPUS = {"num_cpus": 2}
 ONE_GPU = {"num_cpus": 1, "num_gpus": 1}
 
 
 class Nodes:
-    """A head without resources for all tests of the file, and the nodes that a test asks for.
+    """A head with two CPUs for all tests of the file, and the nodes that a test asks for.
 
     `faults` is the file of its workers' faults. Tests hold batches at a gate while they change the
     cluster.
@@ -152,7 +151,7 @@ def worker_names(tmp_path: Path) -> dict[int, str]:
 def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    nodes.become(TWO_CPUS)
+    nodes.become()
     out = tmp_path / "out"
 
     def refusal(**changes: Any) -> str:
@@ -164,10 +163,10 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
 
     said = refusal(device="cuda")
     assert "a worker takes 1 GPU" in said
-    assert "the largest of its 2 nodes has 0 GPUs and it has no autoscaler: choose --device" in said
+    assert "the largest of its 1 nodes has 0 GPUs and it has no autoscaler: choose --device" in said
     said = refusal(threads_per_worker=3)
     assert "a worker takes 3 CPUs" in said
-    assert "the largest of its 2 nodes has 2 CPUs and it has no autoscaler: lower --threads" in said
+    assert "the largest of its 1 nodes has 2 CPUs and it has no autoscaler: lower --threads" in said
     with monkeypatch.context() as patch:
         patch.setattr("ray.__version__", "2.0.0")
         assert "a cluster of Ray 2." in refusal()
@@ -208,7 +207,7 @@ def test_a_batch_is_fitted_to_what_the_nodes_tell_of_their_gpus(
 def test_a_job_says_what_it_waits_for_until_there_is_room(
     nodes: Nodes, start: Callable[..., Callable[[], int]], tmp_path: Path, capsys
 ):
-    nodes.become(TWO_CPUS)
+    nodes.become()
     other: Any = ray.remote(Busy).options(num_cpus=2).remote()
     ray.get(other.answer.remote())
     begun_s = time.monotonic()
@@ -216,7 +215,7 @@ def test_a_job_says_what_it_waits_for_until_there_is_room(
     said = ""
     while "waiting for a worker to start: it takes 1 CPU, 0 of 2 CPUs in the cluster" not in said:
         said += capsys.readouterr().err
-        assert time.monotonic() - begun_s < 20
+        assert time.monotonic() - begun_s < 60
         time.sleep(0.1)
     ray.kill(other)
     assert wait() == 0

@@ -19,7 +19,7 @@ from depthvar.infinity_config import InfinityConfig
 from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.request.flags import load_config
-from pipeline.request.generation import ModelRequest
+from pipeline.request.generation import DEFAULT_PRECISION, ModelRequest
 from pipeline.request.job import asked_in_words
 from pipeline.request.paths import LocalPath
 from pipeline.request.prompts import distinct_texts
@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _given(job, config)
     for note in found.notes:
         print(f"note: {note}")
-    model = load_any(found, device=job.device, dtype=getattr(torch, job.precision))
+    model = load_any(
+        found, device=job.device, dtype=getattr(torch, job.precision or DEFAULT_PRECISION)
+    )
     batch_size = job.batch_size or (1 if config.is_text else 50)
     fit, explained_SL = calibrate(model, config.sampling, given, batch_size=batch_size)
     if not fit.slope_SLC.isfinite().all() or not fit.offset_SLC.isfinite().all():
@@ -120,7 +122,7 @@ def _states(job: CalibrateConfig, model: InfinityConfig) -> list[np.ndarray]:
     texts = texts[:: max(1, len(texts) // job.samples)][: job.samples]
     source = find_text(job.text_encoder, None if job.text_states is None else str(job.text_states))
     source.check(texts, width=model.text_width, max_tokens=model.max_text_tokens)
-    is_half = job.precision != "float32"
+    is_half = (job.precision or DEFAULT_PRECISION) != "float32"
     encode = source.load(job.device, half=is_half, threads=torch.get_num_threads())
     states: list[np.ndarray] = []
     with tqdm(total=len(texts), desc="encode", unit="prompt") as bar:

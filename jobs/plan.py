@@ -18,9 +18,9 @@ from pipeline.request.job import UNREAD_WEIGHTS, plan_job
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import check_output, read_plan
 from pipeline.run.address import cluster_address
-from pipeline.run.batch_size import Room, fitted, memory_warning
 from pipeline.run.console import depth_plan, say
 from pipeline.run.forecast import plan_report, plan_warnings, speed_report
+from pipeline.run.left_open import Room, memory_warning, settled
 from pipeline.run.schedule import (
     Machine,
     available_cores,
@@ -48,16 +48,15 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
     storage = Storage.open(config.out)
     if there := None if config.calibrate else read_plan(storage):
         plan = _as_read(plan, there)
-    is_auto = config.batch_size is None
-    stored = check_output(storage, plan, extend=config.extend, any_batch=is_auto)
+    stored = check_output(storage, plan, extend=config.extend, left_open=config.left_open)
     records = {} if stored is None else committed_shards(storage, stored)
     wanted = stored or plan
 
     def planned(room: Room) -> JobPlan:
         """The plan for workers with this room; it is shown."""
-        plan, told = fitted(wanted, model, room) if is_auto and stored is None else (wanted, None)
+        plan, told = settled(wanted, model, room, config.left_open if stored is None else ())
         print(plan_report(plan, model, depth_plan(plan, model), records, where=str(storage)))
-        for note in (*notes, *([told] if told else [])):
+        for note in (*notes, *told):
             print(f"note: {note}")
         return plan
 

@@ -21,6 +21,7 @@ ImageFormat = Literal["png", "jpg", "webp"]
 Precision = Literal["float32", "bfloat16", "float16"]
 DEFAULT_PNG_LEVEL = 6
 DEFAULT_BATCH_SIZE = 50
+DEFAULT_PRECISION: Precision = "float32"
 Scalar = bool | int | float | str | None
 _LABELS, _WORDS = ("classes", "labels_file"), ("class_names", "prompts")
 """What says what images show, of a class-conditional and of a text model."""
@@ -75,7 +76,11 @@ class ModelRequest(JobConfig):
         description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
         " (default: the model's own)",
     )
-    precision: Precision = Field("float32", description="number type of the model")
+    precision: Precision | None = Field(
+        None,
+        description="number type of the model: part of the plan (default: float32, of workers on"
+        " GPUs float16, of a text model bfloat16)",
+    )
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -233,6 +238,11 @@ class GenerateConfig(ModelRequest):
     contact_sheet: int = Field(
         10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
+
+    @property
+    def left_open(self) -> frozenset[str]:
+        """Fields of the plan that the workers decide: a stored plan's are as good as any."""
+        return frozenset(n for n in ("batch_size", "precision") if getattr(self, n) is None)
 
     @field_validator("batch_size", mode="before")
     @classmethod

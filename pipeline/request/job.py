@@ -30,6 +30,7 @@ from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.classes import parse_classes
 from pipeline.request.generation import (
     DEFAULT_BATCH_SIZE,
+    DEFAULT_PRECISION,
     GenerateConfig,
     ModelRequest,
     Scalar,
@@ -89,7 +90,7 @@ def plan_job(
         image_channels=model.image_channels,
         policy=policy,
         sampling=sampling,
-        precision=config.precision,
+        precision=config.precision or DEFAULT_PRECISION,
         seed=config.seed,
         samples_per_shard=config.samples_per_shard,
         batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
@@ -125,7 +126,7 @@ def _text_encoder(
     if num_bytes := source.num_bytes(half=plan.precision != "float32"):
         note(
             f"{len(prompts):,} prompts are encoded before the first image, by an encoder of"
-            f" {num_bytes / 1e9:.2f} GB that has left memory by then"
+            f" up to {num_bytes / 1e9:.2f} GB that has left memory by then"
         )
     return source.sha256
 

@@ -6,6 +6,7 @@ appended as a segment.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,20 +94,20 @@ def _read_plan_file(storage: Storage) -> bytes | None:
 
 
 def check_output(
-    storage: Storage, plan: JobPlan, *, extend: bool = False, any_batch: bool = False
+    storage: Storage, plan: JobPlan, *, extend: bool = False, left_open: Collection[str] = ()
 ) -> JobPlan | None:
     """The plan to go on with, or None for a fresh output. Writes nothing.
 
-    With `any_batch` the batch size of a stored plan is as good as any. With `extend`, a plan that
-    differs only by more samples, or by prompts behind the stored ones, gives the stored one with a
-    segment more. Errors: `InputError` for an output with another plan, a foreign or unwritable
-    output.
+    Of the fields that are `left_open` the stored ones are as good as any. With `extend`, a plan
+    that differs only by more samples, or by prompts behind the stored ones, gives the stored one
+    with a segment more. Errors: `InputError` for an output with another plan, a foreign or
+    unwritable output.
     """
     storage.check_writable()
     stored = read_plan(storage)
     if stored is None:
         return None
-    return _agreed(storage, stored, plan, extend=extend, any_batch=any_batch)
+    return _agreed(storage, stored, plan, extend=extend, left_open=left_open)
 
 
 def _agreed(
@@ -115,11 +116,10 @@ def _agreed(
     plan: JobPlan,
     *,
     extend: bool = False,
-    any_batch: bool = False,
+    left_open: Collection[str] = (),
 ) -> JobPlan:
     """What a run that wants `plan` goes on with where another is stored; else `InputError`."""
-    if any_batch:
-        plan = replace(plan, batch_size=stored.batch_size)
+    plan = replace(plan, **{name: getattr(stored, name) for name in left_open})
     differences = stored.difference(plan, str(storage))
     if not differences:
         return stored
@@ -135,10 +135,10 @@ def _agreed(
     raise InputError(f"{'; '.join(differences)}: {hint}")
 
 
-def open_plan(storage: Storage, plan: JobPlan, *, any_batch: bool = False) -> JobPlan:
+def open_plan(storage: Storage, plan: JobPlan, *, left_open: Collection[str] = ()) -> JobPlan:
     """The plan to work by, stored in the output: written by the first run, kept by later ones.
 
-    `any_batch` as of `check_output`. A plan that continues the stored one takes its place. Errors:
+    `left_open` as of `check_output`. A plan that continues the stored one takes its place. Errors:
     as `read_plan`; also `InputError` where plan.json cannot be written, or where another run with
     another plan started meanwhile.
     """
@@ -147,7 +147,7 @@ def open_plan(storage: Storage, plan: JobPlan, *, any_batch: bool = False) -> Jo
         _write_plan(storage, plan, is_new=stored is None)
         stored = read_plan(storage)
         assert stored is not None, "plan.json was written"
-    return _agreed(storage, stored, plan, any_batch=any_batch)
+    return _agreed(storage, stored, plan, left_open=left_open)
 
 
 def _write_plan(storage: Storage, plan: JobPlan, *, is_new: bool) -> None:

@@ -23,7 +23,6 @@ from pipeline.request.job import plan_job
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import check_output, open_plan
 from pipeline.run.address import cluster_address
-from pipeline.run.batch_size import Room, fitted, memory_warning
 from pipeline.run.cluster import (
     autoscaler_limit,
     cluster_machines,
@@ -44,6 +43,7 @@ from pipeline.run.forecast import Speed
 from pipeline.run.in_process import encode_in_process, run_in_process
 from pipeline.run.keeping import SummaryKeeper
 from pipeline.run.ledger import JobStopped, ShardRun, StopSignals, one_line, set_aside_earlier
+from pipeline.run.left_open import Room, memory_warning, settled
 from pipeline.run.progress import ProgressDisplay, PromptTally
 from pipeline.run.ray_crew import RayCrew, encode_on_a_worker, on_a_worker
 from pipeline.run.schedule import (
@@ -80,8 +80,7 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
     notes: list[str] = []
     plan, model = plan_job(config, note=notes.append)
     storage = Storage.open(config.out)
-    is_auto = config.batch_size is None
-    stored = check_output(storage, plan, extend=config.extend, any_batch=is_auto)
+    stored = check_output(storage, plan, extend=config.extend, left_open=config.left_open)
     plan = stored or plan
     done = {} if stored is None else committed_shards(storage, plan)
     if len(done) == plan.num_shards:
@@ -98,12 +97,12 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
     with StopSignals() as stop:
         with _crew(config, storage, place, stop) as crew:
             stop.install()
-            if is_auto and stored is None:
-                plan, told = fitted(plan, model, crew.room)
-                notes += [told] if told else []
+            if stored is None:
+                plan, told = settled(plan, model, crew.room, config.left_open)
+                notes += told
             if warning := memory_warning(plan, model, crew.room, is_stored=stored is not None):
                 say(f"warning: {warning}")
-            plan = open_plan(storage, plan, any_batch=is_auto)
+            plan = open_plan(storage, plan, left_open=config.left_open)
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             run = None
             with crew.session():

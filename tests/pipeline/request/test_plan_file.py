@@ -48,14 +48,14 @@ def test_a_run_that_takes_any_batch_size_takes_the_stored_one(storage):
     wanted = make_plan(batch_size=5)
     with pytest.raises(InputError, match=r"batch_size: .* has 3, this run has 5: resume with"):
         check_output(storage, wanted)
-    assert check_output(storage, wanted, any_batch=True) == stored
-    assert open_plan(storage, wanted, any_batch=True) == stored, "another run was first"
+    assert check_output(storage, wanted, left_open=["batch_size"]) == stored
+    assert open_plan(storage, wanted, left_open=["batch_size"]) == stored, "another run was first"
     more = make_plan({0: 8, 1: 6, 2: 186}, batch_size=5)
-    extended = check_output(storage, more, extend=True, any_batch=True)
+    extended = check_output(storage, more, extend=True, left_open=["batch_size"])
     assert extended is not None
     assert (extended.batch_size, extended.num_samples) == (3, 200)
     with pytest.raises(InputError, match=r"^seed: [^;]*: resume with"):
-        check_output(storage, make_plan(batch_size=5, seed=6), any_batch=True)
+        check_output(storage, make_plan(batch_size=5, seed=6), left_open=["batch_size"])
 
 
 def test_a_foreign_output_is_refused_and_left_alone(storage):
@@ -137,3 +137,10 @@ def test_of_two_plans_started_at_once_one_wins_and_the_other_is_told(tmp_path):
         thread.join()
     assert agreed == [read_plan(storage)]
     assert len(refused) == len(plans) - 1
+
+
+def test_a_precision_that_is_left_open_is_the_stored_one(storage):
+    stored = open_plan(storage, make_plan(precision="float16"))
+    with pytest.raises(InputError, match=r"precision: .* has float16, this run has float32: resume"):
+        check_output(storage, make_plan())
+    assert check_output(storage, make_plan(), left_open=["precision"]) == stored

@@ -1,12 +1,13 @@
-"""How many images a worker samples at once: as many as its memory holds, decided with the plan."""
+"""What a request leaves open and its workers decide, with the plan: precision and batch size."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from depthvar.config import AnyModel
 from depthvar.memory import MemoryNeed, largest_batch, memory_need
-from pipeline.request.generation import GenerateConfig
+from pipeline.request.generation import GenerateConfig, Precision
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import depth_plan, human_bytes
 from pipeline.run.schedule import WorkerShape
@@ -14,15 +15,35 @@ from pipeline.run.schedule import WorkerShape
 
 @dataclass(frozen=True)
 class Room:
-    """What one worker has for a batch: bytes, None where nobody knows; whether it records them."""
+    """What one worker has for a batch: bytes, None where nobody knows.
+
+    `records`: whether it records its batches. `is_gpu`: whether they are made on a GPU.
+    """
 
     num_bytes: int | None
     records: bool = False
+    is_gpu: bool = False
 
     @staticmethod
     def of(num_bytes: int | None, shape: WorkerShape, config: GenerateConfig) -> Room:
         """The room of a worker of a shape that has so many bytes."""
-        return Room(num_bytes, bool(shape.num_gpus) and config.kernels != "plain")
+        is_gpu = bool(shape.num_gpus)
+        return Room(num_bytes, is_gpu and config.kernels != "plain", is_gpu)
+
+
+def settled(
+    plan: JobPlan, model: AnyModel, room: Room, left_open: Collection[str]
+) -> tuple[JobPlan, list[str]]:
+    """The plan with what a request left open decided for workers with this room; what to say."""
+    notes: list[str] = []
+    if "precision" in left_open and room.is_gpu:
+        precision: Precision = "bfloat16" if model.is_text else "float16"
+        plan = replace(plan, precision=precision)
+        notes.append(f"precision {precision}, the default on GPUs: --precision sets another")
+    if "batch_size" in left_open:
+        plan, told = fitted(plan, model, room)
+        notes += [told] if told else []
+    return plan, notes
 
 
 def fitted(plan: JobPlan, model: AnyModel, room: Room) -> tuple[JobPlan, str | None]:

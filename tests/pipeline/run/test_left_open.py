@@ -1,4 +1,4 @@
-"""The batch that fits: what is chosen, and what is said of it."""
+"""What the workers decide: the batch that fits, the precision, and what is said of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from depthvar.memory import memory_need
 from depthvar.plan import DepthPlan
 from depthvar.policy import make_policy
 from pipeline.request.job_plan import JobPlan
-from pipeline.run.batch_size import Room, fitted, memory_warning
+from pipeline.run.left_open import Room, fitted, memory_warning, settled
 from tests.fake_shards import make_plan
 
 CASES = [
@@ -74,3 +74,26 @@ def test_a_plan_that_is_kept_is_to_go_on_elsewhere():
     warning = str(memory_warning(plan, model, Room(room_for(plan, model, 3)), is_stored=True))
     assert warning.startswith("at the plan's batch size, 7, a worker needs about ")
     assert warning.endswith("under another --out --batch-size 3 fits")
+
+
+@pytest.mark.parametrize(
+    ("model", "half"), [(MODELS["var-d30"], "float16"), (INFINITY_2B, "bfloat16")]
+)
+def test_on_a_gpu_numbers_are_halves_unless_others_are_asked_for(model, half):
+    plan = plan_of(model, make_policy("full"), "float32", batch_size=1)
+    on_gpu, on_cpu = Room(10**11, is_gpu=True), Room(10**11)
+    both = ["batch_size", "precision"]
+    found, told = settled(plan, model, on_gpu, both)
+    assert found == replace(plan, precision=half)
+    assert told == [f"precision {half}, the default on GPUs: --precision sets another"]
+    assert settled(plan, model, on_gpu, ["batch_size"]) == (plan, [])
+    assert settled(plan, model, on_cpu, both) == (plan, [])
+
+
+def test_a_batch_is_fitted_in_the_precision_that_was_decided():
+    model = MODELS["var-d30"]
+    plan = plan_of(model, make_policy("full"), "float32")
+    halves = replace(plan, precision="float16")
+    room = Room(room_for(halves, model, 20), is_gpu=True)
+    found, _ = settled(plan, model, room, ["batch_size", "precision"])
+    assert found == replace(halves, batch_size=20)

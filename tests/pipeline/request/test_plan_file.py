@@ -141,6 +141,6 @@ def test_of_two_plans_started_at_once_one_wins_and_the_other_is_told(tmp_path):
 
 def test_a_precision_that_is_left_open_is_the_stored_one(storage):
     stored = open_plan(storage, make_plan(precision="float16"))
-    with pytest.raises(InputError, match=r"precision: .* has float16, this run has float32: resume"):
+    with pytest.raises(InputError, match=r"precision: .* has float16, this run has float32"):
         check_output(storage, make_plan())
     assert check_output(storage, make_plan(), left_open=["precision"]) == stored

@@ -175,7 +175,7 @@ def test_what_no_node_can_run_is_refused_at_once_before_anything_is_written(
     assert "a cluster that this machine is no node of" in refusal()
 
 
-def test_a_batch_is_fitted_to_what_the_nodes_tell_of_their_gpus(
+def test_precision_and_batch_suit_what_the_nodes_tell_of_their_gpus(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     nodes.become(ONE_GPU)
@@ -187,10 +187,12 @@ def test_a_batch_is_fitted_to_what_the_nodes_tell_of_their_gpus(
 
     monkeypatch.setattr("pipeline.run.driver.open_plan", refuse)
     asked = {"out": str(tmp_path / "out"), "per_class": 100, "address": nodes.address}
-    for changes in ({}, {"kernels": "plain"}, {"batch_size": 50}):
+    wide: dict[str, Any] = {"precision": "float32"}
+    for changes in (wide, {**wide, "kernels": "plain"}, {**wide, "batch_size": 50}, {}):
         with pytest.raises(InputError, match="no plan today"):
             generate(GenerateConfig(**asked, **changes), sampler_factory=FAKE_SAMPLER)
-    recorded, plain, given = (plan.batch_size for plan in planned)
+    recorded, plain, given, _ = (plan.batch_size for plan in planned)
+    assert [plan.precision for plan in planned] == ["float32"] * 3 + ["float16"]
     digits = MODELS["digits"]
     depth = DepthPlan.build(digits.grids, digits.num_blocks, planned[0].runnable_policy)
 

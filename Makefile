@@ -21,6 +21,8 @@ demo: setup
 	    --out out/digits
 	$(VENV)/bin/depthvar report out/digits
 
+# Hundreds of processes import the code: it is compiled once, also where bytecode is not kept.
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup lint
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

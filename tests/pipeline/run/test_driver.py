@@ -56,7 +56,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             log_to_driver=False,
             logging_level="ERROR",
             object_store_memory=100 * 2**20,
-            _system_config={"metrics_report_interval_ms": 200},
+            _system_config={"metrics_report_interval_ms": 1000},
         )
         yield faults
         ray.shutdown()

@@ -49,8 +49,8 @@ class Backbone(engine.Backbone[ConditionT], Protocol[ConditionT]):
         """
         ...
 
-    def padded(self, condition: ConditionT) -> ConditionT:
-        """The same condition in one of a few shapes, whatever it was made of."""
+    def tensors_of(self, given: Any, streams: int) -> Any:
+        """What `condition` takes as well: tensors on the device, of one of few shapes."""
         ...
 
     def first_rows(self, condition: ConditionT, count: int) -> ConditionT:
@@ -216,9 +216,9 @@ class Sampler:
         """Make one image of each thing given; `indices` are the samples' global indices."""
         begun = time.perf_counter()
         with torch.inference_mode():
-            feature_map_BZHW, *told = self._draw(
-                self._condition(given), *self._numbers(seed, indices)
-            )
+            if self._records:  # and every shape is another recording
+                given = self._backbone.tensors_of(given, self.settings.streams)
+            feature_map_BZHW, *told = self._draw(given, *self._numbers(seed, indices))
             mean_change_BS, mean_log_prob_BS, depths_BN = (values.cpu().numpy() for values in told)
             if not (np.isfinite(mean_change_BS).all() and np.isfinite(mean_log_prob_BS).all()):
                 raise self._not_finite("drew tokens from numbers that are")
@@ -261,13 +261,13 @@ class Sampler:
 
     @torch.inference_mode()
     def _drawn(
-        self, condition: Any, uniforms_BN: Tensor, ranking_BN: Tensor
+        self, given: Any, uniforms_BN: Tensor, ranking_BN: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All scales: feature map, mean change and log-probability (float32), and depths.
 
         Runs on the device alone, and the same whatever the numbers are: it can be recorded.
         """
-        state, batch = self._begun(condition, len(ranking_BN)), len(ranking_BN)
+        state, batch = self._begun(given, len(ranking_BN)), len(ranking_BN)
         depths: list[Tensor] = []
 
         def keep_depths(i: int, logits_BTV: Tensor, trace: ScaleTrace) -> None:
@@ -311,16 +311,11 @@ class Sampler:
     @torch.inference_mode()
     def begin(self, given: Given) -> BatchState:
         """A batch before its first scale."""
-        return self._begun(self._backbone.condition(given, self.settings.streams), len(given))
+        return self._begun(given, len(given))
 
-    def _condition(self, given: Given) -> Any:
-        """What is recorded takes few shapes: each is another recording."""
-        condition = self._backbone.condition(given, self.settings.streams)
-        return self._backbone.padded(condition) if self._records else condition
-
-    def _begun(self, condition: Any, batch: int) -> BatchState:
+    def _begun(self, given: Any, batch: int) -> BatchState:
         return BatchState(
-            condition,
+            self._backbone.condition(given, self.settings.streams),
             self.new_cache(batch),
             torch.zeros(
                 batch,

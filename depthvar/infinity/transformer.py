@@ -258,13 +258,16 @@ class InfinityTransformer(nn.Module):
         return tuple(blocks)
 
     def condition(
-        self, given: Sequence[Tensor | npt.NDArray[np.float32]], streams: int
+        self, given: Sequence[Tensor | npt.NDArray[np.float32]] | TextCondition, streams: int
     ) -> TextCondition:
         """What the texts change, from the states of a text encoder, each (1 to 512, E).
 
         With two streams unconditional rows follow, each of the length of its own text. A text that
-        several images share is worked on once. `InputError` for states of another shape.
+        several images share is worked on once. A condition is given back as it is. `InputError` for
+        states of another shape.
         """
+        if isinstance(given, TextCondition):
+            return given
         distinct = list({id(states): states for states in given}.values())
         place = {id(states): i for i, states in enumerate(distinct)}
         texts = [self._checked(states) for states in distinct]
@@ -333,8 +336,11 @@ class InfinityTransformer(nn.Module):
         start_G1C = pooled_GC.index_select(0, rows_G).unsqueeze(1)
         return TextCondition(start_G1C, blocks, (scale + 1, shift))
 
-    def padded(self, condition: TextCondition) -> TextCondition:
-        """The same with the texts padded to one of a few lengths."""
+    def tensors_of(
+        self, given: Sequence[Tensor | npt.NDArray[np.float32]], streams: int
+    ) -> TextCondition:
+        """The condition of the texts, which are padded to one of a few lengths."""
+        condition = self.condition(given, streams)
         text = condition.blocks[0].text
         rows, _, length, _ = text.keys_GHND.shape
         more = -length % _PADDED_TO

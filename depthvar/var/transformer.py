@@ -26,12 +26,10 @@ from depthvar.layers import (
     at_least_float32,
     first_rows,
     modulated,
-    tree_of_tensors,
     unrounded,
 )
 
 
-@tree_of_tensors
 @dataclass(frozen=True)
 class BlockCondition:
     """The AdaLN vectors of a block, each (G, 1, C) and at least float32, and its constants.
@@ -48,7 +46,6 @@ class BlockCondition:
     attention: AttentionConstants
 
 
-@tree_of_tensors
 @dataclass(frozen=True)
 class Condition:
     """What no scale and no token changes, computed once per batch.
@@ -140,9 +137,9 @@ class Transformer(nn.Module):
         scale, shift = vectors(self.head_nm.ada_lin, 2).unbind(2)
         return Condition(embedded_GC.unsqueeze(1), blocks, (scale + 1, shift))
 
-    def padded(self, condition: Condition) -> Condition:
-        """The condition as it is: all labels are of one length."""
-        return condition
+    def tensors_of(self, labels: Sequence[int] | Tensor, streams: int) -> Tensor:
+        """The labels on the device."""
+        return torch.as_tensor(labels, device=self.pos_start.device)
 
     def first_rows(self, condition: Condition, count: int) -> Condition:
         """The condition of the first rows alone, as views."""

@@ -151,7 +151,7 @@ def test_what_is_recorded_never_meets_the_host(policy, make):
     sampler = Sampler(model, policy, model.config.sampling, record=record)
     with torch.inference_mode():
         numbers = (numbers.to("meta") for numbers in sampler._numbers(0, [0, 1]))
-        given = sampler._condition(any_given(model.config, 2, model.device))
+        given = model.transformer.tensors_of(any_given(model.config, 2, model.device), 2)
         feature_map_BZHW, *told = sampler._draw(given, *numbers)
         pixels_BHWC, is_finite = sampler._show(feature_map_BZHW)
     assert pixels_BHWC.dtype == torch.uint8

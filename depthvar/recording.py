@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from depthvar.errors import InputError
-from depthvar.settings import Kernels
+from depthvar.settings import Kernels, records
 
 Outputs = tuple[Tensor, ...]
 Replay = Callable[[], Outputs]
@@ -37,7 +37,7 @@ def recorder(kernels: Kernels, device: torch.device) -> Record | None:
             f"got --kernels graph for a model on {device.type}, wanted a GPU, whose graphs it "
             "records: use --kernels plain"
         )
-    return CudaGraphs() if kernels != "plain" and device.type == "cuda" else None
+    return CudaGraphs() if records(kernels, on_gpu=device.type == "cuda") else None
 
 
 class CudaGraphs:

@@ -14,6 +14,11 @@ Kernels = Literal["auto", "plain", "graph"]
 """How a batch is run: operation by operation, or as one recording; `auto` records on a GPU."""
 
 
+def records(kernels: Kernels, *, on_gpu: bool) -> bool:
+    """Whether batches are recorded, as only a GPU can."""
+    return on_gpu and kernels != "plain"
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How tokens are drawn.

@@ -19,7 +19,7 @@ from depthvar.infinity_config import InfinityConfig
 from depthvar.weights.files import BUNDLED, CALIBRATION_FILE
 from jobs._entry import EXIT_DONE, run_job
 from pipeline.request.flags import load_config
-from pipeline.request.generation import DEFAULT_PRECISION, ModelRequest
+from pipeline.request.generation import DEFAULT_BATCH_SIZE, DEFAULT_PRECISION, ModelRequest
 from pipeline.request.job import asked_in_words
 from pipeline.request.paths import LocalPath
 from pipeline.request.prompts import distinct_texts
@@ -47,7 +47,9 @@ class CalibrateConfig(ModelRequest):
         400, gt=0, description="full-depth samples to fit on, of the classes or prompts in turn"
     )
     batch_size: int | None = Field(
-        None, gt=0, description="images sampled at once (default: 50, of a text model 1)"
+        None,
+        gt=0,
+        description=f"images sampled at once (default: {DEFAULT_BATCH_SIZE}, of a text model 1)",
     )
     device: str = Field("cpu", description="where the model runs: cpu or cuda")
     overwrite: bool = Field(False, description="replace a calibration that is beside the weights")
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_any(
         found, device=job.device, dtype=getattr(torch, job.precision or DEFAULT_PRECISION)
     )
-    batch_size = job.batch_size or (1 if config.is_text else 50)
+    batch_size = job.batch_size or (1 if config.is_text else DEFAULT_BATCH_SIZE)
     fit, explained_SL = calibrate(model, config.sampling, given, batch_size=batch_size)
     if not fit.slope_SLC.isfinite().all() or not fit.offset_SLC.isfinite().all():
         raise InputError(f"the samples are not finite: {why_not_finite(model)}")

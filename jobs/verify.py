@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from tqdm import tqdm
 
-from depthvar.settings import Kernels
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from pipeline.dataset.repair import Repair, repair
 from pipeline.dataset.verify import Report, verify
@@ -53,7 +52,6 @@ class VerifyConfig(JobConfig):
         None, description="weights file or folder for --regenerate (default: the model's own)"
     )
     device: Device = Field("auto", description="where --regenerate runs")
-    kernels: Kernels = Field("auto", description="of --regenerate, as of generate")
 
 
 def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = None) -> int:
@@ -106,7 +104,6 @@ def _regenerated(
             num_images,
             weights=config.weights,
             device=config.device,
-            kernels=config.kernels,
             sampler_factory=sampler_factory or LOAD_SAMPLER,
             progress=bar.update,
         )

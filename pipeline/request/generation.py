@@ -77,9 +77,7 @@ class ModelRequest(JobConfig):
         " (default: the model's own)",
     )
     precision: Precision | None = Field(
-        None,
-        description="number type of the model: part of the plan (default: float32, of workers on"
-        " GPUs float16, of a text model bfloat16)",
+        None, description=f"number type of the model (default: {DEFAULT_PRECISION})"
     )
 
     @field_validator("image_size", mode="before")
@@ -185,6 +183,11 @@ class GenerateConfig(ModelRequest):
         gt=0,
         allow_inf_nan=False,
         description="what guided logits are divided by (default: the model's own)",
+    )
+    precision: Precision | None = Field(
+        None,
+        description="number type of the model: part of the plan (default: float32, of workers on"
+        " GPUs float16, of a text model bfloat16)",
     )
     save_depth_maps: bool = Field(
         False, description="also store how many blocks every token ran, as {key}.depth.npy"

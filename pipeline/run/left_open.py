@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from depthvar.config import AnyModel
 from depthvar.memory import MemoryNeed, largest_batch, memory_need
+from depthvar.settings import records
 from pipeline.request.generation import GenerateConfig, Precision
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.console import depth_plan, human_bytes
@@ -28,7 +29,7 @@ class Room:
     def of(num_bytes: int | None, shape: WorkerShape, config: GenerateConfig) -> Room:
         """The room of a worker of a shape that has so many bytes."""
         is_gpu = bool(shape.num_gpus)
-        return Room(num_bytes, is_gpu and config.kernels != "plain", is_gpu)
+        return Room(num_bytes, records(config.kernels, on_gpu=is_gpu), is_gpu)
 
 
 def settled(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from depthvar.settings import Kernels
 from pipeline.dataset.loader import naming_damage
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan
@@ -42,7 +41,6 @@ def regenerate(
     *,
     weights: str | None,
     device: Device = "auto",
-    kernels: Kernels = "auto",
     sampler_factory: str = LOAD_SAMPLER,
     progress: Callable[[int], object] | None = None,
 ) -> list[Comparison]:
@@ -55,13 +53,13 @@ def regenerate(
     chosen = _chosen_batches(plan, records, num_images)
     if not chosen:
         return []
-    threads = records[chosen[0][0]].threads
+    first = records[chosen[0][0]]
     place = Workplace(
         storage.uri,
         weights,
         device=device,
-        kernels=kernels,
-        threads=threads,
+        kernels="auto" if "kernels" in first.made_with else "plain",
+        threads=first.threads,
         sampler_factory=sampler_factory,
     )
     resampler = Resampler(plan, place)

@@ -30,7 +30,7 @@ from depthvar.config import AnyModel
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
-from depthvar.settings import Kernels
+from depthvar.settings import Kernels, records
 from pipeline.faults import reach
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
@@ -401,7 +401,7 @@ def _device_name(device: str) -> str:
 
 def _kernels(wanted: Kernels, device: str) -> dict[str, str]:
     """A recording's batches may differ from plain ones in the last bit."""
-    return {"kernels": "graph"} if device == "cuda" and wanted != "plain" else {}
+    return {"kernels": "graph"} if records(wanted, on_gpu=device == "cuda") else {}
 
 
 def _environment() -> dict[str, str]:

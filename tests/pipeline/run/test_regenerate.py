@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from depthvar.errors import InputError
 from jobs import generate as generate_job
 from jobs import verify as verify_job
+from pipeline.run.regenerate import regenerate
+from pipeline.run.worker import Workplace
+from pipeline.shards.committed import committed_shards
 from pipeline.shards.samples import pixel_hash
 from pipeline.storage import Storage
-from tests.fake_shards import committed_anew, rewrite_rows, rewrite_tar
+from tests.fake_shards import committed_anew, make_plan, rewrite_rows, rewrite_tar, write_dataset
 
 BRIGHTER = 50
 
@@ -57,6 +62,28 @@ def brighten(out: Path, shard_id: int, sample: int) -> None:
     rewrite_tar(storage, shard_id, change_tar)
     rewrite_rows(storage, shard_id, change_rows)
     committed_anew(storage, shard_id)
+
+
+@pytest.mark.parametrize(("recorded", "wanted"), [({}, "plain"), ({"kernels": "graph"}, "auto")])
+def test_images_are_made_again_with_the_kernels_and_threads_of_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: dict[str, str], wanted: str
+):
+    plan, storage = make_plan(), Storage.open(tmp_path / "out")
+    write_dataset(storage, plan, tmp_path)
+    records = {
+        i: replace(r, environment=json.dumps(json.loads(r.environment) | recorded), threads=3)
+        for i, r in committed_shards(storage, plan).items()
+    }
+    places: list[Workplace] = []
+
+    def stop_here(_: object, place: Workplace) -> None:
+        places.append(place)
+        raise InputError("seen")
+
+    monkeypatch.setattr("pipeline.run.regenerate.Resampler", stop_here)
+    with pytest.raises(InputError, match="seen"):
+        regenerate(storage, plan, records, 1, weights=None)
+    assert [(place.kernels, place.threads) for place in places] == [(wanted, 3)]
 
 
 def test_the_bundled_model_makes_the_same_pixels_again_and_tells_what_it_did_not_make(

@@ -69,7 +69,8 @@ def _usage() -> str:
             "",
             *(f"  {name:<{width}}  {what}" for name, what in JOBS.items()),
             "",
-            "depthvar JOB --help shows a job's flags; depthvar --version the version.",
+            "depthvar JOB --help shows the flags that most need, --help-all every flag of a job;",
+            "depthvar --version the version.",
         ]
     )
 

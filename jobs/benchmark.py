@@ -343,8 +343,12 @@ def heading(model: AnyLoaded, device: torch.device) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The flags; without pydantic, which need not be where the GPU is."""
     parser = argparse.ArgumentParser(
-        prog="depthvar benchmark", description=__doc__, allow_abbrev=False
+        prog="depthvar benchmark",
+        usage="%(prog)s [flags]",
+        description=__doc__,
+        allow_abbrev=False,
     )
+    parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="digits", help="model to time (default: digits)")
     parser.add_argument(
         "--weights",

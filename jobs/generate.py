@@ -1,4 +1,4 @@
-"""Make a labelled image dataset: `depthvar generate --out DIR`. Run it again to resume."""
+"""Make a labelled image dataset or resume it: `depthvar generate --out DIR`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Show what `depthvar generate` with the same flags would make and cost. Writes nothing there.
-
-With --calibrate it times a few batches first, in the scratch folder.
-"""
+"""Show what `depthvar generate` with the same flags would make and cost. Writes nothing there."""
 
 from __future__ import annotations
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import re
+import sys
 import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from depthvar.errors import InputError
 from depthvar.paths import checked_job_file
-from pipeline.request.marks import Metavar
+from pipeline.request.marks import HelpGroup, Metavar
 from pipeline.request.paths import PATH_ERROR
 from pipeline.request.yaml_file import Unquoted, fields_from, parse_yaml, read_yaml
+
+_HELP_ALL = "--help-all"
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class JobConfig(BaseModel):
     """Base of every job's configuration: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    help_groups: ClassVar[tuple[HelpGroup, ...]] = ()
 
 
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=JobConfig)
 
 
 def load_config(
@@ -50,9 +55,12 @@ def load_config(
 ) -> ConfigT:
     """Read flags and the YAML file they name into `model`; flags win over the file.
 
-    Raises `InputError` with one line per mistake. `--help` prints and exits with code 0.
+    Raises `InputError` with one line per mistake. `--help` prints what most need and exits with
+    code 0; `--help-all` prints every flag.
     """
-    flags = vars(_parser(model, prog, description).parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    shows_all = _HELP_ALL in words
+    flags = vars(_parser(model, prog, description, shows_all).parse_args(words))
     flags = {key: value for key, value in flags.items() if value is not None}
     yaml_path = flags.pop("config", None)
     from_file = {} if yaml_path is None else _read_config(_config_path(yaml_path), model)
@@ -99,17 +107,35 @@ class _FlagOrPosition(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _parser(model: type[BaseModel], prog: str, description: str) -> argparse.ArgumentParser:
+def _parser(
+    model: type[JobConfig], prog: str, description: str, shows_all: bool
+) -> argparse.ArgumentParser:
     """Build a parser with one kebab-case flag per field; values stay text for pydantic to check."""
-    parser = _Parser(
-        prog=prog, usage=_usage(model, prog), description=description, allow_abbrev=False
+    fields = {k: f for k, f in model.model_fields.items() if not _is_marked(f, FileOnly)}
+    hidden = set() if shows_all else {name for group in model.help_groups for name in group.more}
+    is_short = not shows_all and any(
+        name in hidden or "\n" in (field.description or "") for name, field in fields.items()
     )
+    parser = _Parser(
+        prog=prog,
+        usage=_usage(model, prog),
+        description=description,
+        epilog=f"{prog} {_HELP_ALL} shows every flag in full." if is_short else None,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28),
+    )
+    parser.add_argument("-h", "--help", action="help", help="show this and exit")
+    parser.add_argument(_HELP_ALL, action="help", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys as below")
-    for name, field in sorted(
-        model.model_fields.items(), key=lambda item: not item[1].is_required()
-    ):
-        if not _is_marked(field, FileOnly):
-            _add_field(parser, name, field)
+    section_of: dict[str, argparse._ArgumentGroup] = {}
+    for group in model.help_groups:
+        section = parser.add_argument_group(group.heading)
+        section_of |= dict.fromkeys((*group.fields, *group.more), section)
+    others = [name for name in fields if name not in section_of]
+    for name in (*sorted(others, key=lambda name: not fields[name].is_required()), *section_of):
+        text = argparse.SUPPRESS if name in hidden else _help(fields[name], is_whole=shows_all)
+        _add_field(section_of.get(name, parser), name, fields[name], text)
     return parser
 
 
@@ -128,10 +154,9 @@ def _usage(model: type[BaseModel], prog: str) -> str:
     return " ".join([*words, "[flags]"])
 
 
-def _add_field(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+def _add_field(parser: argparse._ActionsContainer, name: str, field: FieldInfo, text: str) -> None:
     flag = _flag(name)
     metavar = _metavar(name, field.annotation, field.metadata)
-    text = _help(field).replace("%", "%%")
     kind = typing.get_origin(field.annotation) or field.annotation
     if _is_marked(field, Positional):
         parser.add_argument(
@@ -173,14 +198,18 @@ def _metavar(name: str, wanted: Any, marks: Sequence[object] = ()) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(wanted, name.upper())
 
 
-def _help(field: FieldInfo) -> str:
-    """Description and default; a field without a fixed default says its own."""
-    text = field.description or ""
+def _help(field: FieldInfo, *, is_whole: bool) -> str:
+    """Description and default; what stands below the first line is for `--help-all`.
+
+    A field without a fixed default says its own; that a flag is off, or none, needs no word.
+    """
+    text, _, more = (field.description or "").replace("%", "%%").partition("\n")
+    default = field.get_default(call_default_factory=True)
     if field.is_required():
-        return f"{text} (required)"
-    if "(default:" in text:
-        return text
-    return f"{text} (default: {field.get_default(call_default_factory=True)})"
+        text += " (required)"
+    elif "(default:" not in text and default is not None and default is not False:
+        text += f" (default: {'yes' if default is True else default})"
+    return f"{text}; {more}" if more and is_whole else text
 
 
 def _parsed_flags(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from depthvar.config import IMAGE_SIZE
+from depthvar.config import IMAGE_SIZE, KNOWN_MODELS
 from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
 from depthvar.settings import Kernels
 from pipeline.request.classes import quoted
 from pipeline.request.flags import JobConfig
-from pipeline.request.marks import Metavar
+from pipeline.request.marks import HelpGroup, Metavar
 from pipeline.request.paths import JobFile, LocalPath, Location, ModelName, Weights
 from pipeline.request.yaml_file import FieldsOf
 
@@ -25,6 +25,7 @@ DEFAULT_PRECISION: Precision = "float32"
 Scalar = bool | int | float | str | None
 _LABELS, _WORDS = ("classes", "labels_file"), ("class_names", "prompts")
 """What says what images show, of a class-conditional and of a text model."""
+_IN_WORDS = ("class_names", "templates", "prompts")
 _READING = ("text_encoder", "text_states")
 """What a text model reads its prompts with."""
 _ALONE = {
@@ -39,42 +40,48 @@ PolicyOptions = Annotated[dict[str, Scalar], FieldsOf(DepthPolicy)]
 class ModelRequest(JobConfig):
     """A model, and what it is asked in words if it is one of text."""
 
-    model: ModelName = Field("digits", description="model to sample from, by name, folder or file")
+    help_groups: ClassVar[tuple[HelpGroup, ...]] = (
+        HelpGroup("text models", (*_IN_WORDS, *_READING, "image_size")),
+    )
+    model: ModelName = Field(
+        "digits",
+        description="name (var-d30, infinity-2b, ...), folder or file"
+        f"\nnames are {', '.join(KNOWN_MODELS)}",
+    )
     weights: Weights | None = Field(
         None,
-        description="weights as a folder, file, URI or Hugging Face repository"
-        " (default: those that come with the model, or the public ones)",
+        description="folder, file, URI or Hugging Face repository\nby default those that come with"
+        " the model, or the public ones",
     )
     text_encoder: Weights | None = Field(
         None,
-        description="T5 encoder of a text model as a folder, URI or Hugging Face repository"
+        description="T5 encoder of the prompts: folder, URI or Hugging Face repository"
         " (default: google/flan-t5-xl)",
     )
     text_states: Annotated[LocalPath, Metavar("FILE")] | None = Field(
         None,
-        description="safetensors file with the states of all prompts in place of a text encoder"
-        " (default: none)",
+        description="safetensors file with the states of all prompts, in place of an encoder",
     )
     class_names: Annotated[str, Metavar("CLASSES")] | None = Field(
         None,
-        description='of a text model: classes as "red fox,tabby cat", or a file of lines'
-        " `class<TAB>description`, the description as one likes (default: none)",
+        description='classes: "red fox,tabby cat", or a file of them\na line is `class` or'
+        " `class<TAB>description`",
     )
     templates: JobFile | None = Field(
         None,
-        description="of a text model: file of lines such as `a photo of a {class} in the snow`,"
-        " of which each sample has one by chance (default: the class, and its description)",
+        description="file of lines such as `a photo of a {class}`\neach image gets one by chance"
+        " (default: the class, and its description)",
     )
     prompts: JobFile | None = Field(
         None,
-        description="of a text model: file of prompts, one a line, or a table with the columns"
-        " prompt,class,count, in place of --class-names (default: none)",
+        description="file of prompts, one a line, or a table\nwith the columns prompt,class,count;"
+        " in place of --class-names",
     )
     image_size: Annotated[str, Metavar("SIZE")] | None = Field(
         None,
         pattern=IMAGE_SIZE,
-        description="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes"
-        " (default: the model's own)",
+        description="pixels as SIDE or WIDTHxHEIGHT, one of the model's published sizes"
+        " (default: its own)",
     )
     precision: Precision | None = Field(
         None, description=f"number type of the model (default: {DEFAULT_PRECISION})"
@@ -137,30 +144,50 @@ class ModelRequest(JobConfig):
 class GenerateConfig(ModelRequest):
     """What `depthvar generate` can be told, and `plan` and `submit` besides."""
 
-    out: Location = Field(description="output folder or URI (s3://, gs://, abfs://)")
+    help_groups: ClassVar[tuple[HelpGroup, ...]] = (
+        HelpGroup(
+            "what to make",
+            ("model", "weights", "classes", "per_class", "labels_file", "seed", "extend"),
+        ),
+        HelpGroup("what to make with a text model", _IN_WORDS, more=(*_READING, "image_size")),
+        HelpGroup(
+            "depth and sampling",
+            ("policy", "reference_scale", "cfg", "precision", "batch_size"),
+            more=("policy_options", "top_k", "top_p", "temperature"),
+        ),
+        HelpGroup(
+            "files and machines",
+            ("samples_per_shard", "image_format", "workers", "device", "address"),
+            more=(
+                *("png_level", "save_depth_maps", "contact_sheet", "encode_threads"),
+                *("threads_per_worker", "kernels", "scratch", "max_attempts", "retry_failed"),
+            ),
+        ),
+    )
+    out: Location = Field(description="folder or URI (s3://, gs://, abfs://)")
     classes: str = Field(
         "all",
-        description="classes by id, range of ids, name or WordNet id: all, 3, 0-9, 1,4,7-9, seven;"
-        " id:3 and name:3 where 3 is the id of one and the name of another",
+        description="ids, ranges, names or WordNet ids, such as 0-9,seven\nid:3 and name:3 where 3"
+        " is the id of one and the name of another",
     )
     per_class: int = Field(
-        100, gt=0, description="samples of each class, and of each prompt without a count"
+        100, gt=0, description="images of each class or prompt\na prompt may have its own count"
     )
     labels_file: JobFile | None = Field(
         None,
-        description="file of lines `class[,count]` in place of --classes and --per-class"
-        " (default: none)",
+        description="lines `class[,count]`, in place of the two above",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="job seed: with its index it fixes a sample")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes the images\neach by its index")
     policy: str | None = Field(
         None,
-        description=f"depth policy: {', '.join(PRESETS)} (default: {DEFAULT_PRESET}, of a text"
-        f" model {TEXT_PRESET})",
+        description=f"which tokens run how many blocks (default: {DEFAULT_PRESET}, of a text model"
+        f" {TEXT_PRESET})\none of {', '.join(PRESETS)}: docs/policies.md",
     )
     reference_scale: int | None = Field(
         None,
-        description="last scale at full depth, from 0: the budget (default: the policy's own, of a"
-        " text model, but for fastvar, the finest with a quarter of the last one's tokens)",
+        description="last scale at full depth, counted from 0: smaller is faster (default: the"
+        " policy's own)\nof a text model, but for fastvar, the finest scale with a quarter of the"
+        " last one's tokens",
     )
     policy_options: PolicyOptions = Field(
         default_factory=dict,
@@ -170,35 +197,35 @@ class GenerateConfig(ModelRequest):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="guidance strength, 0 for none (default: the model's own)",
+        description="guidance, 0 for none (default: the model's own)",
     )
     top_k: int | None = Field(
-        None, ge=0, description="codes kept before top-p, 0 for all (default: the model's own)"
+        None, ge=0, description="codes kept before top-p, 0 for all (default: the model's)"
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's own)"
+        None, gt=0, le=1, description="probability mass kept, in (0, 1] (default: the model's)"
     )
     temperature: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="what guided logits are divided by (default: the model's own)",
+        description="what guided logits are divided by (default: the model's)",
     )
     precision: Precision | None = Field(
         None,
-        description="number type of the model: part of the plan (default: float32, of workers on"
-        " GPUs float16, of a text model bfloat16)",
+        description="number type of the model (default: by device)\nfloat32, on GPUs float16, of a"
+        " text model bfloat16",
     )
     save_depth_maps: bool = Field(
         False, description="also store how many blocks every token ran, as {key}.depth.npy"
     )
-    samples_per_shard: int = Field(1000, gt=0, description="images of one tar file")
+    samples_per_shard: int = Field(1000, gt=0, description="images of a tar file")
     batch_size: Annotated[int, Field(gt=0), Metavar("N")] | None = Field(
         None,
-        description="images sampled at once, a number or auto: part of the plan (default: auto,"
-        f" {DEFAULT_BATCH_SIZE} or as many as fit into a worker's memory)",
+        description="images sampled at once (default: auto)"
+        f"\nauto is {DEFAULT_BATCH_SIZE}, or as many as fit into a worker's memory",
     )
-    image_format: ImageFormat = Field("png", description="image encoding")
+    image_format: ImageFormat = Field("png", description="encoding of the images")
     png_level: int = Field(
         DEFAULT_PNG_LEVEL,
         ge=0,
@@ -208,7 +235,7 @@ class GenerateConfig(ModelRequest):
     workers: int | None = Field(
         None,
         ge=0,
-        description="workers, 0 for this process without Ray (default: one per GPU, else per core)",
+        description="workers (default: one per GPU, else per core)\n0: this process, without Ray",
     )
     threads_per_worker: int = Field(
         1, gt=0, description="CPU threads of one worker; another number may change the last bit"
@@ -225,8 +252,8 @@ class GenerateConfig(ModelRequest):
     )
     address: str | None = Field(
         None,
-        description="Ray cluster to join from one of its nodes, HOST:6379 or auto, or `local`"
-        " (default: $RAY_ADDRESS, else Ray on this machine)",
+        description="Ray cluster to join, HOST:6379, auto or local (default: $RAY_ADDRESS, else"
+        " local)\nfrom one of its nodes; local is Ray on this machine",
     )
     scratch: LocalPath | None = Field(
         None, description="folder where shards are built (default: the system's temporary folder)"
@@ -235,9 +262,7 @@ class GenerateConfig(ModelRequest):
     retry_failed: bool = Field(
         False, description="try the shards again that an earlier run set aside"
     )
-    extend: bool = Field(
-        False, description="add samples to a dataset that is planned with fewer: it can only grow"
-    )
+    extend: bool = Field(False, description="add images to a dataset that is planned with fewer")
     contact_sheet: int = Field(
         10, ge=0, description="images of each class or prompt on the contact sheet, 0 for none"
     )
@@ -278,13 +303,13 @@ class PlanConfig(GenerateConfig):
 
     calibrate: bool = Field(
         False,
-        description="also time a few batches, here or on a node of the cluster: reads the weights",
+        description="time a few batches too: reads the weights\nhere or on a node of the cluster",
     )
     price_per_gpu_hour: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
-        description="what an hour of one GPU costs, with --calibrate (default: none)",
+        description="to say a price, with --calibrate",
     )
 
     @model_validator(mode="after")
@@ -301,12 +326,10 @@ class SubmitConfig(GenerateConfig):
 
     address: str | None = Field(
         None,
-        description="dashboard of the cluster, http://HEAD:8265 (default: $RAY_API_SERVER_ADDRESS,"
+        description="dashboard of the cluster, http://HEAD:8265\n(default: $RAY_API_SERVER_ADDRESS,"
         " else http://127.0.0.1:8265, where `ray dashboard cluster.yaml` puts it)",
     )
-    follow: bool = Field(
-        True, description="show what the job says until it ends, and end with its exit code"
-    )
+    follow: bool = Field(True, description="show what the job says and end with its exit code")
 
     def for_cluster(self) -> dict[str, Any]:
         """What the job is told, as `generate` reads it from YAML."""

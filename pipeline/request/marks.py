@@ -1,4 +1,4 @@
-"""What the type of a configuration's field can be marked with."""
+"""What `--help` is told of a configuration's fields, beside their types."""
 
 from __future__ import annotations
 
@@ -10,3 +10,12 @@ class Metavar:
     """How `--help` calls the value of a field, where its type does not say it."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class HelpGroup:
+    """Fields that `--help` shows under a heading; `--help-all` shows those of `more` there too."""
+
+    heading: str
+    fields: tuple[str, ...]
+    more: tuple[str, ...] = ()

@@ -69,6 +69,7 @@ LIGHT_COMMANDS = {
             "convert-weights",
         )
     },
+    "all flags of submit": (["submit", "--help-all"], 0),
     "misspelt flag": (["generate", "--clases", "1"], 2),
     "refused value": (["generate", "--out", "x", "--per-class", "many"], 2),
     "flag without out": (["plan"], 2),

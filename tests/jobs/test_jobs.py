@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import jobs._entry
 import jobs.generate
 import jobs.plan
 import jobs.verify
+from jobs import _cli as cli
 from pipeline.request.job_plan import JobPlan
 from tests.file_modes import assert_as_the_umask_has_it, umask
 from tests.random_weights import write_random_weights
@@ -377,11 +379,33 @@ def test_help_calls_the_value_of_every_flag_what_it_is(
 ):
     """One flag, one meaning, in all jobs; choices are listed, switches take none."""
     with pytest.raises(SystemExit):
-        importlib.import_module(f"jobs.{job}").main(["--help"])
+        importlib.import_module(f"jobs.{job}").main(["--help-all"])
     shown = dict(re.findall(r"^  --([-a-z]+) ([^\s{]\S*)", capsys.readouterr().out, re.M))
     metavar_of = {flag: metavar for metavar, flags in METAVARS.items() for flag in flags.split()}
     assert shown == {flag: metavar_of[flag] for flag in shown}
     assert shown
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_fits_on_a_screen_and_help_all_shows_the_rest(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def shown(main: Callable[[list[str]], int], *argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([*argv])
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    main, name = importlib.import_module(f"jobs.{job}").main, job.replace("_", "-")
+    first, whole = shown(main, "--help"), shown(main, "--help-all")
+    assert len(first.splitlines()) <= 50
+    assert max(map(len, first.splitlines())) <= 80
+    assert set(re.findall("^  --[-a-z]+", first, re.M)) <= set(re.findall("  --[-a-z]+", whole))
+    assert ("--help-all" in first.splitlines()[-1]) == (first != whole)
+    assert shown(cli.main, name, "--help") == shown(cli.main, job, "-h") == first
+    assert shown(cli.main, name, "--help-all") == whole
 
 
 @pytest.mark.parametrize("job", ["plan", "generate", "verify"])

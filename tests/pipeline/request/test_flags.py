@@ -10,7 +10,7 @@ from pydantic import Field
 from depthvar.errors import InputError
 from jobs.verify import VerifyConfig
 from pipeline.request.flags import JobConfig, Positional, load_config
-from pipeline.request.generation import GenerateConfig
+from pipeline.request.generation import GenerateConfig, ModelRequest, PlanConfig, SubmitConfig
 
 PROMISED_FLAGS = """
     config model weights classes per-class labels-file out seed policy reference-scale cfg top-k
@@ -225,18 +225,58 @@ def test_policy_options_are_typed_words():
     assert config.policy_options == {"rotation": 0.5, "compensation": False, "a": "b"}
 
 
-def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]):
+def told_of_flags(flag: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
+    """All that help says, and what it says of each flag, by name."""
     with pytest.raises(SystemExit) as caught:
-        load("--help")
+        load(flag)
     assert caught.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["usage: generate --out PATH [flags]", ""]
-    text = " ".join(" ".join(lines).split())
-    assert all(f"--{flag} " in text for flag in PROMISED_FLAGS.split())
-    for name, field in GenerateConfig.model_fields.items():
+    shown = capsys.readouterr().out
+    told = re.split(r"^  --", shown, flags=re.M)[1:]
+    return shown, {re.match("[-a-z]+", text)[0]: " ".join(text.split()) for text in told}
+
+
+def test_help_all_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]):
+    shown, told = told_of_flags("--help-all", capsys)
+    assert shown.startswith("usage: generate --out PATH [flags]\n\n")
+    fields = {name.replace("_", "-"): f for name, f in GenerateConfig.model_fields.items()}
+    assert set(told) == {"config", *fields}
+    for name, field in fields.items():
         assert field.description, name
-        assert f"--{name.replace('_', '-')}" in text
-    assert text.count("(default:") + text.count("(required)") == len(GenerateConfig.model_fields)
+        for line in field.description.split("\n"):
+            assert " ".join(line.split()) in told[name].replace("- ", "-")
+        if type(field.default) in (int, str):
+            assert f"(default: {field.default})" in told[name]
+    assert "(required)" in told["out"]
+
+
+def test_help_shows_what_most_need_and_names_the_flag_that_shows_all(
+    capsys: pytest.CaptureFixture[str],
+):
+    shown, told = told_of_flags("--help", capsys)
+    whole, all_told = told_of_flags("--help-all", capsys)
+    less_common = set(all_told) - set(told)
+    assert set(told) <= set(all_told)
+    assert set(PROMISED_FLAGS.split()) - set(told) == {"top-k", "top-p"}
+    assert {"kernels", "text-states", "max-attempts"} <= less_common
+    assert shown.endswith("\n\ngenerate --help-all shows every flag in full.\n")
+    assert "--help-all" not in whole
+    assert "one of full, depthvar" not in told["policy"]
+    assert "one of full, depthvar" in all_told["policy"]
+    headings = re.findall(r"^[a-z].*:$", shown, re.M)
+    assert len(headings) > 4
+    assert headings == re.findall(r"^[a-z].*:$", whole, re.M)
+
+
+def test_groups_of_help_name_each_flag_once():
+    for model in (ModelRequest, GenerateConfig, PlanConfig, SubmitConfig):
+        named = [name for group in model.help_groups for name in (*group.fields, *group.more)]
+        assert len(set(named)) == len(named)
+        assert set(named) <= set(model.model_fields)
+
+
+def test_help_is_no_value_of_a_flag(capsys: pytest.CaptureFixture[str]):
+    (line,) = refused("--out", "--help-all")
+    assert line.startswith("argument --out: expected one argument")
 
 
 def test_a_positional_field_may_also_be_a_flag(capsys: pytest.CaptureFixture[str]):

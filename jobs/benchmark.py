@@ -39,7 +39,8 @@ from depthvar.host.rate import rate_text
 from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
-from depthvar.policy import DEFAULT_PRESET, PRESETS, TEXT_PRESET, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import DEFAULT_PRESET, PRESETS, TEXT_PRESET, make_policy
 from depthvar.recording import recorder
 from depthvar.settings import Kernels
 from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.settings import SamplingSettings
 from pipeline.dataset.loader import Dataset, open_dataset
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment, ShardPlan

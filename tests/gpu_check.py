@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from depthvar.config import MODELS
 from depthvar.errors import InputError
-from depthvar.policy import PRESETS, make_policy
+from depthvar.presets import PRESETS, make_policy
 from depthvar.published import PublishedSampler
 from depthvar.recording import recorder
 from depthvar.sampling import Sampler

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.weights.checkpoint import load_model
 from depthvar.weights.files import BUNDLED

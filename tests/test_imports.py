@@ -20,6 +20,7 @@ ROOMS = (
     "depthvar.config",
     "depthvar.knobs",
     "depthvar.policy",
+    "depthvar.presets",
     "depthvar.plan",
     "depthvar.cost",
     "depthvar.memory",

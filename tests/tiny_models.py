@@ -23,7 +23,8 @@ from depthvar.errors import InputError
 from depthvar.infinity.tokenizer import BitTokenizer
 from depthvar.infinity.transformer import InfinityTransformer
 from depthvar.infinity_config import BitDecoderConfig, InfinityConfig
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.settings import SamplingSettings
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer

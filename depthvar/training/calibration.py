@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthvar.engine import ProxyFit, ScaleTrace, parent_positions
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Given, Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import AnyLoaded

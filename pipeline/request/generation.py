@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from depthvar.config import IMAGE_SIZE, KNOWN_MODELS
-from depthvar.policy import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET, DepthPolicy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import DEFAULT_PRESET, OPTIONS, PRESETS, TEXT_PRESET
 from depthvar.settings import Kernels
 from pipeline.request.classes import quoted
 from pipeline.request.flags import JobConfig

@@ -16,15 +16,8 @@ from depthvar.errors import InputError
 from depthvar.infinity_config import InfinityConfig
 from depthvar.paths import check_output_folder, is_uri
 from depthvar.plan import DepthPlan
-from depthvar.policy import (
-    DEFAULT_PRESET,
-    OPTIONS,
-    PRESETS,
-    TEXT_PRESET,
-    DepthPolicy,
-    make_policy,
-    policy_of,
-)
+from depthvar.policy import DepthPolicy
+from depthvar.presets import DEFAULT_PRESET, PRESETS, TEXT_PRESET, make_policy, policy_of
 from depthvar.settings import SamplingSettings
 from depthvar.weights.files import BUNDLED, is_repository
 from pipeline.request.classes import parse_classes
@@ -162,7 +155,7 @@ def _policy(config: GenerateConfig, model: AnyModel) -> DepthPolicy:
         takes_any = usual and usual.reference_scale is not None and not usual.mean_depths
         if reference_scale is None and takes_any:
             reference_scale = model.usual_reference_scale
-    return policy_of(PRESETS, OPTIONS, preset, reference_scale, options)
+    return policy_of(preset, reference_scale, options)
 
 
 def checked_options(options: Mapping[str, Scalar | list[float]]) -> dict[str, Any]:

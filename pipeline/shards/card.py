@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, make_policy
 from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
 from pipeline.request.prompts import ClassPrompts
 from pipeline.shards.depth_maps import DEPTH_MAP_SUFFIX

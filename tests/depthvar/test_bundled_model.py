@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.weights.checkpoint import load_model
 from depthvar.weights.files import BUNDLED

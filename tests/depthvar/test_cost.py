@@ -16,7 +16,8 @@ from depthvar.cost import TEXT_TOKENS, Cost, decoder_flops, image_cost, transfor
 from depthvar.counting import is_composite
 from depthvar.infinity_config import INFINITY_2B, INFINITY_8B
 from depthvar.plan import DepthPlan
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, make_policy
 from depthvar.sampling import Sampler
 from depthvar.weights.checkpoint import LoadedTextModel, random_model
 from depthvar.weights.find import FoundModel, blank_part

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from depthvar.config import model_config
 from depthvar.counting import OperationCounter, Work, blank_model, work_of_batch
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from tests.tiny_models import tiny_model, tiny_text_model
 
 

@@ -25,7 +25,8 @@ from depthvar.engine import (
 )
 from depthvar.layers import Attend
 from depthvar.plan import DepthPlan
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.transformer import Condition
 from depthvar.weights.checkpoint import LoadedModel

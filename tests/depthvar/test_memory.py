@@ -24,7 +24,8 @@ from depthvar.memory import (
     transformer_parameters,
 )
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer, initialise

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from depthvar.errors import InputError
 from depthvar.knobs import BlockOrder
 from depthvar.plan import DepthPlan, block_order, schedule_scores
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from tests import reference_depthvar as reference
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

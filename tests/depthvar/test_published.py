@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.published import PublishedSampler, draw_published
 from depthvar.settings import SamplingSettings
 from tests import reference_depthvar as reference

@@ -21,7 +21,8 @@ from depthvar.cost import image_cost
 from depthvar.engine import ScaleTrace
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import SampledTokens, Sampler
 from depthvar.settings import SamplingSettings

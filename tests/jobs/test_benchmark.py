@@ -17,7 +17,7 @@ from depthvar.errors import InputError
 from depthvar.infinity_config import INFINITY_2B, InfinityConfig
 from depthvar.memory import memory_need
 from depthvar.plan import DepthPlan
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.timing import Contender, Lap, _drawing_s, equal_tokens, time_policies
 from depthvar.weights.checkpoint import random_model

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from depthvar.errors import InputError
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.text.states import write_states
 from depthvar.weights.checkpoint import (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from depthvar.config import model_config
 from depthvar.engine import ProxyFit
 from depthvar.errors import InputError
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import load_model, save_model, save_proxy_fit

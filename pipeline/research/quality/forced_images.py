@@ -20,7 +20,8 @@ from torch import Tensor
 
 from depthvar.draw import draw_tokens
 from depthvar.engine import ScaleTrace, parent_positions
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.training.data import to_float

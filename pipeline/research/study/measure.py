@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.sampling import Sampler
 from depthvar.weights.checkpoint import LoadedModel

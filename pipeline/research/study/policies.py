@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from depthvar.policy import PRESETS, DepthPolicy, policy_of
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, policy_of
 
 STUDY_PRESETS: Mapping[str, DepthPolicy] = {
     **PRESETS,
@@ -22,4 +23,4 @@ _FIELDS = {field.name for field in fields(DepthPolicy)} - {"preset", "reference_
 
 def study_policy(preset: str, *, reference_scale: int | None = None, **changes: Any) -> DepthPolicy:
     """As `make_policy`, with the presets of studies and any field changed."""
-    return policy_of(STUDY_PRESETS, _FIELDS, preset, reference_scale, changes)
+    return policy_of(preset, reference_scale, changes, presets=STUDY_PRESETS, options=_FIELDS)

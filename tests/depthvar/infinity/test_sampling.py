@@ -12,7 +12,8 @@ from torch import Tensor
 
 from depthvar.engine import ScaleTrace
 from depthvar.errors import InputError
-from depthvar.policy import PRESETS, DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import PRESETS, make_policy
 from depthvar.sampling import SampledTokens, Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.weights.checkpoint import LoadedTextModel

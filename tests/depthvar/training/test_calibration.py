@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.training import calibration

@@ -8,7 +8,7 @@ from torch import nn
 
 from depthvar.config import ModelConfig, model_config, scenes_model_config
 from depthvar.errors import InputError
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.training.data import REAL_SETS, ImageSet, digits

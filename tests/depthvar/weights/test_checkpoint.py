@@ -15,7 +15,7 @@ from depthvar.config import CONFIG_FILE, model_config
 from depthvar.engine import ProxyFit, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.layers import Attention
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.weights import files as weights_files

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthvar.errors import InputError
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from depthvar.settings import SamplingSettings
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
 from depthvar.training.data import to_float

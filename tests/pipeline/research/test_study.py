@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from depthvar.config import scenes_model_config
 from depthvar.errors import InputError
 from depthvar.plan import DepthPlan
-from depthvar.policy import DepthPolicy, make_policy
+from depthvar.policy import DepthPolicy
+from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.training.data import REAL_SETS, ImageSet
 from depthvar.var.tokenizer import Tokenizer

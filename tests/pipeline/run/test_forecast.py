@@ -10,7 +10,7 @@ import pytest
 
 from depthvar.config import MODELS
 from depthvar.plan import DepthPlan
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from pipeline.request.job import UNREAD_WEIGHTS
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.forecast import (

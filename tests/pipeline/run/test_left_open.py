@@ -10,7 +10,7 @@ from depthvar.config import MODELS, AnyModel
 from depthvar.infinity_config import INFINITY_2B
 from depthvar.memory import memory_need
 from depthvar.plan import DepthPlan
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from pipeline.request.job_plan import JobPlan
 from pipeline.run.left_open import Room, fitted, memory_warning, settled
 from tests.fake_shards import make_plan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from depthvar.policy import make_policy
+from depthvar.presets import make_policy
 from pipeline.dataset.loader import iterate_samples, open_dataset
 from pipeline.request.job_plan import FormerPolicy, JobPlan
 from pipeline.request.prompts import WrittenPrompts

@@ -15,12 +15,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from ray.cluster_utils import Cluster
-
 from pipeline.faults import POINTS
 from tests import fake_job
 from tests.fakes import set_faults
 from tests.fault_hook import FAULTS_VARIABLE, ITS_NODE, WHOEVER, arm, armed, disarm
+from tests.small_ray import small_head
 
 WORKER_POINTS = tuple(p for p in POINTS if not p.startswith(("plan", "indexes")))
 DRIVER_POINTS = tuple(p for p in POINTS if p not in WORKER_POINTS)
@@ -60,8 +59,7 @@ class RayNodes:
         """Start the cluster, and end its processes at last; `flags` are those of every job."""
         set_faults(control / "faults.json")
         os.environ[FAULTS_VARIABLE] = str(control / "faults.json")
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = small_head(num_cpus=0, _system_config=SYSTEM)
         try:
             yield cls(control, flags, cluster, [cluster.add_node(**NODE) for _ in range(2)])
         finally:

@@ -40,7 +40,10 @@ def after_asking(reply: bytes) -> Talk:
 
 SERVERS: dict[str, tuple[Talk, str]] = {
     "ssh": (lambda peer: peer.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"), "an SSH server answers"),
-    "http": (after_asking(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "an HTTP server, as a cluster's"),
+    "http": (
+        after_asking(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"),
+        "an HTTP server, as a cluster's",
+    ),
     "redis": (after_asking(b"-ERR unknown command 'GET'\r\n"), "a Redis server answers"),
     "tls": (after_asking(b"\x15\x03\x01\x00\x02\x02\x46"), "a server that wants TLS"),
     "mysql": (lambda peer: peer.sendall(b"J\x00\x00\x00\n5.7.0"), r"something says b'J\x00"),

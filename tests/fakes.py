@@ -38,10 +38,12 @@ from tests.fault_hook import FAULTS_VARIABLE
 #   environment: number added to every pixel, as another environment's last bits would
 
 
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
 def without_torch() -> str:
     """A PYTHONPATH for processes that only need the fake sampler: torch stays out of them."""
-    stand_ins = Path(__file__).parent / "stand_ins"
-    return os.pathsep.join(filter(None, [str(stand_ins), os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join(filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")]))
 
 
 def set_faults(path: Path, **faults: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ def has_ended(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] == "Z"
 
 
-def assert_no_process_outlives(command: Sequence[str], *, begun: bytes) -> None:
-    """Run `python -m command`, kill it once its standard error shows `begun`, look for orphans.
+def assert_no_process_outlives(command: Sequence[str], *, of: int) -> None:
+    """Run `python -m command`, kill it once it has done some of its `of` steps, look for orphans.
 
     SIGINT is ignored, as in what a shell script starts with `&`.
     """
@@ -32,7 +33,7 @@ def assert_no_process_outlives(command: Sequence[str], *, begun: bytes) -> None:
     )
     assert job.stderr is not None
     shown = b""
-    while begun not in shown:
+    while not re.search(rb" [1-9]\d*/%d" % of, shown):  # a bar shows some of the steps alone
         shown += job.stderr.read1()
         assert job.poll() is None, shown.decode()
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)

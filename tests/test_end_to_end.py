@@ -9,8 +9,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +24,8 @@ from PIL import Image
 from jobs import generate
 from tests import fake_job
 from tests.fake_shards import data_files
-from tests.fakes import FAULTS_VARIABLE, open_gate, set_faults, wait_at_gate, without_torch
+from tests.fakes import FAULTS_VARIABLE, open_gate, set_faults, wait_at_gate
+from tests.forked_job import ForkedJob
 from tests.random_weights import write_random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -62,28 +61,17 @@ class Process(NamedTuple):
     group: int
 
 
-class Job:
+class Job(ForkedJob):
     """A fake job in a process group of its own; what it prints goes to a file."""
 
     def __init__(self, argv: list[str], log: Path) -> None:
+        super().__init__(argv, log)
         self.log = log
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fake_job", *argv],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": without_torch()},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=150)
 
     def wait_for_shards(self, out: Path, num_shards: int) -> None:
         deadline_s = time.monotonic() + 150
         while len(committed(out)) < num_shards:
-            assert self.process.poll() is None, self.text
+            assert self.poll() is None, self.text
             assert time.monotonic() < deadline_s, self.text
             time.sleep(0.02)
 
@@ -110,7 +98,7 @@ class Job:
             with contextlib.suppress(OSError):
                 name, _, rest = file.read_text().partition("(")[2].rpartition(")")
                 state, _, group, session = rest.split()[:4]
-                if int(session) == self.process.pid and state != "Z":
+                if int(session) == self.pid and state != "Z":
                     found.append(Process(int(file.parent.name), name, int(group)))
         return found
 
@@ -120,9 +108,9 @@ class Job:
 
     def end(self) -> None:
         """End whatever of the process group is left."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.wait()
 
 
 def wait_for_free_locks(scratch: Path) -> None:
@@ -195,7 +183,7 @@ def test_killing_the_job_then_running_it_again_gives_the_same_bytes(
     set_faults(faults, batch_s=SLOW_BATCH_S, slow_from=20)
     job = start(workers)
     job.wait_for_shards(out, 2)
-    os.kill(job.process.pid, signal.SIGKILL)
+    os.kill(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     job.wait_for_no_process()
     wait_for_free_locks(tmp_path / "scratch")
@@ -248,9 +236,9 @@ def test_a_signal_stops_the_job_cleanly_and_says_how_to_go_on(
     job.wait_for_shards(out, 1)
     asked_s = time.monotonic()
     if to_group:  # as a terminal does for Ctrl-C, and when it goes away
-        os.killpg(job.process.pid, number)
+        os.killpg(job.pid, number)
     else:
-        os.kill(job.process.pid, number)
+        os.kill(job.pid, number)
     done = stopped_cleanly(job, tmp_path)
     assert time.monotonic() - asked_s < 25, "the shards that are left take as long"
     before = shard_files(out, done)
@@ -267,13 +255,13 @@ def test_on_ray_the_driver_alone_hears_a_signal_and_its_workers_stop_cleanly(
     set_faults(faults, gate=str(gate), gate_from=10)
     job = start(workers=2)
     waiting = {int(pid) for pid in wait_at_gate(gate, 2)}
-    beside = [p for p in job.session() if p.pid != job.process.pid]
+    beside = [p for p in job.session() if p.pid != job.pid]
     assert waiting <= {p.pid for p in beside}
     for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, which tells the whole group
         for process in beside:
-            if process.group == job.process.pid:
+            if process.group == job.pid:
                 os.kill(process.pid, number)
-    job.process.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGTERM)
     job.wait_for_text("once more to end at once")
     assert waiting <= {p.pid for p in job.session()}
     open_gate(gate)
@@ -291,9 +279,9 @@ def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
     set_faults(faults, batch_s=60, slow_from=10)
     job = start(workers=2)
     job.wait_for_shards(tmp_path / "out", 1)
-    os.killpg(job.process.pid, signal.SIGINT)
+    os.killpg(job.pid, signal.SIGINT)
     job.wait_for_text("once more to end at once")
-    os.killpg(job.process.pid, signal.SIGINT)
+    os.killpg(job.pid, signal.SIGINT)
     asked_s = time.monotonic()
     assert job.wait() == 128 + signal.SIGINT, job.text
     assert time.monotonic() - asked_s < 15, "the workers are not waited for"

@@ -49,6 +49,7 @@ from tests.fake_shards import (
 )
 from tests.fakes import set_faults, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
+from tests.forked_job import ForkedJob
 
 ROOT = Path(__file__).parent.parent
 
@@ -626,14 +627,7 @@ def test_a_second_interrupt_ends_the_job_at_once(tmp_path: Path):
     set_faults(tmp_path / "faults.json", batch_s=120)
     argv = [f"--out={tmp_path / 'out'}", f"--scratch={tmp_path / 'scratch'}", "--per-class=2"]
     argv += ["--workers=0", "--device=cpu"]
-    with open(tmp_path / "log", "wb") as log:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_job", *argv],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": without_torch()},
-            stderr=log,
-            stdout=log,
-        )
+    job = ForkedJob(argv, tmp_path / "log")
     try:
         deadline_s = time.monotonic() + 90
         while not list(tmp_path.glob("scratch/depthvar-*/shard-*/*.tar")):

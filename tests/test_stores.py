@@ -5,9 +5,6 @@ from __future__ import annotations
 import http.client
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 import urllib.parse
 import urllib.request
@@ -34,8 +31,9 @@ from pipeline.shards.committed import committed_shards
 from pipeline.shards.manifest import FOLDERS
 from pipeline.storage import Storage, is_transient
 from tests.fake_job import FAKE_SAMPLER, fake_weights
-from tests.fakes import open_gate, set_faults, wait_at_gate, without_torch
+from tests.fakes import open_gate, set_faults, wait_at_gate
 from tests.fault_hook import FAULTS_VARIABLE
+from tests.forked_job import ForkedJob
 
 SECRET = "a-secret-of-the-test"
 
@@ -221,11 +219,7 @@ def test_two_drivers_at_once_leave_no_shard_half_from_each(uri: str, tmp_path: P
         set_faults(faults, environment=number, gate=str(gate))
         argv = [f"--out={uri}", f"--scratch={tmp_path / 'scratch'}", "--workers=0", "--device=cpu"]
         argv += ["--per-class=2", "--samples-per-shard=8", "--batch-size=4", "--contact-sheet=0"]
-        with open(tmp_path / f"log-{number}", "wb") as log:
-            command = [sys.executable, "-m", "tests.fake_job", *argv]
-            environment = {**os.environ, FAULTS_VARIABLE: str(faults)}
-            environment["PYTHONPATH"] = without_torch()
-            jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        jobs.append(ForkedJob(argv, tmp_path / f"log-{number}", {FAULTS_VARIABLE: str(faults)}))
     try:
         wait_at_gate(gate, 2)  # both hold the first shard: from here on they are side by side
         open_gate(gate)

@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import signal
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +29,8 @@ from pipeline.storage import Storage
 from tests import fake_job
 from tests.fake_shards import committed_anew, data_files, rewrite_rows, rewrite_tar
 from tests.fake_text import states_of
-from tests.fakes import FAULTS_VARIABLE, TEXT_MODEL, fake_image, set_faults, without_torch
+from tests.fakes import FAULTS_VARIABLE, TEXT_MODEL, fake_image, set_faults
+from tests.forked_job import ForkedJob
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ("a photo of a {class} in the snow", "{class}, {description}", "a drawn {class}")
@@ -155,11 +154,9 @@ def test_a_job_that_was_killed_goes_on_byte_for_byte(
     ask, of_classes: Path, of_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / "faults.json"))
-    monkeypatch.setenv("PYTHONPATH", without_torch())
     set_faults(tmp_path / "faults.json", crash=14)  # in the second shard
     command = flags(tmp_path / "out", *ask(tmp_path))
-    job = subprocess.run([sys.executable, "-m", "tests.fake_job", *command], cwd=ROOT)
-    assert job.returncode == -signal.SIGKILL
+    assert ForkedJob(command, tmp_path / "log").wait() == -signal.SIGKILL
     assert len(list((tmp_path / "out" / "commits").glob("0*.json"))) < 3
     set_faults(tmp_path / "faults.json")
     assert fake_job.main(command) == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -38,9 +40,16 @@ def environment(token: str | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that no connection is given by chance: another process would have it meanwhile.
+
+    An agent of Ray that finds its port taken goes on without taking jobs.
+    """
+    given_by_chance = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    for port in random.SystemRandom().sample(range(20_000, int(given_by_chance[0])), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Head(NamedTuple):

@@ -395,4 +395,4 @@ def test_no_process_of_a_study_outlives_it(tmp_path: Path):
         "  full: {policy: full, budgets: {1x: null}}\n"
     )
     argv = [f"--out={tmp_path / 'study'}", f"--config={tmp_path / 'study.yaml'}"]
-    assert_no_process_outlives(["jobs.study", *argv], begun=b" 5/300000")
+    assert_no_process_outlives(["jobs.study", *argv], of=300_000)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import ray
 from ray._raylet import GcsClient
-from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from depthvar.config import MODELS
@@ -28,11 +27,11 @@ from pipeline.storage import Storage
 from tests.fake_job import FAKE_SAMPLER, fake_weights
 from tests.fakes import open_gate, set_faults, wait_at_gate, wait_for, without_torch
 from tests.fault_hook import FAULTS_VARIABLE
+from tests.small_ray import small_head, without_metrics
 
 NUM_SHARDS = 10
 HEAD = {
     "num_cpus": 2,
-    "include_dashboard": False,
     "_system_config": {
         "worker_niceness": 0,  # no slower than the test itself
         "health_check_period_ms": 1000,
@@ -53,7 +52,7 @@ class Nodes:
 
     def __init__(self, faults: Path) -> None:
         self.faults = faults
-        self.cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+        self.cluster = small_head(**HEAD)
         self.alive: list[tuple[dict[str, int], Any]] = []
 
     @property
@@ -92,10 +91,11 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("PATH", str(nvidia_smi.parent), prepend=os.pathsep)
         patch.setenv(FAULTS_VARIABLE, str(faults))
         patch.setenv("PYTHONPATH", without_torch())
-        nodes = Nodes(faults)
-        yield nodes
-        ray.shutdown()
-        nodes.cluster.shutdown()
+        with without_metrics():
+            nodes = Nodes(faults)
+            yield nodes
+            ray.shutdown()
+            nodes.cluster.shutdown()
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from sys import intern
 from typing import Any
 
@@ -89,24 +89,11 @@ class ShardSummary(ShardFacts):
     @staticmethod
     def of(record: CommitRecord) -> ShardSummary:
         """The summary of a record."""
-        seconds = seconds_by_stage(record.batches)
-        return ShardSummary(
-            record.shard_id,
-            intern(record.fingerprint),
-            record.num_samples,
-            record.num_blank,
-            record.num_duplicates,
-            record.files,
-            record.attempt,
-            intern(record.worker),
-            intern(record.device),
-            record.threads,
-            intern(json.dumps(record.environment, sort_keys=True)),
-            record.committed_at,
-            seconds["sampling"],
-            seconds["decoding"],
-            seconds["encoding"],
-        )
+        values = {name: getattr(record, name) for name in _FACTS}
+        values |= {f"{stage}_s": s for stage, s in seconds_by_stage(record.batches).items()}
+        values["environment"] = json.dumps(record.environment, sort_keys=True)
+        values["committed_at"] = record.committed_at
+        return _made(values)
 
     @property
     def made_with(self) -> dict[str, str]:
@@ -258,84 +245,51 @@ def _stored_summaries(storage: Storage, listing: Listing) -> dict[str, ShardSumm
         file = pq.ParquetFile(io.BytesIO(storage.read(SUMMARIES_NAME)))
         if not file.schema_arrow.equals(_SCHEMA):
             return {}
+        columns = list(_COLUMNS)[3:]
         return {
-            name: _summary(*values)
+            name: _summary(dict(zip(columns, values, strict=True)))
             for part in file.iter_batches(_ROWS_AT_ONCE)
-            for name, size, time_ns, *values in _rows(part)
+            for name, size, time_ns, *values in zip(*part.to_pydict().values(), strict=True)
             if listing.sizes.get(name) == size and listing.times.get(name) == time_ns
         }
     except (pa.ArrowException, OSError, ValueError):
         return {}
 
 
-def _rows(part: pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
-    columns = (column.to_pylist() for column in part.columns)
-    return zip(*columns, strict=True)
+_FACTS = tuple(field.name for field in fields(ShardFacts))
+_FIELDS = tuple(field.name for field in fields(ShardSummary))
 
 
-def _summary(
-    shard_id: int,
-    fingerprint: str,
-    num_samples: int,
-    num_blank: int,
-    num_duplicates: int,
-    tar_size: int,
-    tar_sha256: str,
-    parquet_size: int,
-    parquet_sha256: str,
-    attempt: int,
-    worker: str,
-    device: str,
-    threads: int,
-    environment: str,
-    *rest: Any,
-) -> ShardSummary:
-    """A shard from its values after those of its record, in the order of the schema."""
-    return ShardSummary(
-        shard_id,
-        intern(fingerprint),
-        num_samples,
-        num_blank,
-        num_duplicates,
-        ShardFiles(
-            FileEntry(tar_name(shard_id), tar_size, tar_sha256),
-            FileEntry(parquet_name(shard_id), parquet_size, parquet_sha256),
-        ),
-        attempt,
-        intern(worker),
-        intern(device),
-        threads,
-        intern(environment),
-        *rest,
+def _made(values: dict[str, Any]) -> ShardSummary:
+    """A summary, with one string for all shards that have the same."""
+    for name in ("fingerprint", "worker", "device", "environment"):
+        values[name] = intern(values[name])
+    return ShardSummary(**values)
+
+
+def _summary(row: dict[str, Any]) -> ShardSummary:
+    """A shard from its row, without what that says of the record."""
+    shard_id = row["shard_id"]
+    row["files"] = ShardFiles(
+        FileEntry(tar_name(shard_id), row.pop("tar_size"), row.pop("tar_sha256")),
+        FileEntry(parquet_name(shard_id), row.pop("parquet_size"), row.pop("parquet_sha256")),
     )
+    return _made(row)
 
 
-def _row(name: str, summary: ShardSummary, listing: Listing) -> tuple[object, ...]:
-    """The values of a shard in the order of the schema."""
+def _row(name: str, summary: ShardSummary, listing: Listing) -> dict[str, object]:
+    """A shard as a row of the schema."""
     tar, parquet = summary.files.tar, summary.files.parquet
-    return (
-        name,
-        listing.sizes[name],
-        listing.times[name],
-        summary.shard_id,
-        summary.fingerprint,
-        summary.num_samples,
-        summary.num_blank,
-        summary.num_duplicates,
-        tar.size,
-        tar.sha256,
-        parquet.size,
-        parquet.sha256,
-        summary.attempt,
-        summary.worker,
-        summary.device,
-        summary.threads,
-        summary.environment,
-        summary.committed_at,
-        summary.sampling_s,
-        summary.decoding_s,
-        summary.encoding_s,
-    )
+    return {
+        "record": name,
+        "record_size": listing.sizes[name],
+        "record_time_ns": listing.times[name],
+        **{field: getattr(summary, field) for field in _FIELDS},
+        "tar_size": tar.size,
+        "tar_sha256": tar.sha256,
+        "parquet_size": parquet.size,
+        "parquet_sha256": parquet.sha256,
+    }
 
 
 def _to_parquet(kept: Sequence[tuple[str, ShardSummary]], listing: Listing) -> bytes:
@@ -343,8 +297,6 @@ def _to_parquet(kept: Sequence[tuple[str, ShardSummary]], listing: Listing) -> b
     with pq.ParquetWriter(buffer, _SCHEMA, compression="zstd") as writer:
         for start in range(0, len(kept), _ROWS_AT_ONCE):
             part = kept[start : start + _ROWS_AT_ONCE]
-            rows = (_row(name, summary, listing) for name, summary in part)
-            columns = zip(zip(*rows, strict=True), _SCHEMA.types, strict=True)
-            arrays = [pa.array(values, kind) for values, kind in columns]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA))
+            rows = [_row(name, summary, listing) for name, summary in part]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     return buffer.getvalue()

@@ -59,15 +59,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        require_positive(
-            num_classes=self.num_classes,
-            num_blocks=self.num_blocks,
-            width=self.width,
-            num_heads=self.num_heads,
-            codebook_size=self.codebook_size,
-            code_channels=self.code_channels,
-            mlp_ratio=self.mlp_ratio,
-        )
+        require_positive(self, "num_classes", "num_blocks", "width", "num_heads")
+        require_positive(self, "codebook_size", "code_channels", "mlp_ratio")
         _require_sides(self.sides)
         require(
             self.width % self.num_heads == 0,
@@ -109,13 +102,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        require_positive(
-            codebook_size=self.codebook_size,
-            code_channels=self.code_channels,
-            base_width=self.base_width,
-            num_res_blocks=self.num_res_blocks,
-            norm_groups=self.norm_groups,
-        )
+        require_positive(self, "codebook_size", "code_channels")
+        require_positive(self, "base_width", "num_res_blocks", "norm_groups")
         _require_sides(self.sides)
         require(
             len(self.phi_of_scale) == len(self.sides) and min(self.phi_of_scale) >= 0,

@@ -44,7 +44,7 @@ class BitDecoderConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        require_positive(base_width=self.base_width, norm_groups=self.norm_groups)
+        require_positive(self, "base_width", "norm_groups")
         require(
             len(self.multipliers) > 0
             and all(
@@ -89,17 +89,8 @@ class InfinityConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        require_positive(
-            num_blocks=self.num_blocks,
-            width=self.width,
-            num_heads=self.num_heads,
-            bits=self.bits,
-            patch=self.patch,
-            text_width=self.text_width,
-            pool_heads=self.pool_heads,
-            num_chunks=self.num_chunks,
-            max_text_tokens=self.max_text_tokens,
-        )
+        require_positive(self, "num_blocks", "width", "num_heads", "bits", "patch")
+        require_positive(self, "text_width", "pool_heads", "num_chunks", "max_text_tokens")
         areas = [math.prod(grid) for grid in self.grids]
         require(
             self.grids[:1] == ((1, 1),) and areas == sorted(areas),

@@ -84,7 +84,8 @@ def require(is_true: bool, problem: str) -> None:
         raise InputError(f"no such model can be built: {problem}")
 
 
-def require_positive(**sizes: int) -> None:
-    """The same for sizes below 1."""
-    for name, size in sizes.items():
+def require_positive(config: object, *names: str) -> None:
+    """The same where one of the fields of these names is below 1."""
+    for name in names:
+        size = getattr(config, name)
         require(size >= 1, f"{name} is {size}, wanted 1 or more")

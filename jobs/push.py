@@ -33,16 +33,17 @@ class PushConfig(JobConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Upload what the Hub lacks and print where it is; exit code 0."""
     config = load_config(PushConfig, argv, prog="depthvar push", description=__doc__ or "")
-    from pipeline.dataset.push import Pushed, push
+    from pipeline.dataset.push import push
     from pipeline.request.plan_file import stored_plan
-    from pipeline.shards.committed import committed_shards
+    from pipeline.shards.committed import Dataset, committed_shards
     from pipeline.shards.samples import ShardError
     from pipeline.storage import Storage
 
     storage = Storage.open(config.dataset)
     plan = stored_plan(storage)
     records = committed_shards(storage, plan)
-    if not records or (len(records) < plan.num_shards and not config.unfinished):
+    dataset = Dataset(storage, plan, records)
+    if not records or (dataset.num_missing and not config.unfinished):
         raise InputError(
             f"{storage} has {len(records):,} of {plan.num_shards:,} shards: run its generate"
             " command first" + (", or push what is there with --unfinished" if records else "")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=len(records), unit="shard", desc="push", file=sys.stderr) as bar:
         try:
             address = push(
-                Pushed(storage, plan, records),
+                dataset,
                 config.repo,
                 private=config.private,
                 progress=bar.update,
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except ShardError as error:
             raise InputError(str(error)) from error
-    num_images = sum(record.num_samples for record in records.values())
-    print(f"pushed    {num_images:,} images in {len(records):,} shards: {address}")
+    print(f"pushed    {dataset.num_samples:,} images in {len(records):,} shards: {address}")
     for note in notes:
         print(f"note: {note}")
     return EXIT_DONE

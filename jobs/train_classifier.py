@@ -27,9 +27,9 @@ from pipeline.request.marks import Metavar
 from pipeline.request.paths import LocalPath, Location, dataset_location, path_field
 
 if TYPE_CHECKING:
-    from pipeline.dataset.loader import Dataset
     from pipeline.research.quality.downstream import TestSet, TrainingSet
     from pipeline.research.quality.features import Classifier, ClassifierRecipe
+    from pipeline.shards.committed import Dataset
 
 _COLUMNS = ("synthetic", "real", "test accuracy", "seconds per run", "images/s")
 

@@ -21,11 +21,11 @@ from pyarrow import fs
 
 from depthvar.presets import make_policy
 from depthvar.settings import SamplingSettings
-from pipeline.dataset.loader import Dataset, open_dataset
+from pipeline.dataset.loader import open_dataset
 from pipeline.request.job_plan import ImageCompute, JobPlan, Segment, ShardPlan
 from pipeline.request.labels import LabelCounts
 from pipeline.request.plan_file import open_plan
-from pipeline.shards.committed import committed_shards
+from pipeline.shards.committed import Dataset, committed_shards
 from pipeline.shards.indexes import write_indexes
 from pipeline.shards.manifest import (
     BuiltShard,

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.dataset.loader import Dataset, iterate_samples
+from pipeline.dataset.loader import iterate_samples
 from pipeline.dataset.report.survey import spread
+from pipeline.shards.committed import Dataset
 from pipeline.shards.manifest import CONTACT_SHEET_NAME
 
 _MAX_SUBJECTS = 40

@@ -26,7 +26,8 @@ import numpy as np
 from depthvar.errors import InputError, naming
 from depthvar.paths import check_writable
 from depthvar.training.class_folders import folder_names
-from pipeline.dataset.loader import Dataset, iterate_samples, iterate_stored, stored_image
+from pipeline.dataset.loader import iterate_samples, iterate_stored, stored_image
+from pipeline.shards.committed import Dataset
 from pipeline.shards.samples import ShardError, TarSample, encode_image
 from pipeline.storage import TEMP_PREFIX
 

@@ -26,7 +26,7 @@ from depthvar.errors import InputError
 from pipeline.dataset.condition import Condition
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import stored_plan
-from pipeline.shards.committed import ShardSummary, committed_shards
+from pipeline.shards.committed import Dataset, committed_shards
 from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.shards.samples import (
     ShardError,
@@ -54,25 +54,6 @@ class Sample:
     image: np.ndarray
     metadata: dict[str, Any]
     prompt: str | None = None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The part of a dataset that is done: its plan and its commit records by shard id."""
-
-    storage: Storage
-    plan: JobPlan
-    records: dict[int, ShardSummary]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the shards that are done."""
-        return sum(record.num_samples for record in self.records.values())
-
-    @property
-    def num_missing(self) -> int:
-        """Planned shards that are not done."""
-        return self.plan.num_shards - len(self.records)
 
 
 def open_dataset(uri: str) -> Dataset:

@@ -19,7 +19,7 @@ from depthvar.errors import InputError
 from pipeline.request.job_plan import JobPlan
 from pipeline.request.plan_file import PLAN_NAME
 from pipeline.shards.card import is_edited
-from pipeline.shards.committed import ShardSummary
+from pipeline.shards.committed import Dataset, ShardSummary
 from pipeline.shards.indexes import index_files
 from pipeline.shards.manifest import (
     CARD_NAME,
@@ -37,17 +37,8 @@ _REFUSED = (400, 401, 403, 404, 409)
 Content = bytes | Path
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """What is uploaded of a dataset: the shards of its plan that are committed."""
-
-    storage: Storage
-    plan: JobPlan
-    records: Mapping[int, ShardSummary]
-
-
 def push(
-    dataset: Pushed,
+    dataset: Dataset,
     repo: str,
     *,
     private: bool = False,
@@ -99,7 +90,7 @@ class _Repository:
             where = {"repo_type": "dataset", "local_dir": folder}
             return Path(self.api.hf_hub_download(self.name, path, **where)).read_bytes()
 
-    def commit_shards(self, dataset: Pushed, records: Sequence[ShardSummary]) -> None:
+    def commit_shards(self, dataset: Dataset, records: Sequence[ShardSummary]) -> None:
         """Upload shards with the plan that they belong to, their files as they were recorded."""
         files: dict[str, Content] = {PLAN_NAME: dataset.plan.to_json()}
         with tempfile.TemporaryDirectory(prefix="depthvar-push-") as folder:
@@ -160,7 +151,7 @@ def _telling_errors(repo: str) -> Iterator[None]:
         raise OSError(f"the push to {repo} broke off: {reason}") from error
 
 
-def _check_same(hub: _Repository, dataset: Pushed, there: Mapping[str, Any]) -> None:
+def _check_same(hub: _Repository, dataset: Dataset, there: Mapping[str, Any]) -> None:
     """`InputError` for a repository that holds another dataset or anything else."""
     if PLAN_NAME not in there:
         if any(path.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for path in there):
@@ -213,7 +204,7 @@ def _local(storage: Storage, entry: FileEntry, folder: Path) -> Path:
     return path
 
 
-def _descriptions(dataset: Pushed) -> dict[str, bytes]:
+def _descriptions(dataset: Dataset) -> dict[str, bytes]:
     """Plan, card, indexes and pictures, of what is committed; a card that was edited as it is."""
     storage = dataset.storage
     files = {PLAN_NAME: dataset.plan.to_json(), **index_files(dataset.plan, dataset.records)}

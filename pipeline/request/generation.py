@@ -88,20 +88,12 @@ class ModelRequest(JobConfig):
         None, description=f"number type of the model (default: {DEFAULT_PRECISION})"
     )
 
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _side_from_yaml(cls, value: object) -> object:
-        """Accept `image_size: 512` from YAML."""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
     @field_validator("classes", "class_names", check_fields=False, mode="before")
     @classmethod
     def _classes_from_yaml(cls, value: object) -> object:
-        """Accept `classes: 3` and `classes: [1, seven]` from YAML."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
-            return ",".join(quoted(str(item)) for item in value)
+        """Accept `classes: [1, seven]` from YAML."""
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return ",".join(map(quoted, value))
         return value
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -223,7 +224,10 @@ class JobPlan:
     @cached_property
     def total_counts(self) -> LabelCounts:
         """Samples per class over all segments."""
-        return _summed(self.segments)
+        totals: Counter[int] = Counter()
+        for segment in self.segments:
+            totals.update(segment.counts.as_mapping())
+        return LabelCounts.from_mapping(totals)
 
     @property
     def num_labels(self) -> int:
@@ -255,10 +259,9 @@ class JobPlan:
 
         A subject's id is the class id, or where there are no classes the label of a shard.
         """
-        counts: dict[int, int] = {}
+        counts: Counter[int] = Counter()
         for label, count in self.total_counts.as_mapping().items():
-            subject = self.subject_of(label)
-            counts[subject] = counts.get(subject, 0) + count
+            counts[self.subject_of(label)] += count
         return dict(sorted(counts.items()))
 
     def subject_of(self, label: int) -> int:
@@ -317,9 +320,12 @@ class JobPlan:
 
     def to_json(self) -> bytes:
         """The content of plan.json: readable, ends with a line feed."""
-        content = {"fingerprint": self.fingerprint, "settings": self.settings_as_stored}
-        segments = [segment.as_stored for segment in self.segments]
-        return _pretty({**content, "segments": segments})
+        content = {
+            "fingerprint": self.fingerprint,
+            "settings": self.settings_as_stored,
+            "segments": [segment.as_stored for segment in self.segments],
+        }
+        return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
     @staticmethod
     def from_json(data: bytes) -> JobPlan:
@@ -523,14 +529,6 @@ def key_of(index: int) -> str:
     return f"{index:0{KEY_DIGITS}d}"
 
 
-def _summed(segments: tuple[Segment, ...]) -> LabelCounts:
-    totals: dict[int, int] = {}
-    for segment in segments:
-        for class_id, count in segment.counts.as_mapping().items():
-            totals[class_id] = totals.get(class_id, 0) + count
-    return LabelCounts.from_mapping(totals)
-
-
 def _differing(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted name, left value, right value) of the leaves that differ."""
     for name in dict.fromkeys([*a, *b]):
@@ -560,7 +558,3 @@ def _brief(text: str, place: int) -> str:
 def canonical_json(value: object) -> bytes:
     """The one spelling of a value that is hashed: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _pretty(value: object) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

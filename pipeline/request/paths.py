@@ -46,22 +46,10 @@ def dataset_location(text: str) -> str:
     return _with_kept_key(checked_location(text))
 
 
-def _weights_location(text: str) -> str:
-    return _with_kept_key(checked_weights(text))
-
-
 def _with_kept_key(place: str) -> str:
     if is_uri(place) and not place.startswith("hf://"):
         StoreUri.parse(place)
     return place
-
-
-def _local_path(text: str) -> str:
-    return _kept(checked_path(text))
-
-
-def _job_file(text: str) -> str:
-    return _kept(checked_job_file(text))
 
 
 def _kept(path: str) -> str:
@@ -70,13 +58,15 @@ def _kept(path: str) -> str:
     return os.path.abspath(path) if first.startswith("~") or ":" in first else path
 
 
-LocalPath = Annotated[Path, path_field(_local_path)]
+LocalPath = Annotated[Path, path_field(lambda text: _kept(checked_path(text)))]
 """A file or a folder of this machine."""
-JobFile = Annotated[Path, path_field(_job_file), Metavar("FILE")]
+JobFile = Annotated[Path, path_field(lambda text: _kept(checked_job_file(text))), Metavar("FILE")]
 """A file that the driver reads when it starts: it may come with a submitted job."""
 Location = Annotated[str, path_field(dataset_location), Metavar("PATH")]
 """A dataset: a local folder or the URI of a store."""
-Weights = Annotated[str, path_field(_weights_location), Metavar("PATH")]
+Weights = Annotated[
+    str, path_field(lambda text: _with_kept_key(checked_weights(text))), Metavar("PATH")
+]
 """A local file or folder, the URI of a store, or a Hugging Face repository."""
 ModelName = Annotated[str, path_field(checked_model), Metavar("MODEL")]
 """A known model, or the local folder or file of one."""

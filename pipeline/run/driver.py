@@ -16,7 +16,6 @@ from functools import partial
 from depthvar.config import is_model_path
 from depthvar.errors import InputError
 from pipeline.dataset.contact_sheet import write_contact_sheet
-from pipeline.dataset.loader import Dataset
 from pipeline.faults import reach
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job import plan_job
@@ -59,7 +58,7 @@ from pipeline.run.schedule import (
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
 from pipeline.shards.claims import sweep_claims
-from pipeline.shards.committed import ShardSummary, committed_shards, keep_summaries
+from pipeline.shards.committed import Dataset, ShardSummary, committed_shards, keep_summaries
 from pipeline.shards.indexes import write_indexes
 from pipeline.shards.manifest import CARD_NAME, CONTACT_SHEET_NAME, LEDGER_NAME
 from pipeline.shards.samples import ShardError
@@ -93,20 +92,20 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
     if not missing:
         return _conclude(config, storage, plan, None, interrupted=False, given_up=given_up)
     queue = ShardQueue(missing, config.max_attempts)
-    place = _workplace(config, storage, sampler_factory)
     with StopSignals() as stop:
-        with _crew(config, storage, place, stop) as crew:
+        with _workers(config, storage, sampler_factory) as workers:
+            crew = _crew(config, storage, workers, stop)
             stop.install()
             if stored is None:
-                plan, told = settled(plan, model, crew.room, config.left_open)
+                plan, told = settled(plan, model, workers.room, config.left_open)
                 notes += told
-            if warning := memory_warning(plan, model, crew.room, is_stored=stored is not None):
+            if warning := memory_warning(plan, model, workers.room, is_stored=stored is not None):
                 say(f"warning: {warning}")
             plan = open_plan(storage, plan, left_open=config.left_open)
             say("\n".join([class_line(plan), *(f"note: {note}" for note in notes)]))
             run = None
             with crew.session():
-                problem = _encode(crew.encode, plan, place.out, stop)
+                problem = _encode(crew.encode, plan, workers.place.out, stop)
                 if problem is None and not stop.is_set():
                     with ProgressDisplay() as display, SummaryKeeper(storage, plan) as keeper:
                         views = [display.show, keeper.show]
@@ -119,8 +118,10 @@ def generate(config: GenerateConfig, *, sampler_factory: str = LOAD_SAMPLER) -> 
         )
 
 
-def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -> Workplace:
-    """What the workers are told, with paths that do not depend on the current folder."""
+def _workplace(
+    config: GenerateConfig, storage: Storage, sampler_factory: str, shape: WorkerShape
+) -> Workplace:
+    """What workers of a shape are told, with paths that do not depend on the current folder."""
     weights = config.weights
     if weights is None and is_model_path(config.model):
         weights = config.model
@@ -133,6 +134,7 @@ def _workplace(config: GenerateConfig, storage: Storage, sampler_factory: str) -
         device=config.device,
         kernels=config.kernels,
         threads=config.threads_per_worker,
+        encode_threads=config.encode_threads or max(1, shape.num_cpus),
         sampler_factory=sampler_factory,
     )
 
@@ -145,15 +147,55 @@ def _absolute(place: str | os.PathLike[str] | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Crew:
-    """Who makes the shards and encodes the prompts before, both within `session`.
+class _Workers:
+    """The workers that a request can have, here or on the cluster that it joins.
 
-    `room`: what one worker has for a batch.
+    `shape` and `room` are of each of them, `slots` as many as fit at once now; `place` is what they
+    are told.
     """
+
+    machines: list[Machine]
+    shape: WorkerShape
+    slots: int
+    room: Room
+    place: Workplace
+    is_shared: bool
+
+
+@contextlib.contextmanager
+def _workers(config: GenerateConfig, storage: Storage, sampler_factory: str) -> Iterator[_Workers]:
+    """Find out who can work; a cluster is joined meanwhile, Ray on this machine is not started.
+
+    Raises `InputError` for more workers than this machine has room for, for those that fit nowhere,
+    and for a cluster that cannot be joined.
+    """
+    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
+    with contextlib.ExitStack() as session:
+        machines, node_types = [this_machine(with_gpus=config.device != "cpu")], None
+        if address is not None:
+            session.enter_context(ray_session({"address": found_cluster(address).text}))
+            machines, node_types = _nodes_of_cluster(config)
+        shape = shape_wanted(config, [*machines, *(node_types or ())])
+        if config.workers == 0:
+            shape = replace(shape, num_cpus=int(machines[0].num_cpus))
+        slots = num_slots(machines, shape)
+        if address is None:
+            require_slots(config.workers or None, slots, shape)
+            require_device(config.device, config.kernels)
+        elif node_types is not None:
+            require_fit(machines, node_types, shape)
+        sharing = 1 if config.workers == 0 else config.workers
+        room = Room.of(worker_room(machines, shape, sharing), shape, config)
+        place = _workplace(config, storage, sampler_factory, shape)
+        yield _Workers(machines, shape, slots, room, place, is_shared=address is not None)
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """Who makes the shards and encodes the prompts before, both within `session`."""
 
     make: Make
     encode: Encode
-    room: Room
     session: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
@@ -256,58 +298,45 @@ def _await_other_jobs(
     return done
 
 
-@contextlib.contextmanager
-def _crew(
-    config: GenerateConfig, storage: Storage, place: Workplace, stop: StopSignals
-) -> Iterator[_Crew]:
-    """Give those who make the shards; what cannot work is found out before they are given.
-
-    A cluster is joined at once, Ray on this machine starts with the work. Raises `InputError` for
-    more workers than this machine has room for, and for a cluster that cannot be joined.
-    """
-    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
+def _crew(config: GenerateConfig, storage: Storage, workers: _Workers, stop: StopSignals) -> _Crew:
+    """Those who make the shards: this process, or Ray's workers here or on the cluster's nodes."""
+    place, shape, machines = workers.place, workers.shape, workers.machines
     if config.workers == 0:
-        machine = this_machine(with_gpus=config.device != "cpu")
-        shape = shape_wanted(config, [machine])
-        place = _with_encoders(place, config, int(machine.num_cpus))
-        require_slots(None, num_slots([machine], shape), shape)
-        require_device(config.device, config.kernels)
-        yield _Crew(
+        return _Crew(
             lambda run: run_in_process(place, run, stop.is_set),
             lambda plan: encode_in_process(plan, place),
-            Room.of(worker_room([machine], shape, 1), shape, config),
         )
-    elif address is not None:
-        found = found_cluster(address)
-        with ray_session({"address": found.text}):
-            yield _cluster_crew(config, storage, place, stop)
-    else:
-        yield _local_crew(config, place, stop)
+    encode = _encoder(place, shape, stop)
+    if workers.is_shared:
+        _warn_of_cluster(config, storage, workers)
+        limit = autoscaler_limit()
 
+        def target() -> int:
+            return config.workers or max(
+                num_slots(cluster_machines(), shape), num_slots([limit], shape), 1
+            )
 
-def _with_encoders(place: Workplace, config: GenerateConfig, num_cpus: int) -> Workplace:
-    """The place of a worker that has so many CPUs."""
-    return replace(place, encode_threads=config.encode_threads or max(1, num_cpus))
-
-
-def _local_crew(config: GenerateConfig, place: Workplace, stop: StopSignals) -> _Crew:
-    """Check that the workers fit on this machine, then make shards with Ray started here."""
-    machine = this_machine(with_gpus=config.device != "cpu")
-    shape = shape_wanted(config, [machine])
-    slots = num_slots([machine], shape)
-    require_slots(config.workers, slots, shape)
-    require_device(config.device, config.kernels)
-    place = _with_encoders(place, config, shape.num_cpus)
+        return _Crew(RayCrew(place, shape, target, stop.is_set, is_shared=True).make, encode)
 
     @contextlib.contextmanager
     def session() -> Iterator[None]:
-        with ray_session({"address": "local", "num_cpus": int(machine.num_cpus)}):
+        with ray_session({"address": "local", "num_cpus": int(machines[0].num_cpus)}):
             stop.install()
             yield
 
-    make = RayCrew(place, shape, lambda: config.workers or slots, stop.is_set).make
-    room = Room.of(worker_room([machine], shape, config.workers), shape, config)
-    return _Crew(make, _encoder(place, shape, stop), room, session)
+    make = RayCrew(place, shape, lambda: config.workers or workers.slots, stop.is_set).make
+    return _Crew(make, encode, session)
+
+
+def _warn_of_cluster(config: GenerateConfig, storage: Storage, workers: _Workers) -> None:
+    if config.workers is not None and config.workers > workers.slots:
+        say(
+            f"warning: --workers is {config.workers}, the cluster has room for {workers.slots} now:"
+            " the others start when nodes join"
+        )
+    if storage.is_local and len(workers.machines) > 1:
+        num_nodes = len(workers.machines)
+        say(f"warning: {storage} must be one shared folder on all {num_nodes} nodes")
 
 
 def _encoder(place: Workplace, shape: WorkerShape, stop: StopSignals) -> Encode:
@@ -315,35 +344,6 @@ def _encoder(place: Workplace, shape: WorkerShape, stop: StopSignals) -> Encode:
     if place.text_states is not None:
         return lambda plan: encode_in_process(plan, place)
     return lambda plan: encode_on_a_worker(plan, place, shape, stop.is_set)
-
-
-def _cluster_crew(
-    config: GenerateConfig, storage: Storage, place: Workplace, stop: StopSignals
-) -> _Crew:
-    """Workers on a cluster, whose nodes may come and go while the job runs."""
-    machines, node_types = _nodes_of_cluster(config)
-    shape = shape_wanted(config, [*machines, *(node_types or ())])
-    if node_types is not None:
-        require_fit(machines, node_types, shape)
-    limit = autoscaler_limit()
-    room = num_slots(machines, shape)
-    if config.workers is not None and config.workers > room:
-        say(
-            f"warning: --workers is {config.workers}, the cluster has room for {room} now:"
-            " the others start when nodes join"
-        )
-    if storage.is_local and len(machines) > 1:
-        say(f"warning: {storage} must be one shared folder on all {len(machines)} nodes")
-
-    def target() -> int:
-        return config.workers or max(
-            num_slots(cluster_machines(), shape), num_slots([limit], shape), 1
-        )
-
-    place = _with_encoders(place, config, shape.num_cpus)
-    make = RayCrew(place, shape, target, stop.is_set, is_shared=True).make
-    room_of_one = Room.of(worker_room(machines, shape, config.workers), shape, config)
-    return _Crew(make, _encoder(place, shape, stop), room_of_one)
 
 
 def _nodes_of_cluster(config: GenerateConfig) -> tuple[list[Machine], list[Machine] | None]:
@@ -377,32 +377,16 @@ def try_out(
     for workers that do not fit and for weights that are not those planned, `JobStopped` where no
     batch can be made.
     """
-    place = _workplace(config, Storage.open(config.out), sampler_factory)
-    address = None if config.workers == 0 else cluster_address(config.address, os.environ)
-    with contextlib.ExitStack() as session:
-        machines, node_types = [this_machine(with_gpus=config.device != "cpu")], None
-        if address is not None:
-            session.enter_context(ray_session({"address": found_cluster(address).text}))
-            machines, node_types = _nodes_of_cluster(config)
-        shape = shape_wanted(config, [*machines, *(node_types or ())])
-        if config.workers == 0:
-            shape = replace(shape, num_cpus=int(machines[0].num_cpus))
-        slots = num_slots(machines, shape)
-        place = _with_encoders(place, config, shape.num_cpus)
-        if address is None:
-            require_slots(config.workers or None, slots, shape)
-            require_device(config.device, config.kernels)
-        elif node_types is not None:
-            require_fit(machines, node_types, shape)
-        workers = 1 if config.workers == 0 else config.workers or max(slots, 1)
-        room = Room.of(worker_room(machines, shape, workers), shape, config)
-        plan = planned(room)
+    with _workers(config, Storage.open(config.out), sampler_factory) as workers:
+        shape, place = workers.shape, workers.place
+        plan = planned(workers.room)
         say(f"timing a few batches on a worker with {shape.each}")
         measure = partial(measure_speed, plan, place)
         try:
-            speed = measure() if address is None else on_a_worker(measure, shape)
+            speed = on_a_worker(measure, shape) if workers.is_shared else measure()
         except (InputError, JobStopped):
             raise
         except Exception as error:
             raise JobStopped(f"no batch can be made: {one_line(error)}") from error
-    return Trial(plan, speed, shape, place.encode_threads, workers, room)
+    number = 1 if config.workers == 0 else config.workers or max(workers.slots, 1)
+    return Trial(plan, speed, shape, place.encode_threads, number, workers.room)

@@ -35,7 +35,7 @@ from pipeline.faults import reach
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
 from pipeline.request.weights import fetch_model
-from pipeline.shards.manifest import CommitRecord, publish_shard, seconds_by_stage
+from pipeline.shards.manifest import CommitRecord, made_with, publish_shard, seconds_by_stage
 from pipeline.shards.text_states import TextStates
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage import Storage
@@ -107,7 +107,7 @@ class WorkerInfo:
     @property
     def made_with(self) -> dict[str, str]:
         """As `CommitRecord.made_with` of a shard that this worker makes."""
-        return {**self.environment, "device": self.device, "threads": str(self.threads)}
+        return made_with(self.environment, self.device, self.threads)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,25 @@ class ShardSummary(ShardFacts):
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """The part of a dataset that is done: its plan and its commit records by shard id."""
+
+    storage: Storage
+    plan: JobPlan
+    records: dict[int, ShardSummary]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shards that are done."""
+        return sum(record.num_samples for record in self.records.values())
+
+    @property
+    def num_missing(self) -> int:
+        """Planned shards that are not done."""
+        return self.plan.num_shards - len(self.records)
+
+
+@dataclass(frozen=True)
 class Environment:
     """What some shards were made with, and their ids in order."""
 

@@ -18,7 +18,7 @@ from depthvar.errors import InputError
 from jobs import push as push_job
 from pipeline.dataset import push
 from pipeline.request.plan_file import open_plan
-from pipeline.shards.committed import committed_shards
+from pipeline.shards.committed import Dataset, committed_shards
 from pipeline.storage import Storage
 from tests.fake_hub import TOKEN, FakeHub, running_hub
 from tests.fake_shards import make_plan, object_store, publish_one, write_dataset
@@ -105,7 +105,7 @@ def test_committed_shards_alone_are_pushed_and_only_if_that_is_meant(hub: FakeHu
 def test_a_store_is_pushed_as_a_folder_is(hub: FakeHub, out: Path, tmp_path: Path):
     store = object_store()
     plan = write_dataset(store, make_plan(), tmp_path / "scratch")
-    push.push(push.Pushed(store, plan, committed_shards(store, plan)), "me/stored")
+    push.push(Dataset(store, plan, committed_shards(store, plan)), "me/stored")
     assert push_job.main([str(out), REPO]) == 0
     tars = {path for path in hub.repos[REPO] if path.startswith(("train/", "meta/"))}
     assert len(tars) == 6
@@ -118,7 +118,7 @@ def test_a_grown_dataset_is_pushed_over_the_smaller_one_and_no_other(
     assert push_job.main([str(out), REPO]) == 0
     grown = make_plan().extended_to(make_plan({0: 30, 1: 6, 2: 8}))
     storage = Storage.open(out)
-    push.push(push.Pushed(storage, grown, committed_shards(storage, grown)), REPO)
+    push.push(Dataset(storage, grown, committed_shards(storage, grown)), REPO)
     assert hub.repos[REPO]["plan.json"] == grown.to_json()
     for other in (make_plan(seed=6), make_plan()):
         write_dataset(Storage.open(tmp_path / f"{other.seed}"), other, tmp_path / "scratch")

@@ -22,7 +22,6 @@ from depthvar.training.class_folders import folder_names
 from depthvar.training.folders import PictureFolder, ReadingReport
 from depthvar.training.pictures import WHITE, Background
 from pipeline.dataset.loader import (
-    Dataset,
     check_enough_shards,
     iterate_samples,
     open_dataset,
@@ -44,6 +43,7 @@ from pipeline.research.quality.features import (
     fit_classifier,
     new_classifier,
 )
+from pipeline.shards.committed import Dataset
 from pipeline.shards.samples import ShardError
 
 DIGITS = "digits"

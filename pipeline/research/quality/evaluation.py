@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from depthvar.config import real_set_of
 from depthvar.errors import InputError
-from pipeline.dataset.loader import Dataset, iterate_samples, requested_samples, stacked
+from pipeline.dataset.loader import iterate_samples, requested_samples, stacked
 from pipeline.research.quality.features import (
     MAX_CAS_SAMPLES,
     ClassifierRecipe,
@@ -42,6 +42,7 @@ from pipeline.research.quality.metrics import (
     moments,
     precision_recall,
 )
+from pipeline.shards.committed import Dataset
 
 MIN_SAMPLES = 10
 """Below this nothing is computed; a Frechet distance wants thousands."""

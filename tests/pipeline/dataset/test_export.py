@@ -15,8 +15,9 @@ from depthvar.training.folders import PictureFolder
 from jobs.export import main
 from pipeline.dataset import export
 from pipeline.dataset.export import export_adm_npz, export_png_folder
-from pipeline.dataset.loader import Dataset, Sample, iterate_samples, open_dataset
+from pipeline.dataset.loader import Sample, iterate_samples, open_dataset
 from pipeline.research.quality.downstream import open_test_set
+from pipeline.shards.committed import Dataset
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset

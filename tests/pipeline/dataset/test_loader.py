@@ -13,9 +13,10 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from depthvar.errors import InputError
-from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset, training_pipeline
+from pipeline.dataset.loader import iterate_samples, open_dataset, training_pipeline
 from pipeline.request.job_plan import key_of
 from pipeline.request.plan_file import open_plan
+from pipeline.shards.committed import Dataset
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_shards import fake_batch, make_plan, object_store, publish_one, write_dataset

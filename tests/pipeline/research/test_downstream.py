@@ -14,11 +14,12 @@ from torch import Tensor
 from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.training.pictures import Background
-from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
+from pipeline.dataset.loader import iterate_samples, open_dataset
 from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import downstream
 from pipeline.research.quality.downstream import TrainingSet, open_test_set, train_on, training_sets
 from pipeline.research.quality.features import ClassifierRecipe, to_safetensors, train_classifier
+from pipeline.shards.committed import Dataset
 from pipeline.shards.samples import ShardError
 from pipeline.storage import Storage
 from tests.fake_shards import fake_batch, fake_digits, make_plan, write_dataset, write_images

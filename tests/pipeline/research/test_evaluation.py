@@ -13,7 +13,7 @@ from depthvar.config import model_config
 from depthvar.errors import InputError
 from depthvar.training.data import REAL_SETS, ImageSet
 from jobs.evaluate import main
-from pipeline.dataset.loader import Dataset, iterate_samples, open_dataset
+from pipeline.dataset.loader import iterate_samples, open_dataset
 from pipeline.request.job_plan import JobPlan
 from pipeline.research.quality import evaluation, features
 from pipeline.research.quality.evaluation import (
@@ -37,6 +37,7 @@ from pipeline.research.quality.metrics import (
     moments,
     precision_recall,
 )
+from pipeline.shards.committed import Dataset
 from pipeline.storage import Storage
 from tests.fake_shards import make_plan, write_dataset, write_images
 from tests.inception_weights import has_library, write_inception

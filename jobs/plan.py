@@ -24,8 +24,8 @@ from pipeline.run.schedule import (
     available_memory,
     gpu_memories,
     num_slots,
-    shape_wanted,
     worker_room,
+    worker_shape,
 )
 from pipeline.shards.committed import committed_shards
 from pipeline.storage import Storage
@@ -114,7 +114,7 @@ def _workers_here(config: PlanConfig) -> tuple[int | None, Room]:
         return config.workers, Room(None)
     gpus = gpu_memories() if config.device != "cpu" else ()
     machine = Machine(available_cores(), len(gpus), available_memory(), min(gpus, default=None))
-    shape = shape_wanted(config, [machine])
+    shape = worker_shape(config, [machine])
     workers = 1 if config.workers == 0 else config.workers or num_slots([machine], shape) or None
     return workers, Room.of(worker_room([machine], shape, workers), shape, config)
 

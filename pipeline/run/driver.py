@@ -52,8 +52,8 @@ from pipeline.run.schedule import (
     num_slots,
     require_fit,
     require_slots,
-    shape_wanted,
     worker_room,
+    worker_shape,
 )
 from pipeline.run.speed import measure_speed
 from pipeline.run.worker import LOAD_SAMPLER, Workplace, require_device
@@ -171,11 +171,16 @@ def _workers(config: GenerateConfig, storage: Storage, sampler_factory: str) -> 
     """
     address = None if config.workers == 0 else cluster_address(config.address, os.environ)
     with contextlib.ExitStack() as session:
-        machines, node_types = [this_machine(with_gpus=config.device != "cpu")], None
-        if address is not None:
+        machines: list[Machine]
+        node_types: list[Machine] | None = None
+        if address is None:
+            machines = [this_machine(with_gpus=config.device != "cpu")]
+        else:
             session.enter_context(ray_session({"address": found_cluster(address).text}))
-            machines, node_types = _nodes_of_cluster(config)
-        shape = shape_wanted(config, [*machines, *(node_types or ())])
+            # A batch size that is given is the user's business: no node is asked what it can hold.
+            asks_gpus = config.batch_size is None and config.device != "cpu"
+            machines, node_types = cluster_machines(asks_gpus=asks_gpus), known_node_types()
+        shape = worker_shape(config, [*machines, *(node_types or ())])
         if config.workers == 0:
             shape = replace(shape, num_cpus=int(machines[0].num_cpus))
         slots = num_slots(machines, shape)
@@ -344,13 +349,6 @@ def _encoder(place: Workplace, shape: WorkerShape, stop: StopSignals) -> Encode:
     if place.text_states is not None:
         return lambda plan: encode_in_process(plan, place)
     return lambda plan: encode_on_a_worker(plan, place, shape, stop.is_set)
-
-
-def _nodes_of_cluster(config: GenerateConfig) -> tuple[list[Machine], list[Machine] | None]:
-    """The nodes that are there, and the types of those that may join; None where nobody knows."""
-    # A batch size that is given is the user's business: no node is asked what it can hold.
-    asks_gpus = config.batch_size is None and config.device != "cpu"
-    return cluster_machines(asks_gpus=asks_gpus), known_node_types()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, HEAP_SLACK, LIBRARY_BYTES, PROCESS_BYTES
-from pipeline.request.generation import Device, GenerateConfig
+from pipeline.request.generation import GenerateConfig
 
 
 @dataclass(frozen=True)
@@ -183,33 +183,20 @@ class WorkerShape:
         return machine.num_gpus if self.num_gpus else machine.num_cpus
 
 
-def worker_shape(
-    machines: Iterable[Machine],
-    *,
-    device: Device,
-    threads_per_worker: int,
-    encode_threads: int | None,
-) -> WorkerShape:
+def worker_shape(config: GenerateConfig, machines: Iterable[Machine]) -> WorkerShape:
     """One GPU per worker where there are GPUs, with CPUs for its encoders, else CPUs alone.
 
     A GPU worker takes as many CPUs as it has encoders, by default the smallest share that a GPU
-    has of its machine's. A CPU worker's encoders run on the CPUs that it samples on.
+    has of its machine's. A CPU worker's encoders run on the CPUs that it samples on. In one process
+    all that sampling leaves is theirs.
     """
+    threads, encoders = config.threads_per_worker, config.encode_threads
+    if config.workers == 0:
+        threads, encoders = 1, None
     shares = [int(m.num_cpus // m.num_gpus) for m in machines if m.num_gpus >= 1]
-    if device == "cuda" or (device == "auto" and shares):
-        return WorkerShape(encode_threads or min(shares, default=0), 1)
-    return WorkerShape(max(threads_per_worker, encode_threads or 0), 0)
-
-
-def shape_wanted(config: GenerateConfig, machines: Iterable[Machine]) -> WorkerShape:
-    """The shape of the workers that a request wants; in one process all else is theirs too."""
-    is_one_process = config.workers == 0
-    return worker_shape(
-        machines,
-        device=config.device,
-        threads_per_worker=1 if is_one_process else config.threads_per_worker,
-        encode_threads=None if is_one_process else config.encode_threads,
-    )
+    if config.device == "cuda" or (config.device == "auto" and shares):
+        return WorkerShape(encoders or min(shares, default=0), 1)
+    return WorkerShape(max(threads, encoders or 0), 0)
 
 
 def num_slots(machines: Iterable[Machine], shape: WorkerShape) -> int:

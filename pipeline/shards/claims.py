@@ -34,8 +34,11 @@ def make_claim(storage: Storage, shard_id: int) -> str:
 
 def others_claim(storage: Storage, shard_id: int, own: str) -> bool:
     """Whether another worker publishes this shard, or died doing so. Errors: `OSError`."""
-    names = _claims(storage.list(CLAIMS_FOLDER), shard_id)
-    return any(f"{CLAIMS_FOLDER}/{name}" != own for name in names)
+    return any(
+        int(match[1]) == shard_id and f"{CLAIMS_FOLDER}/{name}" != own
+        for name in storage.list(CLAIMS_FOLDER)
+        if (match := _NAME.fullmatch(name))
+    )
 
 
 def doubtful_shards(storage: Storage) -> frozenset[int]:
@@ -56,7 +59,3 @@ def sweep_claims(storage: Storage, sound: Iterable[int]) -> int:
         with suppress(FileNotFoundError):
             storage.remove(f"{CLAIMS_FOLDER}/{name}")
     return len(old)
-
-
-def _claims(names: Iterable[str], shard_id: int) -> list[str]:
-    return [name for name in names if (m := _NAME.fullmatch(name)) and int(m[1]) == shard_id]

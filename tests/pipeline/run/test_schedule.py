@@ -10,10 +10,9 @@ import pytest
 
 from depthvar.errors import InputError
 from depthvar.memory import CUDA_BYTES, HEAP_SLACK, LIBRARY_BYTES, PROCESS_BYTES
-from pipeline.request.generation import GenerateConfig
+from pipeline.request.generation import Device, GenerateConfig
 from pipeline.run.schedule import (
     Assignment,
-    Device,
     InHand,
     Machine,
     ShardQueue,
@@ -24,7 +23,6 @@ from pipeline.run.schedule import (
     num_slots,
     require_fit,
     require_slots,
-    shape_wanted,
     takes_more,
     worker_room,
     worker_shape,
@@ -150,7 +148,8 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus_and_a_cpu_worker_its_threads()
     gpu_node, cpu_node = Machine(9, 2), Machine(6, 0)
 
     def shape(*machines: Machine, device: Device, encode: int | None = None) -> WorkerShape:
-        return worker_shape(machines, device=device, threads_per_worker=3, encode_threads=encode)
+        told = {"device": device, "threads_per_worker": 3, "encode_threads": encode}
+        return worker_shape(GenerateConfig(out="out", **told), machines)
 
     assert shape(gpu_node, cpu_node, device="auto") == WorkerShape(4, 1)
     assert shape(gpu_node, Machine(1, 2), device="auto") == WorkerShape(0, 1)
@@ -166,7 +165,7 @@ def test_a_gpu_worker_takes_its_share_of_the_cpus_and_a_cpu_worker_its_threads()
 def test_in_one_process_sampling_takes_one_cpu_and_encoding_what_is_left():
     def shape(**options: Any) -> WorkerShape:
         wanted = {"out": "out", "device": "cpu", "threads_per_worker": 3, "encode_threads": 5}
-        return shape_wanted(GenerateConfig(**{**wanted, **options}), [Machine(8, 0)])
+        return worker_shape(GenerateConfig(**{**wanted, **options}), [Machine(8, 0)])
 
     assert shape(workers=0) == WorkerShape(1, 0)
     assert shape(workers=1) == shape() == WorkerShape(5, 0)

@@ -276,7 +276,7 @@ def test_on_ray_the_driver_alone_hears_a_signal_and_its_workers_stop_cleanly(
 def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
     undisturbed: Files, start: Callable[..., Job], tmp_path: Path, faults: Path
 ):
-    set_faults(faults, batch_s=60, slow_from=10)
+    set_faults(faults, batch_s=600, slow_from=10)
     job = start(workers=2)
     job.wait_for_shards(tmp_path / "out", 1)
     os.killpg(job.pid, signal.SIGINT)
@@ -284,7 +284,7 @@ def test_a_second_interrupt_ends_a_job_on_ray_at_once_with_all_its_processes(
     os.killpg(job.pid, signal.SIGINT)
     asked_s = time.monotonic()
     assert job.wait() == 128 + signal.SIGINT, job.text
-    assert time.monotonic() - asked_s < 15, "the workers are not waited for"
+    assert time.monotonic() - asked_s < 100, "the workers are not waited for"
     job.wait_for_no_process()
 
     run_again(tmp_path, faults)

@@ -20,7 +20,7 @@ from depthvar.memory import CUDA_BYTES, memory_need
 from depthvar.plan import DepthPlan
 from pipeline.request.generation import GenerateConfig
 from pipeline.request.job_plan import JobPlan
-from pipeline.run import ray_crew
+from pipeline.run import cluster, ray_crew
 from pipeline.run.driver import generate
 from pipeline.shards.manifest import CommitRecord
 from pipeline.storage import Storage
@@ -101,6 +101,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 @pytest.fixture
 def nodes(started: Nodes, monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr("pipeline.request.job.fetch_model", fake_weights)
+    monkeypatch.setattr(cluster, "_PROBE_S", 60.0)
+    monkeypatch.setattr(cluster, "_ASK_S", 150.0)
     set_faults(started.faults)
     return started
 
@@ -217,7 +219,7 @@ def test_a_job_says_what_it_waits_for_until_there_is_room(
     said = ""
     while "waiting for a worker to start: it takes 1 CPU, 0 of 2 CPUs in the cluster" not in said:
         said += capsys.readouterr().err
-        assert time.monotonic() - begun_s < 60
+        assert time.monotonic() - begun_s < 150
         time.sleep(0.1)
     ray.kill(other)
     assert wait() == 0

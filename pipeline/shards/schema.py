@@ -13,7 +13,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, get_type_hints
 
 import pyarrow as pa
 
@@ -25,138 +26,113 @@ NO_REFERENCE_SCALE = -1
 
 
 @dataclass(frozen=True)
-class SampleRow:
-    """One planned sample. The fields are the columns, in their order."""
+class Column:
+    """One column: its Arrow type, what it says, and its unit ("" where it has none)."""
 
-    index: int
-    key: str
-    label: int | None
-    class_name: str | None
-    seed: int
-    model: str
-    weights_sha256: str
-    policy: str
-    policy_json: str
-    reference_scale: int
-    token_layers: int
-    token_layers_ratio: float
-    transformer_flops: float
-    decoder_flops: float
-    flops_ratio: float
-    depth_per_scale: list[float]
-    mean_change: list[float]
-    mean_log_prob: list[float]
-    pixel_sha256: str
-    image_sha256: str
-    image_bytes: int
-    width: int
-    height: int
-    status: str
-    is_blank: bool
-    is_duplicate_in_shard: bool
-    prompt: str | None = None
-    prompt_sha256: str | None = None
-    template: str | None = None
+    type: pa.DataType
+    description: str
+    unit: str = ""
+    is_compact: bool = False
+    is_nullable: bool = False
+    name: str = ""
+
+
+_INT32, _INT64, _FLOAT64 = pa.int32(), pa.int64(), pa.float64()
+_TEXT, _BOOL = pa.string(), pa.bool_()
+_FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+_compact = partial(Column, is_compact=True)
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: its Arrow type, its unit ("" where it has none) and what it says."""
+class SampleRow:
+    """One planned sample. The fields are the columns, in their order."""
 
-    name: str
-    type: pa.DataType
-    unit: str
-    description: str
-    is_compact: bool = False
-    is_nullable: bool = False
+    index: Annotated[int, _compact(_INT64, "global index of the sample in the plan")]
+    key: Annotated[str, Column(_TEXT, "index in twelve digits: the key of the tar members")]
+    label: Annotated[int | None, _compact(_INT32, "class id, also the .cls member")]
+    class_name: Annotated[str | None, _compact(_TEXT, "name of the class in the model's list")]
+    seed: Annotated[
+        int, _compact(_INT64, "job seed; the sample's noise is a function of (seed, index)")
+    ]
+    model: Annotated[str, _compact(_TEXT, "name of the model")]
+    weights_sha256: Annotated[str, Column(_TEXT, "SHA-256 of the weights")]
+    policy: Annotated[str, _compact(_TEXT, "preset of the depth policy")]
+    policy_json: Annotated[str, Column(_TEXT, "every field of the depth policy, as JSON")]
+    reference_scale: Annotated[
+        int,
+        _compact(_INT32, "reference scale R of the policy, counted from 0; -1 where it has none"),
+    ]
+    token_layers: Annotated[
+        int,
+        Column(
+            _INT64, "blocks passed, summed over the tokens of one guided stream", "tokens x blocks"
+        ),
+    ]
+    token_layers_ratio: Annotated[
+        float, _compact(_FLOAT64, "token_layers as a share of full depth", "share")
+    ]
+    transformer_flops: Annotated[
+        float, Column(_FLOAT64, "transformer, both guided streams", "FLOP")
+    ]
+    decoder_flops: Annotated[float, Column(_FLOAT64, "image decoder", "FLOP")]
+    flops_ratio: Annotated[
+        float, _compact(_FLOAT64, "FLOPs of the whole image as a share of full depth", "share")
+    ]
+    depth_per_scale: Annotated[
+        list[float], Column(_FLOATS, "mean depth of the tokens of each scale", "blocks")
+    ]
+    mean_change: Annotated[
+        list[float], _compact(_FLOATS, "ranking signal, mean over the tokens of each scale")
+    ]
+    mean_log_prob: Annotated[
+        list[float],
+        _compact(_FLOATS, "log-probability of the drawn tokens, mean per scale", "nat"),
+    ]
+    pixel_sha256: Annotated[
+        str,
+        _compact(
+            _TEXT,
+            "SHA-256 of the sampled uint8 pixels, rows of the image from the top, channels last; "
+            "what png and webp decode to (jpg loses some)",
+        ),
+    ]
+    image_sha256: Annotated[str, Column(_TEXT, "SHA-256 of the image file in the tar")]
+    image_bytes: Annotated[int, Column(_INT64, "size of the image file in the tar", "byte")]
+    width: Annotated[int, Column(_INT32, "width of the image", "pixel")]
+    height: Annotated[int, Column(_INT32, "height of the image", "pixel")]
+    status: Annotated[str, Column(_TEXT, '"ok": the sample is in the tar; else why it is not')]
+    is_blank: Annotated[bool, _compact(_BOOL, "all pixels are equal")]
+    is_duplicate_in_shard: Annotated[
+        bool, _compact(_BOOL, "an earlier sample of the shard has the same pixels")
+    ]
+    prompt: Annotated[
+        str | None, _compact(_TEXT, "text the image was made from, also the .txt member")
+    ] = None
+    prompt_sha256: Annotated[str | None, Column(_TEXT, "SHA-256 of the prompt in UTF-8")] = None
+    template: Annotated[
+        str | None,
+        _compact(
+            _TEXT,
+            "template that the prompt was made with; null where it was written as it is",
+            is_nullable=True,
+        ),
+    ] = None
 
 
-_FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+def _columns() -> tuple[Column, ...]:
+    hints = get_type_hints(SampleRow, include_extras=True)
+    return tuple(replace(hint.__metadata__[0], name=name) for name, hint in hints.items())
 
-COLUMNS = (
-    Column("index", pa.int64(), "", "global index of the sample in the plan", True),
-    Column("key", pa.string(), "", "index in twelve digits: the key of the tar members"),
-    Column("label", pa.int32(), "", "class id, also the .cls member", True),
-    Column("class_name", pa.string(), "", "name of the class in the model's list", True),
-    Column(
-        "seed", pa.int64(), "", "job seed; the sample's noise is a function of (seed, index)", True
-    ),
-    Column("model", pa.string(), "", "name of the model", True),
-    Column("weights_sha256", pa.string(), "", "SHA-256 of the weights"),
-    Column("policy", pa.string(), "", "preset of the depth policy", True),
-    Column("policy_json", pa.string(), "", "every field of the depth policy, as JSON"),
-    Column(
-        "reference_scale",
-        pa.int32(),
-        "",
-        "reference scale R of the policy, counted from 0; -1 where it has none",
-        True,
-    ),
-    Column(
-        "token_layers",
-        pa.int64(),
-        "tokens x blocks",
-        "blocks passed, summed over the tokens of one guided stream",
-    ),
-    Column(
-        "token_layers_ratio", pa.float64(), "share", "token_layers as a share of full depth", True
-    ),
-    Column("transformer_flops", pa.float64(), "FLOP", "transformer, both guided streams"),
-    Column("decoder_flops", pa.float64(), "FLOP", "image decoder"),
-    Column(
-        "flops_ratio",
-        pa.float64(),
-        "share",
-        "FLOPs of the whole image as a share of full depth",
-        True,
-    ),
-    Column("depth_per_scale", _FLOATS, "blocks", "mean depth of the tokens of each scale"),
-    Column("mean_change", _FLOATS, "", "ranking signal, mean over the tokens of each scale", True),
-    Column(
-        "mean_log_prob", _FLOATS, "nat", "log-probability of the drawn tokens, mean per scale", True
-    ),
-    Column(
-        "pixel_sha256",
-        pa.string(),
-        "",
-        "SHA-256 of the sampled uint8 pixels, rows of the image from the top, channels last; "
-        "what png and webp decode to (jpg loses some)",
-        True,
-    ),
-    Column("image_sha256", pa.string(), "", "SHA-256 of the image file in the tar"),
-    Column("image_bytes", pa.int64(), "byte", "size of the image file in the tar"),
-    Column("width", pa.int32(), "pixel", "width of the image"),
-    Column("height", pa.int32(), "pixel", "height of the image"),
-    Column("status", pa.string(), "", '"ok": the sample is in the tar; else why it is not'),
-    Column("is_blank", pa.bool_(), "", "all pixels are equal", True),
-    Column(
-        "is_duplicate_in_shard",
-        pa.bool_(),
-        "",
-        "an earlier sample of the shard has the same pixels",
-        True,
-    ),
-)
 
-TEXT_COLUMNS = (
-    *(
-        replace(column, description=f"{column.description}; null without classes", is_nullable=True)
-        if column.name in ("label", "class_name")
-        else column
-        for column in COLUMNS
-    ),
-    Column("prompt", pa.string(), "", "text the image was made from, also the .txt member", True),
-    Column("prompt_sha256", pa.string(), "", "SHA-256 of the prompt in UTF-8"),
-    Column(
-        "template",
-        pa.string(),
-        "",
-        "template that the prompt was made with; null where it was written as it is",
-        True,
-        is_nullable=True,
-    ),
+TEXT_COLUMNS = tuple(
+    replace(column, description=f"{column.description}; null without classes", is_nullable=True)
+    if column.name in ("label", "class_name")
+    else column
+    for column in _columns()
 )
 """Of the datasets of text models."""
+_OF_PROMPTS = ("prompt", "prompt_sha256", "template")
+COLUMNS = tuple(column for column in _columns() if column.name not in _OF_PROMPTS)
 
 
 def columns_of(plan: JobPlan) -> tuple[Column, ...]:

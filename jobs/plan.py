@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None, *, sampler_factory: str | None = Non
         trial = _try_out(config, planned, sampler_factory)
         if trial is None:
             return EXIT_INCOMPLETE
-        plan, workers, room = trial.plan, trial.workers, trial.room
+        plan, workers, room = trial.plan, trial.workers.number, trial.workers.room
         lines = speed_report(
             plan,
             trial.speed,
-            trial.shape,
+            trial.workers.shape,
             records,
-            encoders=trial.encoders,
-            workers=trial.workers,
+            encoders=trial.workers.place.encode_threads,
+            workers=workers,
             price_per_gpu_hour=config.price_per_gpu_hour,
             now=datetime.now(),
         )

@@ -147,23 +147,24 @@ def _absolute(place: str | os.PathLike[str] | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Workers:
+class Workers:
     """The workers that a request can have, here or on the cluster that it joins.
 
-    `shape` and `room` are of each of them, `slots` as many as fit at once now; `place` is what they
-    are told.
+    `shape` and `room` are of each of them, `slots` as many as fit at once now, `number` as many as
+    are asked for or fit; `place` is what they are told.
     """
 
     machines: list[Machine]
     shape: WorkerShape
     slots: int
+    number: int
     room: Room
     place: Workplace
     is_shared: bool
 
 
 @contextlib.contextmanager
-def _workers(config: GenerateConfig, storage: Storage, sampler_factory: str) -> Iterator[_Workers]:
+def _workers(config: GenerateConfig, storage: Storage, sampler_factory: str) -> Iterator[Workers]:
     """Find out who can work; a cluster is joined meanwhile, Ray on this machine is not started.
 
     Raises `InputError` for more workers than this machine has room for, for those that fit nowhere,
@@ -189,10 +190,10 @@ def _workers(config: GenerateConfig, storage: Storage, sampler_factory: str) -> 
             require_device(config.device, config.kernels)
         elif node_types is not None:
             require_fit(machines, node_types, shape)
-        sharing = 1 if config.workers == 0 else config.workers
-        room = Room.of(worker_room(machines, shape, sharing), shape, config)
+        number = 1 if config.workers == 0 else config.workers or max(slots, 1)
+        room = Room.of(worker_room(machines, shape, number), shape, config)
         place = _workplace(config, storage, sampler_factory, shape)
-        yield _Workers(machines, shape, slots, room, place, is_shared=address is not None)
+        yield Workers(machines, shape, slots, number, room, place, is_shared=address is not None)
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ def _await_other_jobs(
     return done
 
 
-def _crew(config: GenerateConfig, storage: Storage, workers: _Workers, stop: StopSignals) -> _Crew:
+def _crew(config: GenerateConfig, storage: Storage, workers: Workers, stop: StopSignals) -> _Crew:
     """Those who make the shards: this process, or Ray's workers here or on the cluster's nodes."""
     place, shape, machines = workers.place, workers.shape, workers.machines
     if config.workers == 0:
@@ -329,11 +330,11 @@ def _crew(config: GenerateConfig, storage: Storage, workers: _Workers, stop: Sto
             stop.install()
             yield
 
-    make = RayCrew(place, shape, lambda: config.workers or workers.slots, stop.is_set).make
+    make = RayCrew(place, shape, lambda: workers.number, stop.is_set).make
     return _Crew(make, encode, session)
 
 
-def _warn_of_cluster(config: GenerateConfig, storage: Storage, workers: _Workers) -> None:
+def _warn_of_cluster(config: GenerateConfig, storage: Storage, workers: Workers) -> None:
     if config.workers is not None and config.workers > workers.slots:
         say(
             f"warning: --workers is {config.workers}, the cluster has room for {workers.slots} now:"
@@ -353,14 +354,11 @@ def _encoder(place: Workplace, shape: WorkerShape, stop: StopSignals) -> Encode:
 
 @dataclass(frozen=True)
 class Trial:
-    """One worker tried out on a plan: its speed, shape, encoders and room; `workers` of them."""
+    """How fast one of the workers is that a request would have, tried out on its plan."""
 
     plan: JobPlan
     speed: Speed
-    shape: WorkerShape
-    encoders: int
-    workers: int
-    room: Room
+    workers: Workers
 
 
 def try_out(
@@ -376,15 +374,14 @@ def try_out(
     batch can be made.
     """
     with _workers(config, Storage.open(config.out), sampler_factory) as workers:
-        shape, place = workers.shape, workers.place
+        shape = workers.shape
         plan = planned(workers.room)
         say(f"timing a few batches on a worker with {shape.each}")
-        measure = partial(measure_speed, plan, place)
+        measure = partial(measure_speed, plan, workers.place)
         try:
             speed = on_a_worker(measure, shape) if workers.is_shared else measure()
         except (InputError, JobStopped):
             raise
         except Exception as error:
             raise JobStopped(f"no batch can be made: {one_line(error)}") from error
-    number = 1 if config.workers == 0 else config.workers or max(workers.slots, 1)
-    return Trial(plan, speed, shape, place.encode_threads, number, workers.room)
+    return Trial(plan, speed, workers)

@@ -318,7 +318,9 @@ def test_a_worker_of_the_cluster_is_timed_and_its_errors_are_those_of_its_code(
     asked = config(tmp_path / "out", address=address, threads_per_worker=2)
     plan, _ = plan_job(asked)
     found = driver.try_out(asked, lambda room: plan, sampler_factory=FAKE_SAMPLER)
-    assert (found.shape, found.workers, found.encoders) == (WorkerShape(2, 0), 1, 2)
+    workers = found.workers
+    assert (workers.shape, workers.number) == (WorkerShape(2, 0), 1)
+    assert workers.place.encode_threads == 2
     assert (found.speed.device, found.speed.threads, found.speed.num_images) == ("cpu", 2, 9)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "scratch").iterdir())

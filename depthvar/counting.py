@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from depthvar.config import AnyModel
 from depthvar.cost import TEXT_TOKENS
 from depthvar.infinity_config import InfinityConfig
+from depthvar.pointwise import PLAIN, Pointwise
 from depthvar.policy import DepthPolicy
 from depthvar.sampling import Given, Sampler
 from depthvar.weights.checkpoint import AnyLoaded, assemble
@@ -42,6 +43,8 @@ _NO_KERNEL = {
     _aten.new_empty.default,
 }
 """Make a tensor without reading or writing one."""
+_OVERWRITES = {_aten.copy_.default, _aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default}
+"""Give their first operand without reading it."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,7 @@ class OperationCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not (func.is_view or func in _NO_KERNEL or _copies_onto_itself(func, args)):
             self.operations += 1
-            leaves = tree_leaves((args, kwargs, result))
-            self.operand_bytes += sum(_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            self.operand_bytes += sum(map(_bytes, _read_and_written(func, args, kwargs, result)))
         return result
 
 
@@ -104,6 +106,26 @@ def _copies_onto_itself(operation: torch._ops.OpOverload, args: tuple[Any, ...])
         and target.storage_offset() == source.storage_offset()
         and target.stride() == source.stride()
     )
+
+
+def _read_and_written(
+    operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> list[Tensor]:
+    """The tensors that an operation reads, and those that it writes: once each.
+
+    It reads what it changes in place, and does not read what it is to write its results into, which
+    torch gives as keywords.
+    """
+    written = {id(leaf): leaf for leaf in tree_leaves(result)}
+    read: list[Any] = []
+    for i, argument in enumerate(operation._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if argument.is_write:
+            written[id(value)] = value
+        if not (argument.is_out or (argument.is_write and operation in _OVERWRITES)):
+            read.append(value)
+    leaves = (*tree_leaves(read), *written.values())
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -128,17 +150,19 @@ def any_given(config: AnyModel, count: int, device: torch.device) -> Given:
     return list(torch.randn(shape, generator=generator).to(device))
 
 
-def work_of_batch(model: AnyLoaded, policy: DepthPolicy, batch_size: int) -> BatchWork:
-    """What the plain sampler does for a batch on the device of the model."""
+def work_of_batch(
+    model: AnyLoaded, policy: DepthPolicy, batch_size: int, pointwise: Pointwise = PLAIN
+) -> BatchWork:
+    """What the sampler does for a batch on the device of the model, operation by operation."""
     config, codec = model.config, model.tokenizer.quantize
-    sampler = Sampler(model, policy, config.sampling)
+    sampler = Sampler(model, policy, config.sampling, pointwise=pointwise)
     given = any_given(config, batch_size, model.device)
     with torch.device(model.device):
         ranking_BN = torch.full((batch_size, config.num_tokens), 0.5, dtype=torch.float64)
         uniforms_BU = ranking_BN.repeat(1, codec.draws_per_token)
         feature_map_BZHW = torch.zeros((batch_size, *codec.map_shape), dtype=model.dtype)
     sampling = _counted(lambda: sampler.tokens_from_uniforms(given, uniforms_BU, ranking_BN))
-    return BatchWork(sampling, _counted(lambda: model.tokenizer.decode(feature_map_BZHW)))
+    return BatchWork(sampling, _counted(lambda: sampler.model.tokenizer.decode(feature_map_BZHW)))
 
 
 def _counted(run: Callable[[], object]) -> Work:

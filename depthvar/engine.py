@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthvar.layers import Attend, first_rows, turned
+from depthvar.layers import Attend, first_rows
 from depthvar.plan import DepthPlan, Grid, ScalePlan
+from depthvar.pointwise import PLAIN, Change, Pointwise, turned
 
 ConditionT = TypeVar("ConditionT", contravariant=True)
 
@@ -37,8 +38,8 @@ class Backbone(Protocol[ConditionT]):
         """
         ...
 
-    def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Tensor:
-        """What a block adds to the residual stream of some tokens: a tensor of the caller's own.
+    def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Change:
+        """What a block adds to the residual stream of some tokens: tensors of the caller's own.
 
         `attend` turns queries and keys by the places of these tokens, where the backbone has such,
         and rounds them to the precision of the values.
@@ -82,12 +83,16 @@ class KeyValueCache:
 
     def append(self, block: int, k_GHKD: Tensor, v_GHKD: Tensor) -> None:
         """Keep keys and values of some tokens of the current scale."""
+        keys_GHKD, values_GHKD = self.room(block, k_GHKD.shape[2])
+        keys_GHKD.copy_(k_GHKD)
+        values_GHKD.copy_(v_GHKD)
+
+    def room(self, block: int, count: int) -> tuple[Tensor, Tensor]:
+        """Where keys and values of so many tokens of the current scale go, as views."""
         begin = self._filled[block]
-        end = begin + k_GHKD.shape[2]
+        end = self._filled[block] = begin + count
         assert end <= self._keys[block].shape[2]
-        self._keys[block][:, :, begin:end] = k_GHKD
-        self._values[block][:, :, begin:end] = v_GHKD
-        self._filled[block] = end
+        return self._keys[block][:, :, begin:end], self._values[block][:, :, begin:end]
 
     def kept(self, block: int) -> tuple[Tensor, Tensor]:
         """The keys and values that a block has so far, as views (G, H, tokens, D)."""
@@ -176,6 +181,10 @@ class _Slots:
     parents: _Parents | None
     rotations_GTD: Tensor | None
 
+    def of(self, slots: slice) -> Tensor | None:
+        """What turns some of them (G, K, D)."""
+        return None if self.rotations_GTD is None else self.rotations_GTD[:, slots]
+
 
 class DepthEngine(Generic[ConditionT]):
     """Runs the scales of a batch under a plan; made once per (backbone, plan, device, dtype).
@@ -191,10 +200,12 @@ class DepthEngine(Generic[ConditionT]):
         device: torch.device,
         dtype: torch.dtype,
         proxy_fit: ProxyFit | None = None,
+        pointwise: Pointwise = PLAIN,
     ) -> None:
         assert plan.policy.proxy != "calibrated" or proxy_fit is not None
         self._backbone = backbone
         self._plan = plan
+        self._pointwise = pointwise
         self._fit = proxy_fit if plan.policy.proxy == "calibrated" else None
         self._tensors = [
             _ScaleTensors.of(scale, previous, backbone.rotations(i), device, dtype)
@@ -297,16 +308,14 @@ class DepthEngine(Generic[ConditionT]):
         Returns the mean absolute change (G, T), summed over the blocks, and the change at every
         block that the next scale takes.
         """
-        total_GT = x_GTC.new_zeros(x_GTC.shape[:2], dtype=_at_least_float32(x_GTC.dtype))
+        total_GT = x_GTC.new_zeros(
+            x_GTC.shape[:2], dtype=torch.promote_types(x_GTC.dtype, torch.float32)
+        )
         changes: list[Tensor | None] = []
         for block in range(self._plan.num_blocks):
             parts = self._changes(index, block, x_GTC, condition, cache, slots)
-            change_GKC = torch.cat(parts, dim=1) if len(parts) == 2 else parts[0] if parts else None
-            if change_GKC is not None:
-                changed = slice(change_GKC.shape[1])
-                x_GTC[:, changed] += change_GKC
-                total_GT[:, changed] += _sum_of_magnitudes(change_GKC)
-            changes.append(change_GKC if self._plan.keeps_change(index, block) else None)
+            keep = self._plan.keeps_change(index, block)
+            changes.append(self._pointwise.add(x_GTC, total_GT, parts, keep=keep))
         return total_GT / x_GTC.shape[2], tuple(changes)
 
     def _changes(
@@ -317,27 +326,35 @@ class DepthEngine(Generic[ConditionT]):
         condition: ConditionT,
         cache: KeyValueCache,
         slots: _Slots,
-    ) -> list[Tensor]:
+    ) -> list[Change]:
         """What a block adds to its active tokens, and what stands in for that in the others."""
         scale, policy = self._plan.scales[index], self._plan.policy
-        active, changes = scale.prefix[block], []
+        active = scale.prefix[block]
+        changes: list[Change] = []
         if active < scale.count and policy.skipped_keys_values == "proxy":
             k_GHKD, v_GHKD = self._backbone.keys_values(block, x_GTC[:, active:], condition)
-            cache.append(block, _turned(k_GHKD, slots.rotations_GTD, slice(active, None)), v_GHKD)
+            cache.append(block, _turned(k_GHKD, slots.of(slice(active, None))), v_GHKD)
         if active:
 
-            def attend(q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor) -> Tensor:
-                queries_GHKD, keys_GHKD = (
-                    _turned(x_GHKD, slots.rotations_GTD, slice(active))
-                    for x_GHKD in (q_GHKD, k_GHKD)
-                )
-                cache.append(block, keys_GHKD, v_GHKD)
-                return cache.attend(block, queries_GHKD.to(v_GHKD.dtype))
+            def attend(
+                q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor, scale_1H11: Tensor | None = None
+            ) -> Tensor:
+                rotations_GKD = slots.of(slice(active))
+                if scale_1H11 is None:
+                    cache.append(block, _turned(k_GHKD, rotations_GKD), v_GHKD)
+                    q_GHKD = _turned(q_GHKD, rotations_GKD).to(v_GHKD.dtype)
+                else:
+                    room = cache.room(block, active)
+                    q_GHKD = self._pointwise.put_heads(
+                        q_GHKD, k_GHKD, v_GHKD, scale_1H11, rotations_GKD, *room
+                    )
+                return cache.attend(block, q_GHKD)
 
-            change_GKC = self._backbone.run_block(block, x_GTC[:, :active], condition, attend)
+            change = self._backbone.run_block(block, x_GTC[:, :active], condition, attend)
             if policy.compensation and scale.adaptive:
-                change_GKC *= self._tensors[index].compensation_T1[:active]
-            changes.append(change_GKC)
+                compensation_K1 = self._tensors[index].compensation_T1[:active]
+                change = replace(change, compensation_K1=compensation_K1)
+            changes.append(change)
         if active < scale.count and slots.parents is not None:
             earlier_GTC = slots.parents.changes[block]
             assert earlier_GTC is not None
@@ -347,12 +364,12 @@ class DepthEngine(Generic[ConditionT]):
                 proxy_GKC = torch.addcmul(
                     offset_SLC[index, block], proxy_GKC, slope_SLC[index, block]
                 )
-            changes.append(proxy_GKC)
+            changes.append(Change(proxy_GKC))
         return changes
 
 
-def _turned(x_GHKD: Tensor, rotations_GTD: Tensor | None, slots: slice) -> Tensor:
-    return x_GHKD if rotations_GTD is None else turned(x_GHKD, rotations_GTD[:, slots])
+def _turned(x_GHKD: Tensor, rotations_GKD: Tensor | None) -> Tensor:
+    return x_GHKD if rotations_GKD is None else turned(x_GHKD, rotations_GKD)
 
 
 def _permute(values_GTC: Tensor, order_GK: Tensor) -> Tensor:
@@ -375,18 +392,7 @@ def _rows(values_GTC: Tensor, places_GK: Tensor) -> Tensor:
     return chosen_NC.view(*places_GK.shape, -1)
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sum_of_magnitudes(change_GKC: Tensor) -> Tensor:
-    """Sum of the absolute values over the channels (G, K), at least float32, in one pass."""
-    dtype = _at_least_float32(change_GKC.dtype)
-    sum_GK: Tensor = torch.linalg.vector_norm(change_GKC, 1, dim=2, dtype=dtype)
-    return sum_GK
-
-
 def _sum_of_streams(values_GT: Tensor, batch: int) -> Tensor:
     """The guided streams of a sample share one ranking: (G, T) to (B, T)."""
     by_stream = values_GT.view(-1, batch, values_GT.shape[1])
-    return by_stream.sum(0, dtype=_at_least_float32(values_GT.dtype))
+    return by_stream.sum(0, dtype=torch.promote_types(values_GT.dtype, torch.float32))

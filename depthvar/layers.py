@@ -7,23 +7,35 @@ channels, V outputs, M = 3C rows of the fused queries, keys and values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depthvar.pointwise import Layer, unit
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 ConditionT = TypeVar("ConditionT", bound="DataclassInstance")
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q_GHKD, k_GHKD, v_GHKD) of the tokens given to a block -> attention output_GHKD."""
 _TreeT = TypeVar("_TreeT")
 _MAX_LOG_SCALE = math.log(100.0)
-_LEAST_LENGTH = 1e-12
+
+
+class Attend(Protocol):
+    """Attention of the tokens given to a block; the cache or the mask is its business."""
+
+    def __call__(
+        self, q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor, scale_1H11: Tensor | None = None, /
+    ) -> Tensor:
+        """The output (G, H, K, D).
+
+        With a scale queries and keys come as a product gave them: the keys are brought to length 1,
+        the queries to that of the scale.
+        """
+        ...
 
 
 def tree_of_tensors(cls: type[_TreeT]) -> type[_TreeT]:
@@ -43,45 +55,9 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _rounded(operation: Callable[..., Tensor], *operands: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an operation on float32 gives, rounded as it is written where no gradient is asked."""
-    if dtype in (torch.float32, torch.float64) or torch.is_grad_enabled():
-        return operation(*operands).to(dtype)
-    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
-    rounded = operands[0].new_empty(shape, dtype=dtype)
-    operation(*operands, out=rounded)
-    return rounded
-
-
-def unit(x_GHKD: Tensor, dtype: torch.dtype, scale_1H11: Tensor | None = None) -> Tensor:
-    """The vectors at length 1, or at that of a scale, rounded once, to `dtype`.
-
-    Their length is at least float32: half precision would round it first.
-    """
-    wide = torch.promote_types(x_GHKD.dtype, torch.float32)
-    length_GHK1: Tensor = torch.linalg.vector_norm(x_GHKD, dim=-1, keepdim=True, dtype=wide)
-    length_GHK1 = length_GHK1.clamp_min(_LEAST_LENGTH)
-    divisor_GHK1 = length_GHK1 if scale_1H11 is None else length_GHK1 / scale_1H11
-    return _rounded(torch.div, x_GHKD, divisor_GHK1, dtype=dtype)
-
-
 def heads(x_GKC: Tensor, num_heads: int) -> Tensor:
     """(G, K, C) to (G, H, K, D)."""
     return x_GKC.view(*x_GKC.shape[:2], num_heads, -1).transpose(1, 2)
-
-
-def turned(x_GHKD: Tensor, rotations_GKD: Tensor) -> Tensor:
-    """Rotary positions: pair (2m, 2m + 1) of a head's channels turns by the token's angle m.
-
-    `rotations_GKD` holds the cosines of a token's D / 2 angles, then their sines.
-    """
-    cos_G1KP, sin_G1KP = rotations_GKD.unsqueeze(1).chunk(2, dim=-1)
-    even_GHKP, odd_GHKP = x_GHKD.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = (
-        even_GHKP * cos_G1KP - odd_GHKP * sin_G1KP,
-        even_GHKP * sin_G1KP + odd_GHKP * cos_G1KP,
-    )
-    return torch.stack(pairs, dim=-1).flatten(-2)
 
 
 def unrounded(layer: nn.Linear, x_GTC: Tensor) -> Tensor:
@@ -93,14 +69,6 @@ def unrounded(layer: nn.Linear, x_GTC: Tensor) -> Tensor:
         flat_NV = torch.mm(x_GTC.flatten(0, 1), layer.weight.t(), out_dtype=torch.float32)
         return flat_NV.view(*x_GTC.shape[:2], -1) + bias_V
     return F.linear(x_GTC.float(), layer.weight.float(), bias_V)
-
-
-def modulated(
-    x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor, *, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Layer norm with conditional scale and shift (AdaLN), rounded once, to `dtype`."""
-    normed = F.layer_norm(x_GTC, x_GTC.shape[-1:], eps=eps)
-    return _rounded(torch.addcmul, shift_G1C, normed, scale_G1C, dtype=dtype)
 
 
 @tree_of_tensors
@@ -115,7 +83,7 @@ class AttentionConstants:
 class Attention(nn.Module):
     """Multi-head attention with L2-normalised queries and keys and a learned scale per head.
 
-    Queries and keys that `attend` is to turn reach it in at least float32, to be rounded by it.
+    Keys that are still to be turned stay in at least float32, to be rounded then.
     """
 
     def __init__(self, width: int, num_heads: int, *, turns: bool) -> None:
@@ -140,22 +108,19 @@ class Attention(nn.Module):
         weight, bias = self.mat_qkv.weight[width:], constants.bias_M[width:]
         k_GKC, v_GKC = F.linear(x_GKC, weight, bias).chunk(2, dim=2)
         k_GHKD, v_GHKD = heads(k_GKC, self.num_heads), heads(v_GKC, self.num_heads)
-        return unit(k_GHKD, self._unit_dtype(k_GHKD)), v_GHKD
+        wide = torch.promote_types(k_GHKD.dtype, torch.float32)
+        return unit(k_GHKD, wide if self.turns else k_GHKD.dtype), v_GHKD
 
     def forward(self, x_GKC: Tensor, constants: AttentionConstants, attend: Attend) -> Tensor:
         """Attend through `attend`, which owns the cache or the mask."""
         qkv_GKM = F.linear(x_GKC, self.mat_qkv.weight, constants.bias_M)
         q, k, v = (heads(part_GKC, self.num_heads) for part_GKC in qkv_GKM.chunk(3, dim=2))
-        dtype = self._unit_dtype(qkv_GKM)
-        out_GHKD = attend(unit(q, dtype, constants.scale_1H11), unit(k, dtype), v)
+        out_GHKD = attend(q, k, v, constants.scale_1H11)
         projected: Tensor = self.proj(out_GHKD.transpose(1, 2).flatten(2))
         return projected
 
-    def _unit_dtype(self, x: Tensor) -> torch.dtype:
-        return torch.promote_types(x.dtype, torch.float32) if self.turns else x.dtype
 
-
-class FeedForward(nn.Module):
+class FeedForward(Layer):
     """Two linear layers around a tanh GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -165,11 +130,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_GKC: Tensor) -> Tensor:
         """(G, K, C) to the same shape."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_GKC), approximate="tanh"))
+        out: Tensor = self.fc2(self.pointwise.linear_gelu(self.fc1, x_GKC))
         return out
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(Layer):
     """LayerNorm before the output layer, with conditional scale and shift."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -180,4 +145,4 @@ class HeadNorm(nn.Module):
     def forward(self, x_GTC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
         """(G, T, C) to the same shape."""
         dtype = next(self.parameters()).dtype
-        return modulated(x_GTC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
+        return self.pointwise.modulated(x_GTC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)

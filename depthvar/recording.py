@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from depthvar.errors import InputError
+from depthvar.pointwise import PLAIN, Pointwise
 from depthvar.settings import Kernels, records
 
 Outputs = tuple[Tensor, ...]
@@ -30,14 +31,34 @@ The outputs hold until the next replay of anything that was recorded with it.
 def recorder(kernels: Kernels, device: torch.device) -> Record | None:
     """What records a batch on a device as `kernels` say; None where each operation is launched.
 
-    `InputError` for a recording on a device that has none.
+    `InputError` for a recording on a device that has none, and for kernels that it cannot run.
     """
-    if kernels == "graph" and device.type != "cuda":
+    on_gpu = device.type == "cuda"
+    if kernels == "graph" and not on_gpu:
         raise InputError(
             f"got --kernels graph for a model on {device.type}, wanted a GPU, whose graphs it "
             "records: use --kernels plain"
         )
-    return CudaGraphs() if records(kernels, on_gpu=device.type == "cuda") else None
+    if not pointwise_of(kernels).runs_on(device):
+        raise InputError(
+            f"got --kernels {kernels} for a model on {device.type}, wanted a GPU, or a CPU and "
+            "TRITON_INTERPRET=1, which is for tests: use --kernels plain"
+        )
+    return CudaGraphs() if records(kernels, on_gpu=on_gpu) else None
+
+
+def pointwise_of(kernels: Kernels) -> Pointwise:
+    """What lies between the products as `kernels` say. `InputError` where Triton is missing."""
+    if kernels != "triton":
+        return PLAIN
+    try:
+        from depthvar.triton_pointwise import TRITON
+    except ImportError as error:
+        raise InputError(
+            f"got --kernels triton, but Triton cannot be imported here ({error}): torch with CUDA "
+            "brings it on Linux, elsewhere use --kernels graph or plain"
+        ) from error
+    return TRITON
 
 
 class CudaGraphs:

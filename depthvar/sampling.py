@@ -25,6 +25,7 @@ from depthvar.cost import image_cost
 from depthvar.engine import DepthEngine, KeyValueCache, ScaleTrace
 from depthvar.memory import images_decoded_at_once
 from depthvar.plan import DepthPlan
+from depthvar.pointwise import PLAIN, Pointwise
 from depthvar.policy import DepthPolicy
 from depthvar.randomness import ranking_uniforms, token_uniforms
 from depthvar.recording import Record, Recorded
@@ -180,11 +181,14 @@ class Sampler:
         settings: SamplingSettings,
         *,
         record: Record | None = None,
+        pointwise: Pointwise = PLAIN,
     ) -> None:
         """`InputError` when the policy does not fit the model or lacks its calibration.
 
-        With `record`, calls replay what it made of the first batch of every shape.
+        With `record`, calls replay what it made of the first batch of every shape. `pointwise` is
+        what lies between the products.
         """
+        model = model.with_pointwise(pointwise)
         if policy.proxy == "calibrated" and model.proxy_fit is None:
             model.found.require_calibration(model.config, policy.preset)
         self.config = model.config
@@ -192,7 +196,7 @@ class Sampler:
         self.settings = settings
         self.cost = image_cost(model.config, self.plan, streams=settings.streams)
         self._streams = self.plan.streams(settings.streams)
-        self._model = model
+        self.model = model
         self._backbone: Backbone[Any] = model.transformer
         self._codec: Codec[Any] = model.tokenizer.quantize
         self._depths = [
@@ -205,6 +209,7 @@ class Sampler:
             device=model.device,
             dtype=model.stream_dtype,
             proxy_fit=model.proxy_fit,
+            pointwise=pointwise,
         )
         self._draw: Callable[..., tuple[Tensor, ...]] = self._drawn
         self._show: Callable[..., tuple[Tensor, ...]] = self._shown
@@ -320,8 +325,8 @@ class Sampler:
             torch.zeros(
                 batch,
                 *self._codec.map_shape,
-                dtype=self._model.stream_dtype,
-                device=self._model.device,
+                dtype=self.model.stream_dtype,
+                device=self.model.device,
             ),
         )
 
@@ -370,7 +375,7 @@ class Sampler:
             on_scale(i, logits_BTV, trace)
         # The code vectors, weighted as the policy says, add to the feature map.
         tokens = drawn.tokens if forced_BT is None else forced_BT
-        codes_BTZ = codec.codes(tokens, self._model.stream_dtype)
+        codes_BTZ = codec.codes(tokens, self.model.stream_dtype)
         if self.plan.scales[i].adaptive and policy.blending != "none":
             weight_BT1 = self._engine.code_weights(i, trace)[:, :, None].to(codes_BTZ.dtype)
             codes_BTZ = codes_BTZ * weight_BT1
@@ -417,9 +422,9 @@ class Sampler:
         """Pixels (B, H, W, C) uint8, rounded, and whether all are finite; can be recorded."""
         pixels, finite = [], []
         at_once = images_decoded_at_once(self.config.image_size)
-        slices = feature_map_BZHW.to(self._model.dtype).split(at_once)
+        slices = feature_map_BZHW.to(self.model.dtype).split(at_once)
         for slice_bZHW in slices:
-            images_bCHW = self._model.tokenizer.decode(slice_bZHW).float()
+            images_bCHW = self.model.tokenizer.decode(slice_bZHW).float()
             finite.append(torch.isfinite(images_bCHW).all())
             pixels_bCHW = ((images_bCHW + 1) * 127.5).round().to(torch.uint8)
             pixels.append(pixels_bCHW.permute(0, 2, 3, 1))
@@ -428,16 +433,16 @@ class Sampler:
     def _not_finite(self, what: str) -> ArithmeticError:
         return ArithmeticError(
             f"{self.config.name} {what} not finite, wanted finite ones: "
-            f"{why_not_finite(self._model)}"
+            f"{why_not_finite(self.model)}"
         )
 
     def _on_device(self, values: npt.NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(values).to(self._model.device)
+        return torch.from_numpy(values).to(self.model.device)
 
     def _for_streams(self, scale: int, codes_BTZ: Tensor | None) -> Tensor | None:
         if codes_BTZ is None:
             return None
-        return codes_BTZ.to(self._model.dtype).repeat(self._streams[scale], 1, 1)
+        return codes_BTZ.to(self.model.dtype).repeat(self._streams[scale], 1, 1)
 
     def _leave_unconditional(self, state: BatchState) -> None:
         """Go on with the conditional stream, whose rows come first."""
@@ -469,5 +474,5 @@ class Sampler:
             rows=batch * self.settings.streams,
             heads=self.config.num_heads,
             head_dim=self.config.head_dim,
-            like=self._model.transformer.pos_start,
+            like=self.model.transformer.pos_start,
         )

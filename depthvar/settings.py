@@ -10,8 +10,16 @@ from depthvar.errors import InputError
 Grid = tuple[int, int]
 """Rows and columns of a map: of a scale's tokens, or of an image's pixels."""
 Guidance = Literal["ramp", "constant"]
-Kernels = Literal["auto", "plain", "graph"]
-"""How a batch is run: operation by operation, or as one recording; `auto` records on a GPU."""
+Kernels = Literal["auto", "plain", "graph", "triton"]
+"""How a batch is run: operation by operation, as one recording, or as one whose pointwise regions
+are Triton's kernels; `auto` is `graph` on a GPU."""
+
+
+def resolved(kernels: Kernels, *, on_gpu: bool) -> Kernels:
+    """What `auto` is on a GPU or off it; others as they are."""
+    if kernels == "auto":
+        return "graph" if on_gpu else "plain"
+    return kernels
 
 
 def records(kernels: Kernels, *, on_gpu: bool) -> bool:

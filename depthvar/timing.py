@@ -22,8 +22,9 @@ from depthvar.config import AnyModel
 from depthvar.counting import any_given
 from depthvar.policy import DepthPolicy
 from depthvar.published import PublishedSampler, draw_published
-from depthvar.recording import Record
+from depthvar.recording import pointwise_of, recorder
 from depthvar.sampling import SampleBatch, Sampler
+from depthvar.settings import Kernels
 from depthvar.weights.checkpoint import AnyLoaded, LoadedModel
 
 
@@ -48,9 +49,10 @@ class Contender:
 
     @classmethod
     def of_policy(
-        cls, model: AnyLoaded, policy: DepthPolicy, record: Record | None = None
+        cls, model: AnyLoaded, policy: DepthPolicy, kernels: Kernels = "plain"
     ) -> Contender:
-        """Our sampler under a policy, at the model's own settings, recorded if told how."""
+        """Our sampler under a policy, at the model's own settings; errors as `recorder`."""
+        record, pointwise = recorder(kernels, model.device), pointwise_of(kernels)
         settings, codec = model.config.sampling, model.tokenizer.quantize
 
         def draw(logits_BTV: Tensor) -> object:
@@ -60,7 +62,7 @@ class Contender:
 
         grids = model.config.grids[: len(model.config.grids) - policy.skip_last_scales]
         return cls(
-            partial(Sampler, model, policy, settings, record=record),
+            partial(Sampler, model, policy, settings, record=record, pointwise=pointwise),
             draw,
             tuple(map(math.prod, grids)),
         )

@@ -39,9 +39,10 @@ from depthvar.host.rate import rate_text
 from depthvar.memory import memory_need
 from depthvar.paths import check_output_file, checked_model, checked_path, checked_weights
 from depthvar.plan import DepthPlan
+from depthvar.pointwise import Pointwise
 from depthvar.policy import DepthPolicy
 from depthvar.presets import DEFAULT_PRESET, PRESETS, TEXT_PRESET, make_policy
-from depthvar.recording import recorder
+from depthvar.recording import pointwise_of, recorder
 from depthvar.settings import Kernels
 from depthvar.timing import Contender, Lap, equal_tokens, product_rate, time_contenders
 from depthvar.weights.checkpoint import AnyLoaded, LoadedModel, load_any, random_model
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.count_only:
         blank = blank_model(config, dtype=dtype)
         print(f"model     {config.name}, {flags.precision}, counted without weights\n")
-        _print_work(blank, policies, flags.batch_sizes)
+        _print_work(blank, policies, flags)
         return EXIT_DONE
     for kernels in flags.kernels:
         recorder(kernels, device)  # what the device does not have stops here
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     # A text model is too large to run once more for what its shapes tell.
     counted = blank_model(config, dtype=dtype) if config.is_text else model
-    work = _print_work(counted, policies, flags.batch_sizes)
+    work = _print_work(counted, policies, flags)
     if flags.json is not None:
         content = {
             "machine": lines,
@@ -200,9 +201,8 @@ def _timed(
     for kernels in flags.kernels:
         for word, policy in policies.items():
             # Full depth in the first way is what all others are compared with.
-            name = word if kernels == flags.kernels[0] else f"{word}, {kernels}"
-            record = recorder(kernels, model.device)
-            contenders[name], policy_of[name] = Contender.of_policy(model, policy, record), policy
+            name = _named(word, kernels, flags)
+            contenders[name], policy_of[name] = Contender.of_policy(model, policy, kernels), policy
     if isinstance(wide, LoadedModel):
         contenders[PUBLISHED] = Contender.as_published(wide, model.dtype)
     agreements: dict[str, float] = {}
@@ -277,19 +277,28 @@ def _row_of(
 
 
 def _print_work(
-    model: AnyLoaded, policies: Mapping[str, DepthPolicy], batch_sizes: Sequence[int]
+    model: AnyLoaded, policies: Mapping[str, DepthPolicy], flags: argparse.Namespace
 ) -> list[dict[str, object]]:
     """The table of what is counted; the same for the JSON file."""
+    ways: dict[Pointwise, Kernels] = {}
+    for kernels in flags.kernels:  # a recording is of the plain operations
+        ways.setdefault(pointwise_of(kernels), kernels)
     counted = [
-        (batch_size, name, work_of_batch(model, policy, batch_size))
-        for batch_size in batch_sizes
-        for name, policy in policies.items()
+        (batch_size, _named(word, kernels, flags), work_of_batch(model, policy, batch_size, way))
+        for batch_size in flags.batch_sizes
+        for way, kernels in ways.items()
+        for word, policy in policies.items()
     ]
     _print_table([_work_cells(*each) for each in counted])
     return [
         {"batch_size": batch_size, "name": name, **asdict(work)}
         for batch_size, name, work in counted
     ]
+
+
+def _named(policy: str, kernels: Kernels, flags: argparse.Namespace) -> str:
+    """Of a policy and the kernels it is run by, where those are not the first."""
+    return policy if kernels == flags.kernels[0] else f"{policy}, {kernels}"
 
 
 def _work_cells(batch_size: int, name: str, work: BatchWork) -> dict[str, str]:
@@ -392,7 +401,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=get_args(Kernels),
         default=["auto"],
-        help="plain, or graph: a batch recorded as one CUDA graph (default: auto, graph on a GPU)",
+        help="plain; graph: a batch recorded as one CUDA graph; or triton: recorded, its pointwise "
+        "regions Triton's kernels (default: auto, graph on a GPU)",
     )
     parser.add_argument(
         "--threads", type=_count, default=1, metavar="N", help="CPU threads (default: 1)"

@@ -17,6 +17,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from depthvar.config import MODELS
 from depthvar.errors import InputError
 from depthvar.presets import PRESETS, make_policy
 from depthvar.published import PublishedSampler
-from depthvar.recording import recorder
-from depthvar.sampling import Sampler
+from depthvar.recording import pointwise_of, recorder
+from depthvar.sampling import SampledTokens, Sampler
+from depthvar.settings import Kernels
 from depthvar.timing import equal_tokens
 from depthvar.weights.checkpoint import LoadedModel, assemble, load_model, random_model
 from depthvar.weights.find import find_model
@@ -92,6 +94,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     yield from _among_ourselves(device)
     if device.type == "cuda":
         yield from _recorded(device)
+        yield from _triton_in_half(device)
     yield from _with_published(device)
     yield from _half_tokens(device)
 
@@ -154,11 +157,13 @@ def _among_ourselves(device: torch.device) -> Iterator[Comparison]:
 
 def _recorded(device: torch.device) -> Iterator[Comparison]:
     """Batches replayed by one recording, other ones than it was made of, and plain ones."""
-    for preset in PRESETS:
+    kinds: tuple[Kernels, ...] = ("graph", "triton")
+    for preset, kernels in product(PRESETS, kinds):
         model = _moved(tiny_model(0, torch.float32), device, torch.float32)
         policy = tiny_policy(preset)
         plain = Sampler(model, policy, GUIDED)
-        recorded = Sampler(model, policy, GUIDED, record=recorder("graph", device))
+        record, pointwise = recorder(kernels, device), pointwise_of(kernels)
+        recorded = Sampler(model, policy, GUIDED, record=record, pointwise=pointwise)
         levels = 0
         for labels, begin in ((LABELS, 0), (LABELS[:2], 3), (LABELS[::-1], 5), (LABELS[1:], 9)):
             indices = range(begin, begin + len(labels))
@@ -167,7 +172,41 @@ def _recorded(device: torch.device) -> Iterator[Comparison]:
                 for sampler in (recorded, plain)
             )
             levels = max(levels, abs(got - want).max())
-        yield Comparison(f"{preset}, recorded batches and plain ones, float32, pixels", levels, 1)
+        what = f"{preset}, batches recorded by --kernels {kernels} and plain ones, float32, pixels"
+        yield Comparison(what, levels, 1)
+
+
+def _triton_in_half(device: torch.device) -> Iterator[Comparison]:
+    """Triton's kernels and the plain sampler at real shapes: logits, teacher-forced, and pixels."""
+    for dtype, limit in HALF_LIMIT.items():
+        model = random_model(MODELS["var-d16"], device=device, dtype=dtype)
+        policy = make_policy("depthvar", reference_scale=5)
+        plain, fast = (
+            Sampler(model, policy, model.config.sampling, pointwise=pointwise_of(kernels))
+            for kernels in ("plain", "triton")
+        )
+        drawn, want = _drawn(plain)
+        what = f"var-d16, Triton's kernels and plain ones, {_name(dtype)}"
+        apart = _mean_apart(_drawn(fast, forced=drawn.tokens)[1], want)
+        yield Comparison(f"{what}, mean of logits", apart, limit)
+        pixels = (sampler.decode(drawn.feature_map_BZHW).float() for sampler in (fast, plain))
+        levels = torch.sub(*pixels).abs().mean().item()
+        yield Comparison(f"{what}, mean of pixels", levels, 1)
+
+
+def _drawn(
+    sampler: Sampler, forced: Sequence[Tensor] | None = None
+) -> tuple[SampledTokens, list[Tensor]]:
+    """Tokens, and the guided logits of every scale (B, T, V)."""
+    logits: list[Tensor] = []
+    drawn = sampler.tokens(
+        LABELS,
+        seed=0,
+        indices=range(len(LABELS)),
+        on_scale=lambda _, logits_BTV, __: logits.append(logits_BTV),
+        forced=forced,
+    )
+    return drawn, logits
 
 
 def _with_published(device: torch.device) -> Iterator[Comparison]:
@@ -180,13 +219,7 @@ def _with_published(device: torch.device) -> Iterator[Comparison]:
             sampler = Sampler(
                 _moved(wide, device, dtype), make_policy("full"), wide.config.sampling
             )
-            ours: list[Tensor] = []
-            sampled = sampler.tokens(
-                LABELS,
-                seed=0,
-                indices=range(len(LABELS)),
-                on_scale=lambda _, logits_BTV, __, ours=ours: ours.append(logits_BTV),
-            )
+            sampled, ours = _drawn(sampler)
             theirs = published_logits(wide, dtype, LABELS, sampled.tokens)
             what = f"{wide.config.name} and the loop as published, {_name(dtype)}, mean of logits"
             yield Comparison(what, _mean_apart(ours, theirs), limit)
@@ -252,7 +285,7 @@ def _time(model: str, reference_scale: int, device: torch.device) -> None:
     flags = ["--model", model, "--device", device.type, "--precision", precision]
     flags += ["--policies", f"depthvar:{reference_scale}"]
     flags += ["--batch-sizes", "1", *([] if is_small else ["64"])]
-    flags += ["--kernels", *(["plain"] if is_small else ["graph", "plain"])]
+    flags += ["--kernels", *(["plain"] if is_small else ["graph", "triton", "plain"])]
     benchmark.main([*flags, "--rounds", "1" if is_small else "5"])
 
 

@@ -33,10 +33,10 @@ from depthvar.layers import (
     at_least_float32,
     first_rows,
     heads,
-    modulated,
     tree_of_tensors,
     unrounded,
 )
+from depthvar.pointwise import Change, Layer
 
 _ROTARY_BASE = 10000.0
 _PADDED_TO = 32
@@ -123,7 +123,7 @@ def _text_keys_values(
     return heads(k_GNC, num_heads), heads(v_GNC, num_heads)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Self-attention, cross-attention to the text and feed-forward; the first and last by AdaLN."""
 
     def __init__(self, config: InfinityConfig) -> None:
@@ -153,28 +153,38 @@ class Block(nn.Module):
 
     def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
         dtype = self.ffn.fc1.weight.dtype
-        return modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
+        return self.pointwise.modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
     def keys_values(self, x_GKC: Tensor, given: BlockCondition) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
         return self.sa.keys_values(normed_GKC, given.attention)
 
-    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Tensor:
+    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Change:
         """What the block adds to the residual stream, at least float32."""
+        eps, dtype = self.norm_eps, self.ffn.fc1.weight.dtype
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
-        change_GKC = self.sa(normed_GKC, given.attention, attend) * given.gamma1
-        dtype = self.ca_norm.weight.dtype
-        normed_GKC = modulated(
-            x_GKC + change_GKC,
+        attended_GKC, normed_GKC = self.pointwise.added_and_modulated(
+            x_GKC,
+            self.sa(normed_GKC, given.attention, attend),
+            given.gamma1,
+            None,
             self.ca_norm.weight,
             self.ca_norm.bias,
-            eps=self.norm_eps,
+            eps=eps,
             dtype=dtype,
         )
-        change_GKC = change_GKC + self.ca(normed_GKC, given.text)
-        normed_GKC = self._normed(x_GKC + change_GKC, given.scale2, given.shift2)
-        return torch.addcmul(change_GKC, self.ffn(normed_GKC), given.gamma2)
+        attended_GKC, normed_GKC = self.pointwise.added_and_modulated(
+            x_GKC,
+            self.ca(normed_GKC, given.text),
+            None,
+            attended_GKC,
+            given.scale2,
+            given.shift2,
+            eps=eps,
+            dtype=dtype,
+        )
+        return self.pointwise.gated_sum(attended_GKC, self.ffn(normed_GKC), given.gamma2)
 
 
 class Chunk(nn.Module):
@@ -404,10 +414,10 @@ class InfinityTransformer(nn.Module):
 
     def run_block(
         self, block: int, x_GKC: Tensor, condition: TextCondition, attend: Attend
-    ) -> Tensor:
+    ) -> Change:
         """What one block adds to the residual stream of some tokens."""
-        change_GKC: Tensor = self.ordered_blocks[block](x_GKC, condition.blocks[block], attend)
-        return change_GKC
+        change: Change = self.ordered_blocks[block](x_GKC, condition.blocks[block], attend)
+        return change
 
     def keys_values(
         self, block: int, x_GKC: Tensor, condition: TextCondition

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from depthvar.engine import ProxyFit, ScaleTrace, parent_positions
+from depthvar.pointwise import Change
 from depthvar.presets import make_policy
 from depthvar.sampling import Given, Sampler
 from depthvar.settings import SamplingSettings
@@ -86,8 +87,8 @@ def calibrate(
     held: list[Tensor | None] = [None] * len(blocks)
     scale = 0
 
-    def note(block: int, module: nn.Module, of_block: object, change_GTC: Tensor) -> None:
-        earlier_GTC = held[block]
+    def note(block: int, module: nn.Module, of_block: object, change: Change) -> None:
+        earlier_GTC, change_GTC = held[block], change.whole()
         if earlier_GTC is not None:
             regression.add(scale, block, earlier_GTC[:, parents[scale - 1]], change_GTC)
         held[block] = change_GTC if scale < len(grids) - 1 else None

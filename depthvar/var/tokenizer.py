@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from depthvar.config import TokenizerConfig
 from depthvar.draw import Drawn, draw_tokens
+from depthvar.pointwise import Layer
 from depthvar.settings import DecoderShape, SamplingSettings
 
 
@@ -56,7 +57,7 @@ def _norm(channels: int, shape: DecoderShape) -> GroupNorm:
     return GroupNorm(shape.norm_groups, channels, eps=1e-6)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Layer):
     """Two 3x3 convolutions with group norm and swish, added to the input."""
 
     def __init__(self, in_channels: int, out_channels: int, shape: DecoderShape) -> None:
@@ -71,13 +72,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H, W)."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h: Tensor = self.conv1(self.pointwise.group_norm(self.norm1, x_BCHW, silu=True))
+        h = self.conv2(self.pointwise.group_norm(self.norm2, h, silu=True))
         skip: Tensor = self.nin_shortcut(x_BCHW) if self.changes_width else x_BCHW
         return skip + h
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
     """Single-head attention over the positions of a feature map, softmax scale C^-0.5."""
 
     def __init__(self, channels: int, shape: DecoderShape) -> None:
@@ -88,7 +89,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2).chunk(3, dim=2)
+        normed_BCHW = self.pointwise.group_norm(self.norm, x_BCHW, silu=False)
+        q, k, v = self.qkv(normed_BCHW).flatten(2).transpose(1, 2).chunk(3, dim=2)
         out_BTC = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         attended: Tensor = self.proj_out(out_BTC.transpose(1, 2).reshape(x_BCHW.shape))
         return x_BCHW + attended
@@ -168,7 +170,7 @@ def _through(middle: nn.ModuleDict, x_BCHW: Tensor) -> Tensor:
     return x_BCHW
 
 
-class Encoder(nn.Module):
+class Encoder(Layer):
     """Image to latent map: (B, image channels, H, W) to (B, Z, H/f, W/f)."""
 
     def __init__(self, shape: DecoderShape) -> None:
@@ -196,11 +198,12 @@ class Encoder(nn.Module):
         h = self.conv_in(images_BCHW)
         for level in self.down:
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(_through(self.mid, h))))
+        normed = self.pointwise.group_norm(self.norm_out, _through(self.mid, h), silu=True)
+        out: Tensor = self.conv_out(normed)
         return out
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """Latent map to image: (B, Z, h, w) to (B, image channels, h*f, w*f)."""
 
     def __init__(self, shape: DecoderShape) -> None:
@@ -228,7 +231,7 @@ class Decoder(nn.Module):
         h = _through(self.mid, self.conv_in(latent_BZHW))
         for level in reversed(list(self.up)):
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(self.pointwise.group_norm(self.norm_out, h, silu=True))
         return out
 
 

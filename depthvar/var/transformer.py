@@ -25,9 +25,9 @@ from depthvar.layers import (
     HeadNorm,
     at_least_float32,
     first_rows,
-    modulated,
     unrounded,
 )
+from depthvar.pointwise import Change, Layer, unit
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Condition:
     head: tuple[Tensor, Tensor]
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention and feed-forward, each modulated by six class-dependent vectors (AdaLN)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -74,19 +74,27 @@ class Block(nn.Module):
 
     def _normed(self, x_GKC: Tensor, scale_G1C: Tensor, shift_G1C: Tensor) -> Tensor:
         dtype = self.ffn.fc1.weight.dtype
-        return modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
+        return self.pointwise.modulated(x_GKC, scale_G1C, shift_G1C, eps=self.norm_eps, dtype=dtype)
 
     def keys_values(self, x_GKC: Tensor, given: BlockCondition) -> tuple[Tensor, Tensor]:
         """Keys and values that tokens with this block input would have, each (G, H, K, D)."""
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
         return self.attn.keys_values(normed_GKC, given.attention)
 
-    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Tensor:
+    def forward(self, x_GKC: Tensor, given: BlockCondition, attend: Attend) -> Change:
         """What the block adds to the residual stream, at least float32."""
         normed_GKC = self._normed(x_GKC, given.scale1, given.shift1)
-        attended_GKC = self.attn(normed_GKC, given.attention, attend) * given.gamma1
-        normed_GKC = self._normed(x_GKC + attended_GKC, given.scale2, given.shift2)
-        return torch.addcmul(attended_GKC, self.ffn(normed_GKC), given.gamma2)
+        attended_GKC, normed_GKC = self.pointwise.added_and_modulated(
+            x_GKC,
+            self.attn(normed_GKC, given.attention, attend),
+            given.gamma1,
+            None,
+            given.scale2,
+            given.shift2,
+            eps=self.norm_eps,
+            dtype=self.ffn.fc1.weight.dtype,
+        )
+        return self.pointwise.gated_sum(attended_GKC, self.ffn(normed_GKC), given.gamma2)
 
 
 class Transformer(nn.Module):
@@ -169,10 +177,10 @@ class Transformer(nn.Module):
     def rotations(self, scale: int) -> None:
         """None: positions are embedded, and turn nothing."""
 
-    def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Tensor:
+    def run_block(self, block: int, x_GKC: Tensor, condition: Condition, attend: Attend) -> Change:
         """What one block adds to the residual stream of some tokens."""
-        change_GKC: Tensor = self.blocks[block](x_GKC, condition.blocks[block], attend)
-        return change_GKC
+        change: Change = self.blocks[block](x_GKC, condition.blocks[block], attend)
+        return change
 
     def keys_values(self, block: int, x_GKC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens that the block does not compute, each (G, H, K, D)."""
@@ -199,12 +207,13 @@ class Transformer(nn.Module):
 
         bias_TT = torch.zeros_like(mask_TT, dtype=x_BTC.dtype).masked_fill(~mask_TT, -torch.inf)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
+            q, k = unit(q, v.dtype, scale), unit(k, v.dtype)
             # At this length plain products train several times faster than the fused kernel on CPU.
-            return (q.to(v.dtype) @ k.to(v.dtype).mT + bias_TT.to(v.dtype)).softmax(-1) @ v
+            return (q @ k.mT + bias_TT.to(v.dtype)).softmax(-1) @ v
 
         for block in kept_blocks:
-            x_BTC = x_BTC + self.run_block(block, x_BTC, condition, attend)
+            x_BTC = x_BTC + self.run_block(block, x_BTC, condition, attend).whole()
         return self.logits(x_BTC, condition)
 
 

@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -42,6 +42,7 @@ from depthvar.errors import InputError, naming
 from depthvar.infinity.tokenizer import BitTokenizer
 from depthvar.infinity.transformer import InfinityTransformer
 from depthvar.infinity_config import InfinityConfig
+from depthvar.pointwise import PLAIN, Pointwise, with_pointwise
 from depthvar.var.tokenizer import Tokenizer
 from depthvar.var.transformer import Transformer
 from depthvar.weights.files import CALIBRATION_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
@@ -80,6 +81,13 @@ class _Loaded(Generic[TransformerT, TokenizerT]):
     def dtype(self) -> torch.dtype:
         """Precision of the transformer and the decoder."""
         return self.transformer.pos_start.dtype
+
+    def with_pointwise(self, pointwise: Pointwise) -> Self:
+        """The model with other pointwise regions, its weights shared."""
+        if pointwise is PLAIN:
+            return self
+        parts = {part: with_pointwise(getattr(self, part), pointwise) for part in PARTS}
+        return replace(self, **parts)
 
     @property
     def stream_dtype(self) -> torch.dtype:

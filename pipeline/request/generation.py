@@ -241,7 +241,8 @@ class GenerateConfig(ModelRequest):
     device: Device = Field("auto", description="where the model runs")
     kernels: Kernels = Field(
         "auto",
-        description="plain, or graph: a batch recorded as one CUDA graph (auto: graph on a GPU)",
+        description="plain; graph: a batch recorded as one CUDA graph; or triton: recorded, its "
+        "pointwise regions Triton's kernels (auto: graph on a GPU)",
     )
     address: str | None = Field(
         None,

@@ -63,7 +63,7 @@ def fitted(plan: JobPlan, model: AnyModel, room: Room) -> tuple[JobPlan, str | N
     if peak <= room.num_bytes:
         return plan, None
     fitting = _largest(plan, model, room.num_bytes, at_most, is_recorded=room.records) or 1
-    recorded = " as recordings (--kernels graph)" if room.records else ""
+    recorded = " as recordings (--kernels plain makes none)" if room.records else ""
     return replace(plan, batch_size=fitting), (
         f"batch size {fitting}: {at_most} would need {human_bytes(peak)} of memory{recorded}, a"
         f" worker has {human_bytes(room.num_bytes)}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from depthvar.errors import InputError
+from depthvar.settings import Kernels
 from pipeline.dataset.loader import naming_damage
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan
-from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace
+from pipeline.run.worker import LOAD_SAMPLER, Resampler, Workplace, require_device
 from pipeline.shards.committed import ShardSummary
 from pipeline.shards.manifest import parquet_name, tar_name
 from pipeline.shards.samples import decode_image, pixel_hash, read_parquet, read_tar
@@ -58,7 +61,7 @@ def regenerate(
         storage.uri,
         weights,
         device=device,
-        kernels="auto" if "kernels" in first.made_with else "plain",
+        kernels=_kernels(first, device),
         threads=first.threads,
         sampler_factory=sampler_factory,
     )
@@ -77,6 +80,18 @@ def regenerate(
             if progress:
                 progress(1)
     return found
+
+
+def _kernels(record: ShardSummary, device: Device) -> Kernels:
+    """Those of a record; where they cannot run the default ones, as a difference that is told."""
+    recorded = record.made_with.get("kernels", "plain")
+    if recorded == "plain":
+        return "plain"
+    with suppress(InputError):
+        if recorded == "triton":
+            require_device(device, "triton")
+            return "triton"
+    return "auto"
 
 
 def _chosen_batches(

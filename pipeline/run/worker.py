@@ -30,7 +30,7 @@ from depthvar.config import AnyModel
 from depthvar.cost import Cost
 from depthvar.errors import InputError, naming
 from depthvar.plan import DepthPlan
-from depthvar.settings import Kernels, records
+from depthvar.settings import Kernels, resolved
 from pipeline.faults import reach
 from pipeline.request.generation import Device
 from pipeline.request.job_plan import JobPlan, ShardPlan
@@ -142,7 +142,7 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
     """
     import torch
 
-    from depthvar.recording import recorder
+    from depthvar.recording import pointwise_of, recorder
     from depthvar.sampling import Sampler
     from depthvar.weights.checkpoint import load_any
 
@@ -157,7 +157,8 @@ def load_sampler(plan: JobPlan, place: Workplace, device: str) -> SamplerLike:
     found = replace(found, config=found.config.of_size(plan.image_size))
     record = recorder(place.kernels, torch.device(device))
     model = load_any(found, device=device, dtype=getattr(torch, plan.precision))
-    return Sampler(model, policy, plan.sampling, record=record)
+    pointwise = pointwise_of(place.kernels)
+    return Sampler(model, policy, plan.sampling, record=record, pointwise=pointwise)
 
 
 class Resampler:
@@ -376,7 +377,7 @@ def resolve_device(wanted: Device) -> str:
 
 def require_device(wanted: Device, kernels: Kernels) -> None:
     """Refuse a device and kernels, with `InputError`, on a machine where torch cannot use them."""
-    if wanted != "cuda" and kernels != "graph":
+    if wanted != "cuda" and kernels in ("auto", "plain"):
         return
     import torch
 
@@ -400,8 +401,9 @@ def _device_name(device: str) -> str:
 
 
 def _kernels(wanted: Kernels, device: str) -> dict[str, str]:
-    """A recording's batches may differ from plain ones in the last bit."""
-    return {"kernels": "graph"} if records(wanted, on_gpu=device == "cuda") else {}
+    """Batches of a recording or of Triton's may differ from plain ones in the last bit."""
+    kernels = resolved(wanted, on_gpu=device == "cuda")
+    return {} if kernels == "plain" else {"kernels": kernels}
 
 
 def _environment() -> dict[str, str]:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from depthvar.config import model_config
-from depthvar.counting import OperationCounter, Work, blank_model, work_of_batch
+from depthvar.counting import BatchWork, OperationCounter, Work, blank_model, work_of_batch
+from depthvar.pointwise import PLAIN, Change
 from depthvar.presets import make_policy
+from depthvar.triton_pointwise import TRITON
 from tests.tiny_models import tiny_model, tiny_text_model
 
 
@@ -24,6 +26,21 @@ def test_operations_count_with_the_bytes_they_take_and_give():
     assert counted(lambda: x + y) == (1, 4 * (24 + 6 + 24))
     assert counted(lambda: x.add_(1)) == (1, 4 * (24 + 24))
     assert counted(lambda: F.linear(x, torch.ones(3, 6))) == (2, 4 * 18 + 4 * (24 + 18 + 12))
+
+
+def test_what_is_only_written_counts_once_and_what_is_changed_twice():
+    x, y = torch.ones(4, 6), torch.empty(4, 6)
+    assert counted(lambda: y.copy_(x)) == (1, 4 * (24 + 24))
+    assert counted(lambda: torch.add(x, x[0], out=y)) == (1, 4 * (24 + 6 + 24))
+    change, total = torch.ones(4, 1, 6), torch.zeros(4, 1)
+    x_GTC = torch.ones(4, 3, 6)
+    reads, writes = 4 * (24 + 4 + 24), 4 * (24 + 4)
+    assert counted(lambda: TRITON.add(x_GTC, total, [Change(change)], keep=False)) == (
+        1, reads + writes
+    )  # fmt: skip
+    assert counted(lambda: TRITON.add(x_GTC, total, [Change(change)], keep=True)) == (
+        1, reads + writes + 4 * 24
+    )  # fmt: skip
 
 
 def test_views_and_empty_tensors_are_no_work():
@@ -54,11 +71,11 @@ def test_fused_attention_and_resizing_are_one_operation_each():
 @pytest.mark.parametrize(
     ("preset", "options", "operations", "operand_bytes"),
     [
-        ("full", {}, 959, 5630870),
-        ("full", {"guided_scales": 2}, 953, 3573654),
-        ("full", {"guided_scales": 2, "kept_guidance": 0.5}, 960, 3680182),
-        ("depthvar", {"reference_scale": 1}, 817, 2664170),
-        ("uniform", {"reference_scale": 1}, 761, 2620134),
+        ("full", {}, 959, 5481110),
+        ("full", {"guided_scales": 2}, 953, 3489174),
+        ("full", {"guided_scales": 2, "kept_guidance": 0.5}, 960, 3595702),
+        ("depthvar", {"reference_scale": 1}, 817, 2621930),
+        ("uniform", {"reference_scale": 1}, 761, 2574822),
     ],
 )
 def test_sampling_a_small_model_does_exactly_this_much(preset, options, operations, operand_bytes):
@@ -68,14 +85,33 @@ def test_sampling_a_small_model_does_exactly_this_much(preset, options, operatio
 
 
 @pytest.mark.parametrize(
-    ("preset", "operations", "operand_bytes"), [("full", 1006, 2252174), ("depthvar", 854, 1218698)]
+    ("preset", "pointwise", "sampling", "decoding"),
+    [
+        ("full", PLAIN, Work(1006, 2136110), Work(68, 190450)),
+        ("full", TRITON, Work(682, 1483406), Work(71, 177618)),
+        ("depthvar", PLAIN, Work(854, 1183274), Work(68, 190450)),
+        ("depthvar", TRITON, Work(656, 976010), Work(71, 177618)),
+    ],
 )
-def test_in_half_precision_it_does_exactly_this_much(preset, operations, operand_bytes):
+def test_in_half_precision_it_does_exactly_this_much(preset, pointwise, sampling, decoding):
     """What is normed is rounded as it is written, not in a pass of its own."""
     options = {} if preset == "full" else {"reference_scale": 1}
     model = blank_model(tiny_model(0).config, dtype=torch.bfloat16)
-    work = work_of_batch(model, make_policy(preset, **options), 2)
-    assert work.sampling == Work(operations, operand_bytes)
+    work = work_of_batch(model, make_policy(preset, **options), 2, pointwise)
+    assert work == BatchWork(sampling, decoding)
+
+
+@pytest.mark.parametrize(
+    ("name", "operations", "operand_bytes"),
+    [("var-d16", 2452, 62207360120), ("var-d30", 3524, 168717250796)],
+)
+def test_with_triton_s_kernels_published_models_do_exactly_this_much(
+    name, operations, operand_bytes
+):
+    """The rows of docs/performance.md."""
+    model = blank_model(model_config(name), dtype=torch.bfloat16)
+    work = work_of_batch(model, make_policy("depthvar", reference_scale=5), 50, TRITON)
+    assert work == BatchWork(Work(operations, operand_bytes), Work(161, 72005550342))
 
 
 def test_operations_do_not_depend_on_the_batch():

@@ -25,6 +25,7 @@ from depthvar.engine import (
 )
 from depthvar.layers import Attend
 from depthvar.plan import DepthPlan
+from depthvar.pointwise import Change
 from depthvar.policy import DepthPolicy
 from depthvar.presets import PRESETS, make_policy
 from depthvar.sampling import Sampler
@@ -93,10 +94,10 @@ class RotaryText:
         value = (x_GKC + condition.mean(1, keepdim=True)) @ self.weights[block, 2]
         return self._turned(x_GKC, self.weights[block, 1]), value[:, None]
 
-    def run_block(self, block: int, x_GKC: Tensor, condition: Tensor, attend: Attend) -> Tensor:
+    def run_block(self, block: int, x_GKC: Tensor, condition: Tensor, attend: Attend) -> Change:
         query = self._turned(x_GKC, self.weights[block, 0])
         attended = attend(query, *self.keys_values(block, x_GKC, condition))[:, 0]
-        return self._combined(block, x_GKC, condition, attended)
+        return Change(self._combined(block, x_GKC, condition, attended))
 
     def _combined(self, block: int, x_GKC: Tensor, text_GMC: Tensor, attended: Tensor) -> Tensor:
         looks = torch.softmax(x_GKC @ self.weights[block, 3] @ text_GMC.mT, dim=-1)
@@ -120,7 +121,7 @@ class DenseRotaryText:
         def attend(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             return reference.masked_attention(q, keys, values, kept_GM)
 
-        return x_GTC + self.blocks.run_block(block, x_GTC, self.text_GMC, attend)
+        return x_GTC + self.blocks.run_block(block, x_GTC, self.text_GMC, attend).whole()
 
 
 def rotary_text(num_blocks: int) -> tuple[RotaryText, Tensor]:
@@ -228,7 +229,7 @@ def test_full_depth_runs_the_backbone_s_blocks_in_order_and_nothing_else():
         return (q @ k.mT).masked_fill(hidden_from, -torch.inf).softmax(-1) @ v
 
     for block in range(5):
-        x = x + backbone.run_block(block, x, text_GMC, attend)
+        x = x + backbone.run_block(block, x, text_GMC, attend).whole()
     got = torch.cat([trace.hidden_GTC for trace in traces], dim=1)
     torch.testing.assert_close(got, x, rtol=0, atol=1e-10)
 
@@ -300,7 +301,7 @@ class MarkingBackbone:
     def keys_values(self, block: int, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         return self.inner.keys_values(block, x, condition)
 
-    def run_block(self, block: int, x: Tensor, condition: Condition, attend: Attend) -> Tensor:
+    def run_block(self, block: int, x: Tensor, condition: Condition, attend: Attend) -> Change:
         begin = len(self.recorder.operations)
         if self.recorder.spans and block:
             begin = self.recorder.spans.pop()[0]
@@ -400,7 +401,7 @@ def blocks_see(policy: DepthPolicy) -> list[int]:
     seen: list[int] = []
 
     class Counting(RotaryText):
-        def run_block(self, block: int, x: Tensor, condition: Tensor, attend: Attend) -> Tensor:
+        def run_block(self, block: int, x: Tensor, condition: Tensor, attend: Attend) -> Change:
             seen.append(x.shape[1])
             return super().run_block(block, x, condition, attend)
 
@@ -532,9 +533,9 @@ class BackAndForth:
     def keys_values(self, block: int, x: Tensor, condition: None) -> tuple[Tensor, Tensor]:
         return x[:, None], x[:, None]
 
-    def run_block(self, block: int, x: Tensor, condition: None, attend: Attend) -> Tensor:
+    def run_block(self, block: int, x: Tensor, condition: None, attend: Attend) -> Change:
         step_C = torch.tensor([self.step] * 5 + [0.0] * 7, dtype=x.dtype)
-        return (step_C if block % 2 == 0 else -step_C).expand_as(x)
+        return Change((step_C if block % 2 == 0 else -step_C).expand_as(x))
 
 
 @pytest.mark.parametrize(

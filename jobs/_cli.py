@@ -20,7 +20,7 @@ JOBS = {
     "submit": "hand generate to a Ray cluster, and follow it",
     "status": "say how far a dataset is, how fast, and what to do",
     "verify": "check a dataset against its plan, and repair it",
-    "report": "show a dataset on one page: images, compute, throughput, state",
+    "report": "show a dataset on one page: images, compute, speed, state",
     "evaluate": "measure a dataset's quality against real images",
     "export": "copy a dataset into another format",
     "push": "upload a dataset to the Hugging Face Hub",
@@ -65,12 +65,13 @@ def _usage() -> str:
         [
             "usage: depthvar JOB [flags]",
             "",
-            "Make large labelled image datasets with depth-adaptive visual autoregressive models.",
+            "Make large labelled image datasets with visual autoregressive models whose depth",
+            "is chosen for every token.",
             "",
             *(f"  {name:<{width}}  {what}" for name, what in JOBS.items()),
             "",
-            "depthvar JOB --help shows the flags that most need, --help-all every flag of a job;",
-            "depthvar --version the version.",
+            "depthvar JOB --help shows a job's flags that most need, --help-all all of them;",
+            "depthvar --version shows the version.",
         ]
     )
 

@@ -24,6 +24,8 @@ def test_every_job_has_a_command_and_every_command_a_job():
 def test_help_names_every_job(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert "--help-all" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     for name, what in cli.JOBS.items():
         assert f"  {name} " in shown
         assert what in shown

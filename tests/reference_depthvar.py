@@ -166,12 +166,18 @@ def order_of_blocks(policy: DepthPolicy, num_blocks: int) -> list[int]:
 class DenseBlocks(Protocol):
     """A transformer of one sample, its class or text included."""
 
-    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, H, T, D) of every token."""
+    def projections(self, block: int, x_GTC: Tensor) -> list[Tensor]:
+        """Query, key and value (G, H, T, D) of every token."""
         ...
 
     def output(
-        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_GM: Tensor
+        self,
+        block: int,
+        x_GTC: Tensor,
+        q_GHTD: Tensor,
+        keys_GHMD: Tensor,
+        values_GHMD: Tensor,
+        kept_GM: Tensor,
     ) -> Tensor:
         """The stream of every token after a block that may look where `kept_GM` is True."""
         ...
@@ -232,8 +238,9 @@ class DenseDepth:
         for block in range(self.num_blocks):
             active_GT = torch.tensor([[place[block] < d for d in depths_T] for depths_T in depths])
             makes_keys_GT = active_GT | (policy.skipped_keys_values == "proxy")
-            keys, values, kept_GM = self.remember(block, x_GTC, makes_keys_GT)
-            computed = self.blocks.output(block, x_GTC, keys, values, kept_GM) - x_GTC
+            q, k, v = self.blocks.projections(block, x_GTC)
+            seen = self.remember(block, k, v, makes_keys_GT)
+            computed = self.blocks.output(block, x_GTC, q, *seen) - x_GTC
             change = computed * factor_GT1
             proxy = torch.zeros_like(x_GTC)
             if adaptive and policy.proxy in ("raw", "calibrated"):
@@ -275,11 +282,11 @@ class DenseDepth:
         return own_GT.tolist()
 
     def remember(
-        self, block: int, x_GTC: Tensor, makes_keys_GT: Tensor
+        self, block: int, k_GHTD: Tensor, v_GHTD: Tensor, makes_keys_GT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of all tokens so far, and which of them were ever made."""
         entries = self.memory.setdefault(block, [])
-        entries.append((*self.blocks.keys_values(block, x_GTC), makes_keys_GT))
+        entries.append((k_GHTD, v_GHTD, makes_keys_GT))
         keys, values, kept = zip(*entries, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(kept, 1)
 
@@ -315,6 +322,10 @@ class VarBlocks:
     config: ModelConfig
     class_GC: Tensor
 
+    def __post_init__(self) -> None:
+        num_blocks = self.config.transformer.num_blocks
+        self.modulations = [self.modulation(block) for block in range(num_blocks)]
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x W^T + b."""
         return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
@@ -333,7 +344,7 @@ class VarBlocks:
     def projections(self, block: int, x_GTC: Tensor) -> list[Tensor]:
         """q, k, v (G, H, T, D) of every token; q and k normalised, q scaled."""
         name, shape = f"blocks.{block}.attn", self.config.transformer
-        _, _, scale1, _, shift1, _ = self.modulation(block)
+        _, _, scale1, _, shift1, _ = self.modulations[block]
         h = normed(x_GTC, shape.norm_eps) * (1 + scale1) + shift1
         weights = self.state[f"{name}.mat_qkv.weight"].reshape(3, shape.width, shape.width)
         biases = (self.state[f"{name}.q_bias"], 0.0, self.state[f"{name}.v_bias"])
@@ -348,19 +359,19 @@ class VarBlocks:
         log_scale = self.state[f"{name}.scale_mul_1H11"]
         return [q * torch.exp(torch.clamp(log_scale, max=math.log(100))), k, v]
 
-    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of every token."""
-        _, k, v = self.projections(block, x_GTC)
-        return k, v
-
     def output(
-        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_GM: Tensor
+        self,
+        block: int,
+        x_GTC: Tensor,
+        q_GHTD: Tensor,
+        keys_GHMD: Tensor,
+        values_GHMD: Tensor,
+        kept_GM: Tensor,
     ) -> Tensor:
         """AdaLN attention, then AdaLN feed-forward."""
         name = f"blocks.{block}"
-        gamma1, gamma2, _, scale2, _, shift2 = self.modulation(block)
-        q, _, _ = self.projections(block, x_GTC)
-        attended = masked_attention(q, keys_GHMD, values_GHMD, kept_GM)
+        gamma1, gamma2, _, scale2, _, shift2 = self.modulations[block]
+        attended = masked_attention(q_GHTD, keys_GHMD, values_GHMD, kept_GM)
         attended = attended.permute(0, 2, 1, 3).reshape(x_GTC.shape)
         x_GTC = x_GTC + self.linear(f"{name}.attn.proj", attended) * gamma1
         h = normed(x_GTC, self.config.transformer.norm_eps) * (1 + scale2) + shift2

@@ -16,6 +16,7 @@ import cmath
 import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,15 @@ from tests.reference_depthvar import (
 )
 
 
+@cache
+def turns_of(config: InfinityConfig, grid: Grid) -> Tensor:
+    """e^(i angle) of every token of a grid and pair of a head's channels, complex128."""
+    angles = angles_of(config, grid)
+    return torch.tensor(
+        [[cmath.exp(1j * a) for a in of_token] for of_token in angles], dtype=torch.complex128
+    )
+
+
 def angles_of(config: InfinityConfig, grid: Grid) -> list[list[float]]:
     """The angle by which every pair of a head's channels turns, for every token of a grid."""
     along = [
@@ -54,11 +64,8 @@ def angles_of(config: InfinityConfig, grid: Grid) -> list[list[float]]:
     ]
 
 
-def turn(x_GHTD: Tensor, angles: list[list[float]]) -> Tensor:
-    """Pair (2m, 2m + 1) of a token's channels as a complex number, times e^(i angle)."""
-    turns = torch.tensor(
-        [[cmath.exp(1j * a) for a in of_token] for of_token in angles], dtype=torch.complex128
-    )
+def turn(x_GHTD: Tensor, turns: Tensor) -> Tensor:
+    """Pair (2m, 2m + 1) of a token's channels as a complex number, times its turn."""
     pairs = torch.view_as_complex(x_GHTD.reshape(*x_GHTD.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(pairs * turns.to(pairs.dtype)).flatten(-2)
 
@@ -89,6 +96,11 @@ class InfinityBlocks:
             size = ((states_NE**2).mean(-1, keepdim=True) + 1e-6).sqrt()
             self.normed_texts.append(states_NE / size * self.state["text_norm.weight"])
         self.pooled_GC = torch.stack([self.pool(text) for text in self.normed_texts])
+        self.projected_texts = [
+            self.linear("text_proj_for_ca.2", gelu_tanh(self.linear("text_proj_for_ca.0", text_NE)))
+            for text_NE in self.normed_texts
+        ]
+        self.modulations = [self.modulation(block) for block in range(self.config.num_blocks)]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x W^T + b."""
@@ -123,7 +135,7 @@ class InfinityBlocks:
     def projections(self, block: int, x_GTC: Tensor) -> list[Tensor]:
         """q, k, v (G, H, T, D): normalised, scaled, then turned."""
         name = f"{self.name(block)}.sa"
-        _, _, scale1, _, shift1, _ = self.modulation(block)
+        _, _, scale1, _, shift1, _ = self.modulations[block]
         h = normed(x_GTC, 1e-6) * (1 + scale1) + shift1
         weights = self.state[f"{name}.mat_qkv.weight"].reshape(3, self.config.width, -1)
         biases = (self.state[f"{name}.q_bias"], 0.0, self.state[f"{name}.v_bias"])
@@ -134,32 +146,29 @@ class InfinityBlocks:
         q = q / (q**2).sum(-1, keepdim=True).sqrt()
         k = k / (k**2).sum(-1, keepdim=True).sqrt()
         q = q * torch.exp(torch.clamp(self.state[f"{name}.scale_mul_1H11"], max=math.log(100)))
-        angles = angles_of(self.config, self.config.grids[self.scale])
-        return [turn(q, angles), turn(k, angles), v]
-
-    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of every token."""
-        _, k, v = self.projections(block, x_GTC)
-        return k, v
+        turns = turns_of(self.config, self.config.grids[self.scale])
+        return [turn(q, turns), turn(k, turns), v]
 
     def output(
-        self, block: int, x_GTC: Tensor, keys_GHMD: Tensor, values_GHMD: Tensor, kept_GM: Tensor
+        self,
+        block: int,
+        x_GTC: Tensor,
+        q_GHTD: Tensor,
+        keys_GHMD: Tensor,
+        values_GHMD: Tensor,
+        kept_GM: Tensor,
     ) -> Tensor:
         """Self-attention, cross-attention, feed-forward."""
         name, width = self.name(block), self.config.width
-        gamma1, gamma2, _, scale2, _, shift2 = self.modulation(block)
-        q, _, _ = self.projections(block, x_GTC)
-        attended = masked_attention(q, keys_GHMD, values_GHMD, kept_GM)
+        gamma1, gamma2, _, scale2, _, shift2 = self.modulations[block]
+        attended = masked_attention(q_GHTD, keys_GHMD, values_GHMD, kept_GM)
         attended = attended.permute(0, 2, 1, 3).reshape(x_GTC.shape)
         x_GTC = x_GTC + self.linear(f"{name}.sa.proj", attended) * gamma1
         weight, bias = (self.state[f"{name}.ca_norm.{part}"] for part in ("weight", "bias"))
         rows = []
-        for row_TC, text_NE in zip(
-            normed(x_GTC, 1e-6) * weight + bias, self.normed_texts, strict=True
+        for row_TC, text_NC in zip(
+            normed(x_GTC, 1e-6) * weight + bias, self.projected_texts, strict=True
         ):
-            text_NC = self.linear(
-                "text_proj_for_ca.2", gelu_tanh(self.linear("text_proj_for_ca.0", text_NE))
-            )
             queries = split(self.linear(f"{name}.ca.mat_q", row_TC), self.config.num_heads)
             keys, values = self.text_keys_values(f"{name}.ca", text_NC, self.config.num_heads)
             looked = attention(queries, keys, values).transpose(0, 1).reshape(-1, width)

@@ -90,13 +90,16 @@ class RotaryText:
         turned = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
         return torch.cat(turned, dim=-1)[:, None]
 
+    def query(self, block: int, x_GKC: Tensor) -> Tensor:
+        return self._turned(x_GKC, self.weights[block, 0])
+
     def keys_values(self, block: int, x_GKC: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         value = (x_GKC + condition.mean(1, keepdim=True)) @ self.weights[block, 2]
         return self._turned(x_GKC, self.weights[block, 1]), value[:, None]
 
     def run_block(self, block: int, x_GKC: Tensor, condition: Tensor, attend: Attend) -> Change:
-        query = self._turned(x_GKC, self.weights[block, 0])
-        attended = attend(query, *self.keys_values(block, x_GKC, condition))[:, 0]
+        keys, values = self.keys_values(block, x_GKC, condition)
+        attended = attend(self.query(block, x_GKC), keys, values)[:, 0]
         return Change(self._combined(block, x_GKC, condition, attended))
 
     def _combined(self, block: int, x_GKC: Tensor, text_GMC: Tensor, attended: Tensor) -> Tensor:
@@ -112,13 +115,14 @@ class DenseRotaryText:
     blocks: RotaryText
     text_GMC: Tensor
 
-    def keys_values(self, block: int, x_GTC: Tensor) -> tuple[Tensor, Tensor]:
-        return self.blocks.keys_values(block, x_GTC, self.text_GMC)
+    def projections(self, block: int, x_GTC: Tensor) -> list[Tensor]:
+        query = self.blocks.query(block, x_GTC)
+        return [query, *self.blocks.keys_values(block, x_GTC, self.text_GMC)]
 
     def output(
-        self, block: int, x_GTC: Tensor, keys: Tensor, values: Tensor, kept_GM: Tensor
+        self, block: int, x_GTC: Tensor, q: Tensor, keys: Tensor, values: Tensor, kept_GM: Tensor
     ) -> Tensor:
-        def attend(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+        def attend(_q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             return reference.masked_attention(q, keys, values, kept_GM)
 
         return x_GTC + self.blocks.run_block(block, x_GTC, self.text_GMC, attend).whole()

@@ -108,7 +108,8 @@ def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypa
         )
         needs.append(need.decoding)
         peaks.append(decoding.peak)
-    assert torch.equal(*pixels)
+    whole, sliced = (images.int() for images in pixels)
+    assert (whole - sliced).abs().max() <= 1  # a sum may be rounded otherwise
     assert needs[1] == needs[0] * 3 // 4
     assert peaks[1] == pytest.approx(peaks[0] * 3 / 4, rel=0.05)
 
@@ -185,28 +186,38 @@ def test_the_largest_batch_is_the_last_one_whose_need_fits():
     assert largest_batch(config, plan, 1000, at_most=50, **how) == 0
 
 
-@pytest.mark.parametrize("batch_size", [10, 60])
-def test_a_job_s_process_takes_no_more_than_planned_and_not_much_less(
-    tmp_path: Path, batch_size: int
-):
+def test_a_job_s_process_takes_no_more_than_planned_and_not_much_less(tmp_path: Path):
     """15% above would hurt; 25% below is what heaps without slack come to on some machines.
 
-    Besides the mapped files, whose resident part is the kernel's choice and has a bound.
+    Besides the mapped files, whose resident part is the kernel's choice and has a bound. The jobs
+    are forked from one process that has imported what they need.
     """
-    program = (
-        "import sys; from jobs.generate import main; assert main(sys.argv[1:]) == 0;"
-        "print(open('/proc/self/status').read())"
-    )
-    command = [sys.executable, "-c", program, f"--per-class={batch_size // 10}", "--workers=0"]
-    command += [f"--batch-size={batch_size}", "--policy=full", "--contact-sheet=0"]
-    command += ["--out", str(tmp_path / "out")]
+    program = """if True:
+        import os, sys
+        from jobs.generate import main
+        import pipeline.run.driver, pipeline.run.in_process
+        for batch in (10, 50):
+            if (pid := os.fork()) == 0:
+                flags = [f"--per-class={batch // 10}", f"--batch-size={batch}", "--workers=0"]
+                flags += ["--policy=full", "--contact-sheet=0", f"--out={sys.argv[1]}/{batch}"]
+                assert main(flags) == 0
+                print("batch", batch, open("/proc/self/status").read())
+                sys.exit()
+            assert os.waitpid(pid, 0)[1] == 0
+    """
+    command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, files = (
-        int(done.stdout.split(f"{name}:")[1].split()[0]) * 1024 for name in ("VmHWM", "RssFile")
-    )
     config = model_config("digits")
     plan = DepthPlan.build(config.sides, config.num_blocks, make_policy("full"))
-    need = memory_need(config, plan, batch_size=batch_size, streams=2, precision="float32")
-    planned = need.process_peak - LIBRARY_BYTES
-    assert planned / 1.25 <= peak - files <= planned * 1.15
-    assert files <= 1.1 * LIBRARY_BYTES
+    jobs = done.stdout.split("batch ")[1:]
+    assert len(jobs) == 2
+    for job in jobs:
+        peak, files = (
+            int(job.split(f"{name}:")[1].split()[0]) * 1024 for name in ("VmHWM", "RssFile")
+        )
+        need = memory_need(
+            config, plan, batch_size=int(job.split()[0]), streams=2, precision="float32"
+        )
+        planned = need.process_peak - LIBRARY_BYTES
+        assert planned / 1.25 <= peak - files <= planned * 1.15
+        assert files <= 1.1 * LIBRARY_BYTES

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,14 @@ def _recipe() -> Recipe:
     )
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a run share the imports of the test."""
+    start = partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
+
+
+@pytest.mark.usefixtures("forked")
 def test_two_processes_train_a_model_that_samples_with_every_part(tmp_path):
     config, data = _shallow(replace(model_config("digits"), name="shallow")), _small_set()
     held_out = ImageSet(data.images_NCHW[::5], data.labels_N[::5], data.class_names)
@@ -176,6 +185,7 @@ def test_a_folder_of_other_things_is_not_trained_in(tmp_path):
         _claim(tmp_path, model_config("digits"), BLANK, _recipe())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_tokenizer_starts_from_that_of_another_model_at_other_sides(tmp_path):
     data = REAL_SETS["digit-scenes"]("held-out")
     few = ImageSet(data.images_NCHW[:20], data.labels_N[:20], data.class_names)

@@ -114,11 +114,15 @@ def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypa
     assert peaks[1] == pytest.approx(peaks[0] * 3 / 4, rel=0.05)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["full", "uniform", "depthvar", "guided"])
-@pytest.mark.parametrize(("width", "codes"), [(128, 128), (32, 1024)])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, width, codes, precision):
-    sampler = _sampler(policy, width, codes, base_width=16, precision=precision)
+@pytest.mark.parametrize(
+    "policy", range(len(POLICIES)), ids=["full", "uniform", "depthvar", "guided"]
+)
+@pytest.mark.parametrize("is_wide", [True, False], ids=["wide", "many codes"])
+def test_the_need_is_what_sampling_and_decoding_hold_at_once(policy, is_wide):
+    """Every two of policy, shape and precision meet."""
+    width, codes = (128, 128) if is_wide else (32, 1024)
+    precision = "float32" if is_wide == (policy % 2 == 0) else "bfloat16"
+    sampler = _sampler(POLICIES[policy], width, codes, base_width=16, precision=precision)
     with LiveBytes() as sampling:
         sampled = sampler.tokens([0, 1, 1, 0], seed=0, indices=range(4))
     with LiveBytes() as decoding:

@@ -28,7 +28,7 @@ BRIGHTER = 50
 @pytest.fixture
 def real(tmp_path: Path) -> Path:
     """10 digits in 3 shards, by the bundled model."""
-    argv = ["--per-class=1", "--samples-per-shard=4", "--batch-size=2", "--contact-sheet=0"]
+    argv = ["--per-class=1", "--samples-per-shard=4", "--batch-size=4", "--contact-sheet=0"]
     out = tmp_path / "out"
     argv += [f"--out={out}", f"--scratch={tmp_path / 'scratch'}", "--workers=0", "--device=cpu"]
     assert generate_job.main(argv) == 0

@@ -194,7 +194,7 @@ def group_normalise(
         moments_BPG2,
         weight_N,
         bias_N,
-        _channels_last(normed),
+        normed,
         x_BNIJ.shape[2:].numel(),
         _chunk(x_BNIJ),
         num_parts,
@@ -296,8 +296,12 @@ class TritonPointwise(Pointwise):
         return out_GKHD.transpose(1, 2)
 
     def linear_gelu(self, layer: nn.Linear, x_GKC: Tensor) -> Tensor:
-        """Tanh GELU of a linear layer, taken as the product is written."""
-        if x_GKC.is_cpu:  # where torch's operation takes the exact one
+        """Tanh GELU of a linear layer; in half precision taken as the product is written.
+
+        What approximates it there is the library's business, and float32 stays float32. On a CPU
+        torch's operation takes the exact GELU.
+        """
+        if x_GKC.is_cpu or x_GKC.itemsize > 2:
             return super().linear_gelu(layer, x_GKC)
         flat_NF = torch._addmm_activation(
             layer.bias, x_GKC.flatten(0, 1), layer.weight.t(), use_gelu=True
@@ -305,7 +309,7 @@ class TritonPointwise(Pointwise):
         return flat_NF.view(*x_GKC.shape[:2], -1)
 
     def group_norm(self, norm: nn.GroupNorm, x_BNIJ: Tensor, *, silu: bool) -> Tensor:
-        """Group norm, and SiLU of it if told so, of a map whose channels stand side by side."""
+        """Group norm, and SiLU of it if told so; channels-last, as the decoder's maps are."""
         num_pixels = x_BNIJ.shape[2:].numel()
         moments_BPG2 = torch.empty(
             len(x_BNIJ),
@@ -316,7 +320,7 @@ class TritonPointwise(Pointwise):
             device=x_BNIJ.device,
         )
         group_moments(x_BNIJ, norm.num_groups, moments=moments_BPG2)
-        normed = torch.empty_like(x_BNIJ)
+        normed = torch.empty_like(x_BNIJ, memory_format=torch.channels_last)
         group_normalise(x_BNIJ, moments_BPG2, norm.weight, norm.bias, norm.eps, silu, normed=normed)
         return normed
 
@@ -341,8 +345,8 @@ def _row_stride(vectors: Tensor | None, rows: int) -> int:
 
 
 def _channels_last(x_BNIJ: Tensor) -> Tensor:
-    assert x_BNIJ.is_contiguous(memory_format=torch.channels_last)
-    return x_BNIJ
+    """The map itself where it is so, as those of channels-last convolutions are on a GPU."""
+    return x_BNIJ.contiguous(memory_format=torch.channels_last)
 
 
 def _chunk(x_BNIJ: Tensor) -> int:

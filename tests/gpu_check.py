@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,25 @@ from depthvar.errors import InputError
 from depthvar.presets import PRESETS, make_policy
 from depthvar.published import PublishedSampler
 from depthvar.recording import pointwise_of, recorder
-from depthvar.sampling import SampledTokens, Sampler
+from depthvar.sampling import Given, SampledTokens, Sampler
 from depthvar.settings import Kernels
 from depthvar.timing import equal_tokens
-from depthvar.weights.checkpoint import LoadedModel, assemble, load_model, random_model
+from depthvar.weights.checkpoint import AnyLoaded, LoadedModel, assemble, load_model, random_model
 from depthvar.weights.find import find_model
 from jobs import benchmark
 from jobs._entry import EXIT_DONE, EXIT_INCOMPLETE, run_job
 from tests import reference_depthvar as reference
-from tests.tiny_models import GUIDED, SHAPES, TOLERANCE, states, tiny_model, tiny_policy
+from tests.tiny_models import (
+    GUIDED,
+    SHAPES,
+    TEXT_GUIDED,
+    TOLERANCE,
+    states,
+    text_states,
+    tiny_model,
+    tiny_policy,
+    tiny_text_model,
+)
 
 LABELS = [1, 4, 0]
 HALVES = (torch.bfloat16, torch.float16)
@@ -94,6 +105,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     yield from _among_ourselves(device)
     if device.type == "cuda":
         yield from _recorded(device)
+        yield from _texts_by_triton(device)
         yield from _triton_in_half(device)
     yield from _with_published(device)
     yield from _half_tokens(device)
@@ -176,6 +188,18 @@ def _recorded(device: torch.device) -> Iterator[Comparison]:
         yield Comparison(what, levels, 1)
 
 
+def _texts_by_triton(device: torch.device) -> Iterator[Comparison]:
+    """A model of texts, whose queries and keys turn, by Triton's kernels and plain ones."""
+    plain, texts = tiny_text_model(0, torch.float32), text_states((3, 5, 2))
+    model = _moved(plain, device, torch.float32)
+    policy = tiny_policy("depthvar-paper")
+    drawn, want = _drawn(Sampler(model, policy, TEXT_GUIDED), texts)
+    fast = Sampler(model, policy, TEXT_GUIDED, pointwise=pointwise_of("triton"))
+    got = _drawn(fast, texts, forced=drawn.tokens)[1]
+    what = "a model of texts, Triton's kernels and plain ones, float32, mean of logits"
+    yield Comparison(what, _mean_apart(got, want), 1e-3)
+
+
 def _triton_in_half(device: torch.device) -> Iterator[Comparison]:
     """Triton's kernels and the plain sampler at real shapes: logits, teacher-forced, and pixels."""
     for dtype, limit in HALF_LIMIT.items():
@@ -195,14 +219,14 @@ def _triton_in_half(device: torch.device) -> Iterator[Comparison]:
 
 
 def _drawn(
-    sampler: Sampler, forced: Sequence[Tensor] | None = None
+    sampler: Sampler, given: Given = LABELS, forced: Sequence[Tensor] | None = None
 ) -> tuple[SampledTokens, list[Tensor]]:
     """Tokens, and the guided logits of every scale (B, T, V)."""
     logits: list[Tensor] = []
     drawn = sampler.tokens(
-        LABELS,
+        given,
         seed=0,
-        indices=range(len(LABELS)),
+        indices=range(len(given)),
         on_scale=lambda _, logits_BTV, __: logits.append(logits_BTV),
         forced=forced,
     )
@@ -263,7 +287,7 @@ def _uniforms(model: LoadedModel) -> tuple[Tensor, Tensor]:
     return both[0], both[1]
 
 
-def _moved(model: LoadedModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _moved(model: AnyLoaded, device: torch.device, dtype: torch.dtype) -> Any:
     """A copy on a device in a precision, without its calibration."""
     parts = copy.deepcopy(model.transformer), copy.deepcopy(model.tokenizer)
     return assemble(model.found, *parts, device=device, dtype=dtype)

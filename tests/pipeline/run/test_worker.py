@@ -16,6 +16,7 @@ from pipeline.request.job import plan_job
 from pipeline.request.job_plan import FormerPolicy, JobPlan, policy_fields
 from pipeline.run.worker import (
     Progress,
+    Resampler,
     Scratch,
     ShardDone,
     ShardStopped,
@@ -68,6 +69,12 @@ def test_a_shard_streams_its_batches_and_then_its_result(plan: JobPlan, place: W
     assert (record.attempt, record.threads, record.device) == (4, 3, "cpu")
     assert record.worker == worker.info.name
     assert {"python", "torch", "numpy", "pillow", "machine"} <= record.environment.keys()
+
+
+def test_kernels_that_may_differ_in_the_last_bit_are_recorded(plan: JobPlan, place: Workplace):
+    for kernels, recorded in (("auto", None), ("plain", None), ("triton", "triton")):
+        worker = Resampler(plan, replace(place, kernels=kernels, device="cpu"))
+        assert worker.info.environment.get("kernels") == recorded
 
 
 def test_nothing_is_committed_before_the_last_batch(plan: JobPlan, place: Workplace):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -183,37 +183,17 @@ def check_fit(file: WeightsFile, config: AnyModel, part: Part) -> None:
 
 
 def _misfit(file: WeightsFile, config: AnyModel, part: Part) -> str:
-    """What is off with a file as a part of a model, the first names of it; "" if nothing."""
+    """What torch has against a file as a part of a model, the first names of it; "" if nothing."""
     tensors = file.parameters(part, with_encoder=not config.is_text)
-    wanted = _shapes(config, part, with_encoder=holds_encoder(tensors))
-    both = [name for name in wanted if name in tensors]
-    problems = [
-        *_named("lacks", (name for name in wanted if name not in tensors)),
-        *_named("also holds", (name for name in tensors if name not in wanted)),
-        *(
-            f"{name} is of {tuple(tensors[name].shape)}, wanted {tuple(wanted[name])}"
-            for name in both
-            if tensors[name].shape != wanted[name]
-        ),
-        *(
-            f"{name} is {tensors[name].dtype}, wanted floating point"
-            for name in both
-            if not tensors[name].is_floating_point()
-        ),
-    ]
-    return "; ".join(problems[:4] + ["..."] * (len(problems) > 4))
-
-
-def _named(what: str, names: Iterable[str]) -> list[str]:
-    listed = list(names)
-    few = ", ".join(listed[:3] + ["..."] * (len(listed) > 3))
-    return [f"{what} {few}"] if listed else []
-
-
-@cache
-def _shapes(config: AnyModel, part: Part, *, with_encoder: bool) -> dict[str, torch.Size]:
-    blank = blank_part(config, part, with_encoder=with_encoder)
-    return {name: tensor.shape for name, tensor in blank.state_dict().items()}
+    try:
+        blank_part(config, part, with_encoder=holds_encoder(tensors)).load_state_dict(
+            tensors, assign=True
+        )
+    except RuntimeError as error:
+        lines = [line.strip(" \t.") for line in str(error).splitlines()[1:]]
+        few = [re.sub(r'((?:"[^"]*", ){3})"(.*)', r"\1...", line) for line in lines[:4]]
+        return "; ".join(few + ["..."] * (len(lines) > 4))
+    return ""
 
 
 class _NoNoise(TorchFunctionMode):

@@ -132,12 +132,9 @@ def test_names_without_the_inner_layers_load_too(folder: Path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.pop("head.bias"), r"\(lacks head.bias\)"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"\(also holds extra\)"),
-        (
-            lambda state: state.update({"pos_start": torch.zeros(1, 1, 8)}),
-            r"\(pos_start is of \(1, 1, 8\), wanted \(1, 1, 16\)\)",
-        ),
+        (lambda state: state.pop("head.bias"), 'Missing key.*"head.bias"'),
+        (lambda state: state.update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
+        (lambda state: state.update({"pos_start": torch.zeros(1, 1, 8)}), "size mismatch for pos"),
     ],
     ids=["missing", "unexpected", "shape"],
 )

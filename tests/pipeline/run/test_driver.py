@@ -122,9 +122,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_two_workers_make_the_bytes_of_one_process(ray_here, reference, faults, tmp_path, capsys):
-    loads = tmp_path / "loads"
-    faults(loads=str(loads))
-    assert run(tmp_path / "out") == 0
+    loads, gate = tmp_path / "loads", tmp_path / "gate"
+    faults(loads=str(loads), gate=str(gate))
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(run, tmp_path / "out")
+        wait_at_gate(gate, 2)  # or the first would be done before the second has begun
+        open_gate(gate)
+        assert code.result() == 0
     assert contents(tmp_path / "out") == reference
     assert set(attempts(tmp_path / "out").values()) == {1}
     assert len(loads.read_text().split()) == 2, "each worker loads the model once"

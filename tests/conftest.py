@@ -5,9 +5,10 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray starts workers when there is something to do, not some that no test has work for.
+# Ray starts workers when there is something to do, not some that no test has work for, and lets
+# them run like everything else: as nice as they are, they would starve on a busy machine.
 os.environ |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read as Triton is imported: there is no GPU
+os.environ |= {"RAY_worker_niceness": "0"}
 
 import pytest
 

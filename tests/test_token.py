@@ -35,7 +35,7 @@ TOKEN, OTHER_TOKEN = "a" * 64, "b" * 64
 def environment(token: str | None) -> dict[str, str]:
     """Without a token the mode is still `token`: there is no other way in."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ours |= {"RAY_AUTH_MODE": "token", "HOME": "/nonexistent"}
+    ours |= {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "HOME": "/nonexistent"}
     return ours | ({} if token is None else {"RAY_AUTH_TOKEN": token})
 
 

@@ -33,7 +33,6 @@ NUM_SHARDS = 10
 HEAD = {
     "num_cpus": 2,
     "_system_config": {
-        "worker_niceness": 0,  # no slower than the test itself
         "health_check_period_ms": 1000,
         "health_check_failure_threshold": 10,
     },

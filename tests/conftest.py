@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # them run like everything else: as nice as they are, they would starve on a busy machine.
 os.environ |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 os.environ |= {"RAY_worker_niceness": "0"}
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read as Triton is imported: there is no GPU
 
 import pytest
 
@@ -23,34 +24,37 @@ for number, default in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-# Files that take longest, for the processes of a run to end together: these are begun first. Those
-# that wait for Ray stand beside others that compute.
+# Files that take longest, for the processes of a run to end together: these are begun first. One
+# that waits for Ray (*) comes when the one before it is about done: beside it others compute.
 LONGEST = (
-    "tests/test_end_to_end.py",
+    "tests/test_end_to_end.py",  # *
     "research/test_study.py",
-    "run/test_driver.py",
     "depthvar/test_sampling.py",
-    "run/test_driver_nodes.py",
-    "tests/test_stores.py",
-    "tests/test_token.py",
+    "run/test_driver.py",  # *
     "depthvar/test_memory.py",
     "training/test_run.py",
-    "depthvar/test_bundled_model.py",
-    "depthvar/test_cost.py",
+    "run/test_driver_nodes.py",  # *
+    "weights/test_own_model.py",
     "research/test_evaluation.py",
-    "tests/test_faults.py",
+    "depthvar/test_cost.py",
+    "tests/test_token.py",  # *
+    "depthvar/test_bundled_model.py",
+    "tests/test_docs.py",
+    "weights/test_checkpoint.py",
+    "tests/test_faults.py",  # *
+    "infinity/test_sampling.py",
+    "tests/test_stores.py",  # *
+    "depthvar/test_recording.py",
     "report/test_page.py",
     "text/test_t5.py",
     "jobs/test_benchmark.py",
     "run/test_regenerate.py",
-    "tests/test_docs.py",
     "jobs/test_jobs.py",
     "jobs/test_train_classifier.py",
     "tests/test_gpu_check.py",
+    "depthvar/test_triton_pointwise.py",
     "tests/test_text_jobs.py",
     "tests/test_cluster_yaml.py",
-    "weights/test_own_model.py",
-    "weights/test_checkpoint.py",
     "weights/test_tensor_files.py",
 )
 

@@ -70,7 +70,12 @@ class Nodes:
             self.add(**resources)
 
     def add(self, **resources: int) -> Any:
-        node = self.cluster.add_node(**resources)
+        try:
+            node = self.cluster.add_node(**resources)
+        except Exception as error:  # Ray gives it half a minute, and says so by nothing narrower
+            if "timed out during startup" not in str(error):
+                raise
+            node = self.cluster.add_node(**resources)
         self.alive.append((resources, node))
         return node
 

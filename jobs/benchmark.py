@@ -359,20 +359,27 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
-    parser.add_argument("--model", default="digits", help="model to time (default: digits)")
-    parser.add_argument(
+    _add_what(parser.add_argument_group("what to time"))
+    _add_how(parser.add_argument_group("how"))
+    _add_told(parser.add_argument_group("what to tell"))
+    return parser
+
+
+def _add_what(flags: argparse._ArgumentGroup) -> None:
+    flags.add_argument("--model", default="digits", help="model to time (default: digits)")
+    flags.add_argument(
         "--weights",
         metavar="PATH",
         help="its weights: a local file or folder, or a Hugging Face repository (default: random)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--image-size",
         type=_image_size,
         metavar="SIZE",
         help="pixels of an image as SIDE or WIDTHxHEIGHT, of a text model's published sizes "
         "(default: the model's own)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--policies",
         nargs="+",
         default=[],
@@ -381,7 +388,7 @@ def parser() -> argparse.ArgumentParser:
         "too, and so is the published loop of a model of classes (default: the usual one at "
         "three reference scales)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--batch-sizes",
         nargs="+",
         type=_count,
@@ -389,14 +396,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images at once (default: 8)",
     )
-    parser.add_argument(
+
+
+def _add_how(flags: argparse._ArgumentGroup) -> None:
+    flags.add_argument(
         "--rounds", type=_count, default=5, metavar="N", help="batches per policy (default: 5)"
     )
-    parser.add_argument(
-        "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
+    flags.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument(
         "--kernels",
         nargs="+",
         choices=get_args(Kernels),
@@ -404,17 +412,19 @@ def parser() -> argparse.ArgumentParser:
         help="plain; graph: a batch recorded as one CUDA graph; or triton: recorded, its pointwise "
         "regions Triton's kernels (default: auto, graph on a GPU)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--threads", type=_count, default=1, metavar="N", help="CPU threads (default: 1)"
     )
-    parser.add_argument(
+
+
+def _add_told(flags: argparse._ArgumentGroup) -> None:
+    flags.add_argument(
         "--count-only",
         action="store_true",
         help="print the operations and bytes alone, without weights and without running anything",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--plot", metavar="FILE", help="draw the times to this file (.png, .svg)")
-    return parser
+    flags.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    flags.add_argument("--plot", metavar="FILE", help="draw the times to this file (.png, .svg)")
 
 
 def _count(text: str) -> int:

@@ -94,7 +94,7 @@ def _sampler(
     return Sampler(model, policy, SamplingSettings(1.5, 0, 0.9))
 
 
-def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypatch):
+def test_a_batch_decoded_in_slices_has_the_same_pixels_but_for_rounding_in_less_memory(monkeypatch):
     sampler = _sampler(POLICIES[0], 32, 128, base_width=16, precision="float32")
     maps_BZHW = torch.randn(4, *sampler.tokens([0], seed=0, indices=[0]).feature_map_BZHW.shape[1:])
     needs, peaks, pixels = [], [], []
@@ -109,7 +109,9 @@ def test_a_batch_is_decoded_in_slices_to_the_same_pixels_in_less_memory(monkeypa
         needs.append(need.decoding)
         peaks.append(decoding.peak)
     whole, sliced = (images.int() for images in pixels)
-    assert (whole - sliced).abs().max() <= 1  # a sum may be rounded otherwise
+    differences = (whole - sliced).abs()  # a sum may be rounded otherwise in a smaller batch
+    assert differences.max() <= 1
+    assert differences.count_nonzero() <= differences.numel() // 1000
     assert needs[1] == needs[0] * 3 // 4
     assert peaks[1] == pytest.approx(peaks[0] * 3 / 4, rel=0.05)
 

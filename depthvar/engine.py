@@ -41,15 +41,18 @@ class Backbone(Protocol[ConditionT]):
     def run_block(self, block: int, x_GKC: Tensor, condition: ConditionT, attend: Attend) -> Change:
         """What a block adds to the residual stream of some tokens: tensors of the caller's own.
 
-        `attend` turns queries and keys by the places of these tokens, where the backbone has such,
-        and rounds them to the precision of the values.
+        `attend` brings queries and keys to their length, turns them by the places of these tokens,
+        where the backbone has such, and rounds them to the precision of the values.
         """
         ...
 
     def keys_values(
         self, block: int, x_GKC: Tensor, condition: ConditionT
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (G, H, K, D) of tokens that a block does not compute, not yet turned."""
+        """Keys of length 1, not yet turned, and values of tokens that a block does not compute.
+
+        Each (G, H, K, D).
+        """
         ...
 
 
@@ -333,21 +336,17 @@ class DepthEngine(Generic[ConditionT]):
         changes: list[Change] = []
         if active < scale.count and policy.skipped_keys_values == "proxy":
             k_GHKD, v_GHKD = self._backbone.keys_values(block, x_GTC[:, active:], condition)
-            cache.append(block, _turned(k_GHKD, slots.of(slice(active, None))), v_GHKD)
+            rotations_GKD = slots.of(slice(active, None))
+            if rotations_GKD is not None:
+                k_GHKD = turned(k_GHKD, rotations_GKD)
+            cache.append(block, k_GHKD, v_GHKD)
         if active:
 
             def attend(
-                q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor, scale_1H11: Tensor | None = None
+                q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor, scale_1H11: Tensor
             ) -> Tensor:
-                rotations_GKD = slots.of(slice(active))
-                if scale_1H11 is None:
-                    cache.append(block, _turned(k_GHKD, rotations_GKD), v_GHKD)
-                    q_GHKD = _turned(q_GHKD, rotations_GKD).to(v_GHKD.dtype)
-                else:
-                    room = cache.room(block, active)
-                    q_GHKD = self._pointwise.put_heads(
-                        q_GHKD, k_GHKD, v_GHKD, scale_1H11, rotations_GKD, *room
-                    )
+                turns, room = slots.of(slice(active)), cache.room(block, active)
+                q_GHKD = self._pointwise.put_heads(q_GHKD, k_GHKD, v_GHKD, scale_1H11, turns, *room)
                 return cache.attend(block, q_GHKD)
 
             change = self._backbone.run_block(block, x_GTC[:, :active], condition, attend)
@@ -366,10 +365,6 @@ class DepthEngine(Generic[ConditionT]):
                 )
             changes.append(Change(proxy_GKC))
         return changes
-
-
-def _turned(x_GHKD: Tensor, rotations_GKD: Tensor | None) -> Tensor:
-    return x_GHKD if rotations_GKD is None else turned(x_GHKD, rotations_GKD)
 
 
 def _permute(values_GTC: Tensor, order_GK: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ channels, V outputs, M = 3C rows of the fused queries, keys and values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 ConditionT = TypeVar("ConditionT", bound="DataclassInstance")
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q_GHKD, k_GHKD, v_GHKD, scale_1H11) of the tokens given to a block -> attention output_GHKD.
+
+Queries and keys come as a product gave them: the keys are brought to length 1, the queries to that
+of the scale. The cache or the mask is its business.
+"""
 _TreeT = TypeVar("_TreeT")
 _MAX_LOG_SCALE = math.log(100.0)
-
-
-class Attend(Protocol):
-    """Attention of the tokens given to a block; the cache or the mask is its business."""
-
-    def __call__(
-        self, q_GHKD: Tensor, k_GHKD: Tensor, v_GHKD: Tensor, scale_1H11: Tensor | None = None, /
-    ) -> Tensor:
-        """The output (G, H, K, D).
-
-        With a scale queries and keys come as a product gave them: the keys are brought to length 1,
-        the queries to that of the scale.
-        """
-        ...
 
 
 def tree_of_tensors(cls: type[_TreeT]) -> type[_TreeT]:

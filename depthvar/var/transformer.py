@@ -207,7 +207,7 @@ class Transformer(nn.Module):
 
         bias_TT = torch.zeros_like(mask_TT, dtype=x_BTC.dtype).masked_fill(~mask_TT, -torch.inf)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
             q, k = unit(q, v.dtype, scale), unit(k, v.dtype)
             # At this length plain products train several times faster than the fused kernel on CPU.
             return (q @ k.mT + bias_TT.to(v.dtype)).softmax(-1) @ v

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,7 +75,7 @@ def inputs_of(plan: DepthPlan, batch: int, width: int = 12) -> list[tuple[Tensor
 
 @dataclass
 class RotaryText:
-    """Blocks whose queries turn with a position, which the stream's last channel carries.
+    """Blocks whose unit queries turn with a position, which the stream's last channel carries.
 
     The condition is the text (G, M, C); every token attends to it besides its own kind.
     """
@@ -88,7 +89,7 @@ class RotaryText:
         a, b = (x_GKC @ weight).chunk(2, dim=-1)
         angle = x_GKC[:, :, -1:]
         turned = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
-        return torch.cat(turned, dim=-1)[:, None]
+        return F.normalize(torch.cat(turned, dim=-1), dim=-1)[:, None]
 
     def query(self, block: int, x_GKC: Tensor) -> Tensor:
         return self._turned(x_GKC, self.weights[block, 0])
@@ -99,7 +100,8 @@ class RotaryText:
 
     def run_block(self, block: int, x_GKC: Tensor, condition: Tensor, attend: Attend) -> Change:
         keys, values = self.keys_values(block, x_GKC, condition)
-        attended = attend(self.query(block, x_GKC), keys, values)[:, 0]
+        scale_1H11 = torch.ones(1, 1, 1, 1, dtype=keys.dtype)
+        attended = attend(self.query(block, x_GKC), keys, values, scale_1H11)[:, 0]
         return Change(self._combined(block, x_GKC, condition, attended))
 
     def _combined(self, block: int, x_GKC: Tensor, text_GMC: Tensor, attended: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class DenseRotaryText:
     def output(
         self, block: int, x_GTC: Tensor, q: Tensor, keys: Tensor, values: Tensor, kept_GM: Tensor
     ) -> Tensor:
-        def attend(_q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+        def attend(_q: Tensor, _k: Tensor, _v: Tensor, _scale: Tensor) -> Tensor:
             return reference.masked_attention(q, keys, values, kept_GM)
 
         return x_GTC + self.blocks.run_block(block, x_GTC, self.text_GMC, attend).whole()
@@ -229,7 +231,7 @@ def test_full_depth_runs_the_backbone_s_blocks_in_order_and_nothing_else():
     level = torch.cat([torch.full((s * s,), i) for i, (s, _) in enumerate(plan.grids)])
     hidden_from = level[None, :] > level[:, None]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, _scale: Tensor) -> Tensor:
         return (q @ k.mT).masked_fill(hidden_from, -torch.inf).softmax(-1) @ v
 
     for block in range(5):
